@@ -1,0 +1,8764 @@
+"""Claudomator runs coding-agent tasks unattended: one daemon, one file, the standard library.
+
+A task's way: the control socket or a task file hands it to Operations (17), which stores it QUEUED; the Pool (18) asks
+``plan`` (06) what may start, claims it, clones a sandbox (15) and lets a supervisor (14) run the agent whose command a
+runner (12) built; at the end Outcome (09) judges log and exit status, the sandbox is pushed, and Operations settles it.
+
+The order is the rule: a section uses only names of sections above it, also inside functions.  Sections marked (pure)
+have no await, clock, randomness, file or socket: time and random bytes come in as arguments.  ``tests/test_layout.py``
+holds both.  ``grep -n '^# ---- ' claudomator.py`` is the jump list.
+
+Contents
+    01 Errors (pure)
+    02 Values (pure)
+    03 Configuration (pure)
+    04 Task model (pure)
+    05 State machine (pure)
+    06 Scheduling decision (pure)
+    07 Line framing (pure)
+    08 Agent events (pure)
+    09 Outcome (pure)
+    10 Readable text (pure)
+    11 Control wire (pure)
+    12 Runners (pure)
+    13 Store
+    14 Processes and supervisor
+    15 Git sandboxes
+    16 Bus
+    17 Operations
+    18 Pool
+    19 Control server
+    20 Daemon
+    21 Control client
+    22 Command line
+    23 Demo
+    24 Commands
+"""
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+__version__ = "0.1.0"
+
+
+# ---- 01 Errors (pure) ------------------------------------------------------------------------------------------
+# One base class.  An error carries what each of the three edges needs: a stable ``code`` (JSON), an HTTP status and a
+# process exit code.  The edges translate; nothing below the command line prints or exits.
+
+
+class ClaudomatorError(Exception):
+    """Base of all errors that a caller can cause or mend; ``str(error)`` is a sentence for a person."""
+
+    code = "internal"
+    http_status = 500
+    exit_code = 1
+
+    def __init__(self, message: str, **data):
+        super().__init__(message)
+        self.data = data
+
+
+class UsageError(ClaudomatorError):
+    """The command line or a request's shape is wrong."""
+
+    code, http_status, exit_code = "usage", 400, 2
+
+
+class InvalidInput(ClaudomatorError):
+    """A task file, a configuration or a parameter is not acceptable; ``problems`` lists every fault found."""
+
+    code, http_status, exit_code = "invalid", 422, 2
+
+    def __init__(self, message: str, problems: list[str] | None = None, **data):
+        self.problems = list(problems or [])
+        super().__init__("\n".join([message, *("  " + p for p in self.problems)]), problems=self.problems, **data)
+
+
+class NotFound(ClaudomatorError):
+    """No such task, execution, operation or file."""
+
+    code, http_status, exit_code = "not_found", 404, 3
+
+
+class WrongState(ClaudomatorError):
+    """The task is not in a state in which this can be done."""
+
+    code, http_status, exit_code = "wrong_state", 409, 3
+
+
+class Forbidden(ClaudomatorError):
+    """The caller may not do this."""
+
+    code, http_status, exit_code = "forbidden", 403, 1
+
+
+class Unreachable(ClaudomatorError):
+    """No daemon answers where one was expected."""
+
+    code, http_status, exit_code = "unreachable", 503, 4
+
+
+class WaitTimeout(ClaudomatorError):
+    """The caller's own time limit ran out before the thing that it waited for happened."""
+
+    code, http_status, exit_code = "timeout", 504, 124
+
+
+class StorageError(ClaudomatorError):
+    """The database cannot be opened, read or written."""
+
+    code, http_status, exit_code = "storage", 507, 1
+
+
+class SandboxError(ClaudomatorError):
+    """A sandbox could not be made, checked or pushed; ``reason`` is one of the closed list of section 05."""
+
+    code = "sandbox"
+
+    def __init__(self, message: str, reason: str = "sandbox_failed", **data):
+        super().__init__(message, reason=reason, **data)
+        self.reason = reason
+
+
+class SpawnError(ClaudomatorError):
+    """An agent's process could not be started."""
+
+    code = "spawn_failed"
+
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_UNREACHABLE, EXIT_BLOCKED = 0, 1, 2, 3, 4, 5
+EXIT_PARKED, EXIT_TIMEOUT, EXIT_INTERRUPTED = 75, 124, 130
+
+
+# ---- 02 Values (pure) ------------------------------------------------------------------------------------------
+# Records, JSON, times, durations and identifiers.  The client must start in a few milliseconds, so this section does
+# without dataclasses, enum, re, json, datetime and typing: each of them costs more than the client's own work
+# (docs/adr/0007-import-budget.md).
+
+
+class Record:
+    """An immutable value with named fields.
+
+    A subclass annotates its fields; a class attribute of the same name is the field's default.  Fields named in
+    ``_secret`` never show in ``repr``.  Raises ``TypeError`` for an unknown or missing field.
+    """
+
+    _fields: tuple = ()
+    _defaults: dict = {}
+    _secret: frozenset = frozenset()
+
+    def __init_subclass__(cls) -> None:
+        own = [name for name in cls.__annotations__ if not name.startswith("_")]
+        cls._fields = tuple(dict.fromkeys((*cls._fields, *own)))
+        cls._defaults = {**cls._defaults, **{name: cls.__dict__[name] for name in own if name in cls.__dict__}}
+
+    def __init__(self, *args, **kwargs):
+        values = self.__dict__
+        values.update(self._defaults)
+        values.update(zip(self._fields, args))
+        values.update(kwargs)
+        if len(values) != len(self._fields) or len(args) > len(self._fields) or not values.keys() <= set(self._fields):
+            unknown = sorted(values.keys() - set(self._fields))
+            missing = [name for name in self._fields if name not in values]
+            raise TypeError(f"{type(self).__name__}: unknown fields {unknown}, missing fields {missing}")
+
+    def __setattr__(self, name: str, value) -> None:
+        raise AttributeError(f"{type(self).__name__} is immutable; use replace({name}=...)")
+
+    def replace(self, **changes) -> Record:
+        """A copy with ``changes`` applied."""
+        return type(self)(**{**self.__dict__, **changes})
+
+    def __eq__(self, other) -> bool:
+        return type(other) is type(self) and other.__dict__ == self.__dict__
+
+    def __hash__(self) -> int:
+        return hash((type(self).__name__, tuple(self.__dict__[name] for name in self._fields)))
+
+    def __repr__(self) -> str:
+        shown = ((name, "***" if name in self._secret and self.__dict__[name] else repr(self.__dict__[name]))
+                 for name in self._fields)
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in shown)})"
+
+
+try:  # the C scanner and encoder behind ``json``, without the regular expressions that importing ``json`` compiles
+    from _json import encode_basestring_ascii as _encode_string
+    from _json import make_encoder as _make_encoder
+    from _json import make_scanner as _make_scanner
+
+    class _Strict:
+        """What ``_json.make_scanner`` reads its options from (CPython 3.11 to 3.13, Lib/json/decoder.py)."""
+
+        strict, object_hook, object_pairs_hook, parse_float, parse_int = True, None, None, float, int
+        memo: dict = {}
+
+        @staticmethod
+        def parse_constant(name: str) -> float:
+            raise ValueError(f"{name} is not JSON")
+
+    _scan_once = _make_scanner(_Strict)
+    _encode = _make_encoder(None, None, _encode_string, None, ":", ",", False, False, False)
+except (ImportError, TypeError, AttributeError):  # another Python: the public module does the same, slower to import
+    _scan_once = _encode = None
+
+JSON_SPACE = " \t\n\r"
+
+
+def parse_json(text: str | bytes) -> object:
+    """The value of one JSON document (RFC 8259).  Raises ``ValueError`` where it is not one; NaN is refused."""
+    if isinstance(text, (bytes, bytearray)):
+        text = bytes(text).decode("utf-8")  # UnicodeDecodeError is a ValueError
+    stripped = text.strip(JSON_SPACE)
+    try:
+        if _scan_once is None:
+            import json
+            return json.loads(stripped, parse_constant=_refuse_constant)
+        value, end = _scan_once(stripped, 0)
+    except StopIteration as stop:
+        raise ValueError(f"not JSON at character {stop.value}") from None
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+    if end != len(stripped):
+        raise ValueError(f"more text after the JSON value at character {end}")
+    return value
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"{name} is not JSON")
+
+
+def format_json(value) -> str:
+    """``value`` as compact ASCII JSON on one line.  Raises ``ValueError`` for NaN, ``TypeError`` for other types."""
+    if _encode is None:
+        import json
+        return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    if isinstance(value, str):
+        return _encode_string(value)
+    if value is None or isinstance(value, (bool, int, float)):
+        return "".join(_encode([value], 0))[1:-1]
+    return "".join(_encode(value, 0))
+
+
+def parse_json_or(text: str | bytes | None, default: object) -> object:
+    """``parse_json``, or ``default`` where the text is empty or not JSON (a column another program wrote)."""
+    try:
+        value = parse_json(text) if text else default
+    except ValueError:
+        return default
+    return default if value is None else value
+
+
+DURATION_UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a Go-style duration such as ``90s``, ``1h30m``, ``1.5h``, ``250ms`` or ``7d``; ``0`` needs no unit.
+
+    Raises ``ValueError``.  Source: Go ``time.ParseDuration``, plus ``d`` for days; negative durations are refused.
+    """
+    rest, total = text.strip(), 0.0
+    if rest == "0":
+        return 0.0
+    while rest:
+        digits = len(rest) - len(rest.lstrip("0123456789."))
+        number, rest = rest[:digits], rest[digits:]
+        letters = len(rest) - len(rest.lstrip("nuµmshd"))
+        unit, rest = rest[:letters], rest[letters:]
+        if unit not in DURATION_UNITS_S or not number.strip(".") or number.count(".") > 1 or not number.isascii():
+            break
+        total += float(number) * DURATION_UNITS_S[unit]
+    else:
+        if text.strip() and total < float("inf"):
+            return total
+    raise ValueError(f"{text!r} is no duration; write it like 90s, 15m or 1h30m")
+
+
+def format_duration(seconds: float) -> str:
+    """A duration as people and ``parse_duration`` read it: ``1h30m``, ``45s``, ``0.25s``; at most two units."""
+    if seconds < 0:
+        return "-" + format_duration(-seconds)
+    if seconds < 1:
+        return f"{seconds:.3f}".rstrip("0").rstrip(".") + "s"
+    whole, parts = int(seconds), []
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
+        count, whole = divmod(whole, size)
+        if count:
+            parts.append(f"{count}{unit}")
+        elif parts:
+            break
+    return "".join(parts[:2])
+
+
+def days_from_civil(year: int, month: int, day: int) -> int:
+    """Days since 1970-01-01 of a proleptic Gregorian date (Howard Hinnant, "chrono-Compatible Date Algorithms")."""
+    year -= month <= 2
+    era = year // 400
+    year_of_era = year - era * 400
+    day_of_year = (153 * (month + (-3 if month > 2 else 9)) + 2) // 5 + day - 1
+    return era * 146097 + year_of_era * 365 + year_of_era // 4 - year_of_era // 100 + day_of_year - 719468
+
+
+def civil_from_days(days: int) -> tuple[int, int, int]:
+    """(year, month, day) of a count of days since 1970-01-01; the inverse of ``days_from_civil``."""
+    days += 719468
+    era = days // 146097
+    doe = days - era * 146097
+    yoe = (doe - doe // 1460 + doe // 36524 - doe // 146096) // 365
+    doy = doe - (365 * yoe + yoe // 4 - yoe // 100)
+    month_index = (5 * doy + 2) // 153
+    month = month_index + (3 if month_index < 10 else -9)
+    return yoe + era * 400 + (month <= 2), month, doy - (153 * month_index + 2) // 5 + 1
+
+
+def parse_time(text: str) -> float:
+    """Unix seconds of an RFC 3339 time or of what go-sqlite3 writes (a space for the T, 0 to 9 fraction digits).
+
+    ``2026-05-13T04:02:20Z`` and ``2026-05-13 04:02:20.123456789+02:00`` are both read; an offset is required.
+    Raises ``ValueError``.
+    """
+    def number(part: str, low: int, high: int) -> int:
+        if not (part.isascii() and part.isdigit()) or not low <= int(part) <= high:
+            raise ValueError
+        return int(part)
+
+    try:
+        if text[4] + text[7] != "--" or text[10] not in "T t" or text[13] + text[16] != "::":
+            raise ValueError
+        year, month = number(text[:4], 1, 9999), number(text[5:7], 1, 12)
+        leap = year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
+        day = number(text[8:10], 1, (31, 28 + leap, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)[month - 1])
+        hour, minute, second = number(text[11:13], 0, 23), number(text[14:16], 0, 59), number(text[17:19], 0, 60)
+        rest = text[19:]
+        fraction = 0.0
+        if rest.startswith("."):
+            digits = len(rest[1:]) - len(rest[1:].lstrip("0123456789"))
+            fraction, rest = number(rest[1:1 + digits], 0, 10 ** 9) / 10 ** digits, rest[1 + digits:]
+        offset_s = 0
+        if rest not in ("Z", "z"):
+            if len(rest) != 6 or rest[0] not in "+-" or rest[3] != ":":
+                raise ValueError
+            sign = -1 if rest[0] == "-" else 1
+            offset_s = sign * (number(rest[1:3], 0, 23) * 3600 + number(rest[4:6], 0, 59) * 60)
+    except (ValueError, IndexError):
+        raise ValueError(f"{text!r} is no time; write it like 2026-12-01T22:00:00Z") from None
+    return days_from_civil(year, month, day) * 86400 + hour * 3600 + minute * 60 + second - offset_s + fraction
+
+
+def _time_parts(unix_s: float) -> tuple[int, int, int, int, int, int, int]:
+    micros = round(unix_s * 1_000_000)
+    seconds, micros = divmod(micros, 1_000_000)
+    days, rest = divmod(seconds, 86400)
+    return (*civil_from_days(days), rest // 3600, rest // 60 % 60, rest % 60, micros)
+
+
+def format_time(unix_s: float | None) -> str | None:
+    """RFC 3339 in UTC with milliseconds, ``2026-05-13T04:02:20.123Z``; ``None`` stays ``None``."""
+    if unix_s is None:
+        return None
+    year, month, day, hour, minute, second, micros = _time_parts(unix_s)
+    return f"{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{micros // 1000:03}Z"
+
+
+def format_db_time(unix_s: float | None) -> str | None:
+    """The column form, ``2026-05-13 04:02:20.123456+00:00``: go-sqlite3's in fixed width, so text sorts as time."""
+    if unix_s is None:
+        return None
+    year, month, day, hour, minute, second, micros = _time_parts(unix_s)
+    return f"{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}.{micros:06}+00:00"
+
+
+def parse_db_time(text: str | None) -> float | None:
+    """Unix seconds of a time column; ``None`` for NULL, for Go's zero time (year 1) and for text that is no time."""
+    if not text or text.startswith("0001-01-01"):
+        return None
+    try:
+        return parse_time(text)
+    except ValueError:
+        return None
+
+
+def format_uuid(random_bytes: bytes) -> str:
+    """A version 4 UUID (RFC 9562 section 5.4) of 16 random bytes."""
+    raw = bytearray(random_bytes[:16])
+    raw[6], raw[8] = raw[6] & 0x0F | 0x40, raw[8] & 0x3F | 0x80
+    text = raw.hex()
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+def nearest(word: str, known) -> str | None:
+    """The known word that ``word`` was probably meant to be, or ``None``."""
+    import difflib
+    folded = {str(name).lower().replace("-", "_"): name for name in known}
+    found = difflib.get_close_matches(str(word).lower().replace("-", "_"), folded, n=1, cutoff=0.6)
+    return folded[found[0]] if found else None
+
+
+def did_you_mean(word: str, known) -> str:
+    """`` (did you mean 'x'?)`` for an error message, or an empty string."""
+    name = nearest(word, known)
+    return f" (did you mean {name!r}?)" if name else ""
+
+
+# ---- 03 Configuration (pure) -----------------------------------------------------------------------------------
+# One table of keys drives parsing, defaults, the commented template and the docs; the task files (04) have another.
+# ``Checker`` reads both: it goes on after a fault, so that a person mends a file once and not once per fault.
+# Nothing that someone wrote is dropped in silence: an unknown key is a problem, an unused one a warning.
+
+MAX_DURATION_S = 3650 * 86400  # a longer one is a slip of the pen, and would overflow dates
+MAX_INTEGER = 2 ** 63 - 1  # what an SQLite column holds
+MIN_ENV_SECRET = 8  # characters; redacting shorter values (``CI=1``) by value would blot out ordinary text
+BUILTIN_KINDS = ("claude", "gemini", "local", "shell")
+
+KIND_WORDS: dict[str, str] = {
+    "string": "a string", "word": "a word of a-z, 0-9, _ and -", "bool": "true or false", "integer": "an integer",
+    "number": "a number", "duration": "a duration like 15m", "choice": "one of", "strings": "a list of strings",
+    "table": "a table of strings", "path": "an absolute path or one that begins with ~/",
+    "program": "a program's name or its absolute path", "url": "an http:// or https:// URL", "address": "HOST:PORT",
+}
+
+
+class Key(Record):
+    """One row of a key table.
+
+    ``name`` is dotted, with ``*`` for any name and ``[]`` for each element; ``kind`` is a word of ``KIND_WORDS`` and
+    maybe a bound (``integer >= 1``, ``number 0..2``, ``choice leave|drain``); ``default`` is written as in the file.
+    """
+
+    name: str
+    kind: str
+    default: object
+    help: str
+    active: bool = True
+    secret: bool = False
+    required: bool = False
+    example: object = None
+
+
+def key_groups(keys: tuple[Key, ...]) -> dict[str, dict[str, Key]]:
+    """The rows by the table they stand in: ``{"agents.*": {"model": Key(...)}, "": {...}}``."""
+    groups: dict[str, dict[str, Key]] = {}
+    for key in keys:
+        group, _, leaf = key.name.rpartition(".")
+        groups.setdefault(group, {})[leaf] = key
+    return groups
+
+
+def kind_words(kind: str) -> str:
+    """What a person reads for a kind: ``an integer (>= 1)``, ``one of leave, drain``."""
+    word, _, bound = kind.partition(" ")
+    words = bound.replace("|", ", ") if word == "choice" else bound and f"({bound})"
+    return f"{KIND_WORDS.get(word, word)} {words}".rstrip()
+
+
+def describe_value(value, secret: bool = False) -> str:
+    """A short rendering of a wrong value for an error message; of a secret only its type."""
+    for kind, words in ((type(None), "nothing"), (dict, "a table"), ((list, tuple), "a list")):
+        if isinstance(value, kind):
+            return words
+    if secret:
+        return f"a value of type {type(value).__name__}"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:  # repr of a huge one raises ValueError
+        return "a huge number"
+    if isinstance(value, (str, bytes)):
+        return repr(value) if len(value) <= 60 else repr(value[:57]) + "..."
+    return str(value) if hasattr(value, "isoformat") else repr(value)[:60]
+
+
+def within(number: float, bound: str) -> bool:
+    """Whether a number keeps a kind's bound: ``>= 1``, ``> 0``, ``0..2`` or none."""
+    low, dots, high = bound.partition("..")
+    if dots:
+        return float(low) <= number <= float(high)
+    sign, _, limit = bound.partition(" ")
+    return not sign or (number > float(limit) if sign == ">" else number >= float(limit))
+
+
+def is_word(text: str) -> bool:
+    """Whether ``text`` is one or more of a-z, 0-9, ``_`` and ``-``: a safe name of an agent kind."""
+    return bool(text) and not text.strip("abcdefghijklmnopqrstuvwxyz0123456789_-")
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """(host, port) of ``HOST:PORT``, ``[::1]:8484`` or ``:8484``.  Raises ``ValueError``."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not (port.isascii() and port.isdigit() and len(port) <= 5) or int(port) > 65535:
+        raise ValueError
+    if host.startswith("[") and host.endswith("]"):
+        return host[1:-1], int(port)
+    if ":" in host or any(char.isspace() for char in host):
+        raise ValueError
+    return host, int(port)
+
+
+def _convert_number(word: str, bound: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, int if word == "integer" else (int, float)):
+        raise ValueError
+    if not -MAX_INTEGER <= value <= MAX_INTEGER or not within(value, bound):  # NaN fails the first
+        raise ValueError
+    return value if word == "integer" else float(value)
+
+
+def _check_text(word: str, value) -> None:
+    """Raises ``ValueError`` with a hint unless ``value`` is a string that argv, paths and SQLite can hold."""
+    if not isinstance(value, str):
+        scalar = isinstance(value, (int, float)) or hasattr(value, "isoformat")
+        raise ValueError("" if not scalar else "write it like 90s" if word == "duration" else "put it in quotes")
+    if "\0" in value:
+        raise ValueError("it holds a NUL character")
+    try:
+        value.isascii() or value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a surrogate pair") from None
+
+
+def _convert_duration(text: str, bound: str) -> float:
+    try:
+        seconds = round(parse_duration(text), 9)
+    except (ValueError, OverflowError):
+        raise ValueError from None
+    if not seconds <= MAX_DURATION_S:
+        raise ValueError(f"at most {format_duration(MAX_DURATION_S)}")
+    if not within(seconds, bound):
+        raise ValueError
+    return seconds
+
+
+def _convert_path(word: str, text: str, home: str) -> str:
+    from posixpath import normpath
+    if text == "~" or text.startswith("~/"):
+        if not home:
+            raise ValueError("~ means nothing here: no home directory is known")
+        text = home + text[1:]
+    if word == "program" and text and "/" not in text:
+        return text
+    if not text.startswith("/"):
+        raise ValueError
+    return "/" + normpath(text).lstrip("/")  # POSIX lets two leading slashes stand
+
+
+def convert_value(kind: str, value, home: str = "") -> object:
+    """``value`` as the program uses it: durations in seconds, paths absolute.  Raises ``ValueError(hint)``."""
+    word, _, bound = kind.partition(" ")
+    if word == "bool":
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+    if word in ("integer", "number"):
+        return _convert_number(word, bound, value)
+    if word == "duration" and type(value) is int and value == 0:
+        value = "0"
+    _check_text(word, value)
+    if word == "duration":
+        return _convert_duration(value, bound)
+    if word in ("path", "program"):
+        return _convert_path(word, value, home)
+    if word == "choice" and value not in bound.split("|"):
+        raise ValueError(did_you_mean(value, bound.split("|")).strip(" ()"))
+    if word == "word" and not is_word(value):
+        raise ValueError
+    if word == "url" and (not value.startswith(("http://", "https://")) or any(char.isspace() for char in value)):
+        raise ValueError
+    if word == "address" and value:
+        split_address(value)
+    return value
+
+
+class Checker:
+    """Reads tables by their rows of ``Key`` and collects every problem on the way; ``where`` begins each of them."""
+
+    def __init__(self, where: str, home: str = "") -> None:
+        self.where, self.home = where, home
+        self.problems: list[str] = []
+        self.unused: list[str] = []  # paths of keys that are set, but belong to a later version
+
+    def problem(self, path: str, text: str) -> None:
+        """Notes one fault at a key path (empty: the document itself); control characters never reach a terminal."""
+        line = ": ".join(part for part in (self.where, path, text) if part)
+        self.problems.append("".join(char if char.isprintable() else "?" for char in line))
+
+    def wrong(self, path: str, expected: str, value, hint: str = "", secret: bool = False) -> None:
+        """Notes that something else was expected than ``value``."""
+        self.problem(path, f"expected {expected}, got {describe_value(value, secret)}{hint and f' ({hint})'}")
+
+    def value(self, key: Key, value, path: str) -> object:
+        """The converted value of one key; ``None`` where it is not acceptable."""
+        word = key.kind.partition(" ")[0]
+        if value == "" == key.default or value is None:
+            return key.default
+        if word == "strings" and isinstance(value, (list, tuple)):
+            return tuple(self._scalar("string", item, f"{path}[{i}]", key.secret) for i, item in enumerate(value))
+        if word == "table" and isinstance(value, dict):
+            return {str(name): self._scalar("string", item, f"{path}.{name}", key.secret)
+                    for name, item in value.items()}
+        if word in ("strings", "table"):
+            hint = f"write [{value}]" if word == "strings" and isinstance(value, str) and len(value) < 40 else ""
+            return self.wrong(path, kind_words(key.kind), value, hint, key.secret)
+        return self._scalar(key.kind, value, path, key.secret)
+
+    def _scalar(self, kind: str, value, path: str, secret: bool) -> object:
+        try:
+            return convert_value(kind, value, self.home)
+        except ValueError as error:
+            return self.wrong(path, kind_words(kind), value, str(error), secret)
+
+    def group(self, keys: dict[str, Key], table, path: str, others: tuple[str, ...] = ()) -> dict:
+        """The values of all ``keys`` (leaf name to row) in ``table``; ``others`` are read by the caller."""
+        if not isinstance(table, dict):
+            self.wrong(path, "a table", table)
+            return {leaf: key.default for leaf, key in keys.items()}
+        prefix = path and path + "."
+        for name in [str(name)[:60] for name in table if name not in keys and name not in others]:
+            self.problem(prefix + name, "unknown key" + did_you_mean(name, [*keys, *others]))
+        values = {}
+        for leaf, key in keys.items():
+            given = table.get(leaf)
+            values[leaf] = self.value(key, key.default if given is None else given, prefix + leaf)
+            if given is not None and not key.active:
+                self.unused.append(prefix + leaf)
+            if key.required and (values[leaf] in (None, (), "") or str(values[leaf]).isspace()):
+                if given is None or values[leaf] is not None:
+                    self.problem(prefix + leaf, f"{'missing' if given is None else 'empty'}: {key.help}")
+        return values
+
+    def finish(self) -> None:
+        """Raises ``InvalidInput`` with all problems, if there are any."""
+        if self.problems:
+            count = len(self.problems)
+            raise InvalidInput(f"{count} problem{'s' if count > 1 else ''} found", self.problems)
+
+
+def _top_name(path: str) -> str:
+    """``projects`` of ``projects[0].dir``."""
+    return path.partition(".")[0].partition("[")[0]
+
+
+CONFIG_KEYS: tuple[Key, ...] = (
+    Key("data_dir", "path", "~/.claudomator", "database, executions/, sandboxes/ and the control socket live here"),
+    Key("socket_path", "path", "", "the control socket; empty: <data_dir>/claudomator.sock"),
+    Key("server_addr", "address", "127.0.0.1:8484", "HTTP; ':8484' is every interface and wants webhook_secret",
+        active=False),
+    Key("api_token", "string", "", "the operator's bearer token; empty: the file <data_dir>/api-token", active=False,
+        secret=True),
+    Key("max_concurrent", "integer >= 1", 3, "how many agents may run at the same time"),
+    Key("default_timeout", "duration > 0", "15m", "for tasks that name no timeout"),
+    Key("stall_timeout", "duration", "20m", "an agent silent for so long is stopped; 0: never"),
+    Key("shutdown_timeout", "duration", "30s", "how long a draining daemon waits for running agents"),
+    Key("on_shutdown", "choice leave|drain", "leave", "leave: agents run on without the daemon; drain: wait for them"),
+    Key("claude_binary_path", "program", "claude", "the claude CLI"),
+    Key("gemini_binary_path", "program", "gemini", "the gemini CLI", active=False),
+    Key("claude_image", "string", "claudomator-agent:latest", "container image for claude", active=False),
+    Key("gemini_image", "string", "claudomator-agent:latest", "container image for gemini", active=False),
+    Key("container_engine", "choice docker|podman", "docker", "what runs containers", active=False),
+    Key("claude_config_dir", "path", "", "given to claude as CLAUDE_CONFIG_DIR; empty: claude's own default"),
+    Key("ssh_auth_sock", "path", "", "SSH agent socket for cloning repository_url", active=False),
+    Key("workspace_root", "path", "", "directory whose repositories are offered as projects", active=False),
+    Key("webhook_url", "url", "", "gets a JSON POST per finished or blocked task", active=False),
+    Key("webhook_secret", "string", "", "the secret that GitHub signs its webhooks with", active=False, secret=True),
+    Key("allow_unsigned_webhooks", "bool", False, "accept webhooks without a secret on any interface", active=False),
+    Key("github_token", "string", "", "asks GitHub for failures missed while the daemon was down", active=False,
+        secret=True),
+    Key("vapid_public_key", "string", "", "Web Push: public key", active=False),
+    Key("vapid_private_key", "string", "", "Web Push: private key", active=False, secret=True),
+    Key("vapid_email", "string", "", "Web Push: contact address", active=False),
+    Key("keep_logs", "duration", "30d", "logs of finished executions are removed after this; 0: never"),
+    Key("keep_sandboxes", "duration", "7d", "kept sandboxes are removed after this; 0: never"),
+    Key("keep_executions", "integer >= 0", 0, "how many executions of a task to keep; 0: all"),
+    Key("agents.*.max_concurrent", "integer >= 1", None, "how many of this kind may run at the same time", example=2),
+    Key("agents.*.model", "string", "", "for tasks that name no model", example="sonnet"),
+    Key("agents.*.env", "table", {}, "environment given to the agent", secret=True),
+    Key("agents.*.pass_env", "strings", (), "names taken from the daemon's environment",
+        example=("ANTHROPIC_API_KEY",)),
+    Key("agents.*.on_quota", "choice wait|other_agent|fail", "wait", "what to do when the quota is used up",
+        active=False),
+    Key("local_model.endpoint", "url", "", "an OpenAI-compatible server; empty: none", active=False,
+        example="http://localhost:11434/v1"),
+    Key("local_model.model", "string", "llama3.1:8b", "its model", active=False),
+    Key("local_model.timeout_seconds", "number > 0", 60, "seconds per request", active=False),
+    Key("local_model.default_temperature", "number 0..2", 0.2, "for tasks that name none", active=False),
+    Key("local_model.api_key", "string", "", "bearer token for the endpoint", active=False, secret=True),
+    Key("local_model.prefer_for_elaborate", "bool", True, "elaborate prompts with it first", active=False),
+    Key("projects[].name", "string", None, "what tasks call the project", required=True, example="myrepo"),
+    Key("projects[].dir", "path", None, "its repository", required=True, example="/workspace/myrepo"),
+    Key("projects[].remote", "string", "", "URL of its remote"),
+    Key("projects[].setup", "string", "", "shell command that prepares a fresh sandbox", example="make deps"),
+    Key("projects[].build", "string", "", "shell command that must pass before an automatic commit"),
+    Key("projects[].verify", "string", "", "shell command that must pass before the work counts as done"),
+    Key("projects[].deploy", "string", "", "shell command that ships it", active=False),
+    *(Key(f"budgets.{scope}{unit}", kind, 0, f"{unit} per day for {what}; 0: no limit", active=False)
+      for scope, what in (("", "everything"), ("project.*.", "one project"), ("agent.*.", "one agent kind"))
+      for unit, kind in (("usd", "number >= 0"), ("tokens", "integer >= 0"), ("runs", "integer >= 0"),
+                         ("minutes", "number >= 0"))),
+    Key("prices.*.input", "number >= 0", 0, "USD per million input tokens", active=False, example=1.25),
+    Key("prices.*.output", "number >= 0", 0, "USD per million output tokens", active=False, example=10.0),
+    Key("runners.*.command", "strings", (), "argv template", active=False, required=True,
+        example=("codex", "exec", "--json", "{prompt}")),
+    Key("runners.*.format", "choice text|jsonl|claude|gemini", "text", "what it prints", active=False),
+    Key("runners.*.fields", "table", {}, "where in a jsonl line the facts are", active=False),
+    Key("launchers.*.kind", "choice slurm|ssh|docker|kubectl", None, "the engine", active=False, required=True,
+        example="slurm"),
+    Key("launchers.*.command", "strings", (), "argv prefix; empty: the engine's usual one", active=False),
+    Key("scripts.*.command", "strings", (), "argv", active=False, required=True, example=("./deploy.sh",)),
+)
+CONFIG_GROUPS = key_groups(CONFIG_KEYS)
+CONFIG_TOP_NAMES = tuple(dict.fromkeys(_top_name(key.name) for key in CONFIG_KEYS))
+RESTART_KEYS = ("data_dir", "socket_path")  # what a running daemon cannot take over on a reload
+
+
+class AgentSettings(Record):
+    """``[agents.KIND]``; ``max_concurrent`` None: only the global bound."""
+
+    _secret = frozenset({"env"})
+    kind: str
+    max_concurrent: int | None
+    model: str
+    env: dict[str, str]
+    pass_env: tuple[str, ...]
+    on_quota: str
+
+
+class LocalModelSettings(Record):
+    """``[local_model]``; an empty endpoint means there is none."""
+
+    _secret = frozenset({"api_key"})
+    endpoint: str
+    model: str
+    timeout_seconds: float
+    default_temperature: float
+    api_key: str
+    prefer_for_elaborate: bool
+
+
+class ProjectSettings(Record):
+    """One of ``[[projects]]``; the commands are for ``/bin/sh``, empty: none."""
+
+    name: str
+    dir: str
+    remote: str
+    setup: str
+    build: str
+    verify: str
+    deploy: str
+
+
+class Config(Record):
+    """The whole configuration; fields are named like the keys, durations end in ``_s`` and are seconds.
+
+    ``own_socket_path`` is the key ``socket_path`` as written; ``socket_path`` is the path to use.  ``prices`` and the
+    like are dicts of dicts as in the file; the names in ``budgets`` are ``all``, ``project.NAME`` and ``agent.KIND``.
+    """
+
+    _secret = frozenset({"api_token", "webhook_secret", "github_token", "vapid_private_key"})
+    data_dir: str
+    own_socket_path: str
+    server_addr: str
+    api_token: str
+    max_concurrent: int
+    default_timeout_s: float
+    stall_timeout_s: float
+    shutdown_timeout_s: float
+    on_shutdown: str
+    claude_binary_path: str
+    gemini_binary_path: str
+    claude_image: str
+    gemini_image: str
+    container_engine: str
+    claude_config_dir: str
+    ssh_auth_sock: str
+    workspace_root: str
+    webhook_url: str
+    webhook_secret: str
+    allow_unsigned_webhooks: bool
+    github_token: str
+    vapid_public_key: str
+    vapid_private_key: str
+    vapid_email: str
+    keep_logs_s: float
+    keep_sandboxes_s: float
+    keep_executions: int
+    agents: dict[str, AgentSettings]
+    local_model: LocalModelSettings
+    projects: tuple[ProjectSettings, ...]
+    budgets: dict[str, dict]
+    prices: dict[str, dict]
+    runners: dict[str, dict]
+    launchers: dict[str, dict]
+    scripts: dict[str, dict]
+    warnings: tuple[str, ...]
+
+    @property
+    def socket_path(self) -> str:
+        """The control socket."""
+        return self.own_socket_path or f"{self.data_dir}/claudomator.sock"
+
+    @property
+    def db_path(self) -> str:
+        """The database."""
+        return f"{self.data_dir}/claudomator.db"
+
+    @property
+    def executions_dir(self) -> str:
+        """One directory per execution: prompt, logs, exit status."""
+        return f"{self.data_dir}/executions"
+
+    @property
+    def sandboxes_dir(self) -> str:
+        """The clones that executions work in."""
+        return f"{self.data_dir}/sandboxes"
+
+    @property
+    def lock_path(self) -> str:
+        """The file whose lock says that a daemon runs on this data directory."""
+        return f"{self.data_dir}/daemon.lock"
+
+    def agent_settings(self, kind: str) -> AgentSettings:
+        """The settings of an agent kind, or the defaults."""
+        defaults = Checker("").group(CONFIG_GROUPS["agents.*"], {}, "")
+        return self.agents.get(kind) or AgentSettings(kind=kind, **defaults)
+
+    def project_named(self, name: str) -> ProjectSettings | None:
+        """The project of that name."""
+        return next((project for project in self.projects if project.name == name), None)
+
+    def project_for_dir(self, path: str) -> ProjectSettings | None:
+        """The project whose directory ``path`` is; a trailing slash or ``..`` makes no difference."""
+        try:
+            path = convert_value("path", path)
+        except ValueError:
+            return None
+        return next((project for project in self.projects if project.dir == path), None)
+
+    def secrets(self) -> tuple[str, ...]:
+        """Every secret value, longest first, for redaction by value.
+
+        Environment values shorter than ``MIN_ENV_SECRET`` are left out.
+        """
+        found = [getattr(self, name) for name in self._secret] + [self.local_model.api_key]
+        for agent in self.agents.values():
+            found += [value for value in agent.env.values() if len(value) >= MIN_ENV_SECRET]
+        return tuple(sorted({value for value in found if value}, key=lambda value: (-len(value), value)))
+
+
+def _named_tables(checker: Checker, group: str, document: dict) -> dict[str, dict]:
+    """The values of every ``[GROUP.NAME]``: ``{NAME: {...}}``."""
+    for part in group.split("."):
+        document = document.get(part, {}) if isinstance(document, dict) else {}
+    if not isinstance(document, dict):
+        checker.wrong(group, "a table of tables", document)
+        return {}
+    return {str(name): checker.group(CONFIG_GROUPS[group + ".*"], table, f"{group}.{name}")
+            for name, table in document.items()}
+
+
+def _read_agents(checker: Checker, document: dict) -> dict[str, AgentSettings]:
+    runners = document.get("runners")
+    kinds = (*BUILTIN_KINDS, *(str(name) for name in (runners if isinstance(runners, dict) else ())))
+    agents = _named_tables(checker, "agents", document)
+    for kind, values in agents.items():
+        if kind not in kinds:
+            checker.problem(f"agents.{kind}", f"no such agent kind{did_you_mean(kind, kinds)}: {', '.join(kinds)}")
+        names = [name for name in (*(values["env"] or ()), *(values["pass_env"] or ())) if name is not None]
+        if any(not name or "=" in name or "\0" in name for name in names):
+            checker.problem(f"agents.{kind}", "a name in env or pass_env is empty or holds '='")
+    return {kind: AgentSettings(kind=kind, **values) for kind, values in agents.items()}
+
+
+def _read_projects(checker: Checker, tables) -> tuple[ProjectSettings, ...]:
+    if not isinstance(tables, (list, tuple)):
+        checker.wrong("projects", "[[projects]] tables", tables)
+        return ()
+    first: dict[str, int] = {}
+    projects = []
+    for i, table in enumerate(tables):
+        project = ProjectSettings(**checker.group(CONFIG_GROUPS["projects[]"], table, f"projects[{i}]"))
+        projects.append(project)
+        if project.name and first.setdefault(project.name, i) != i:
+            checker.problem(f"projects[{i}].name", f"projects[{first[project.name]}] has this name already")
+    return tuple(projects)
+
+
+def _read_budgets(checker: Checker, document: dict) -> dict[str, dict]:
+    scopes = ("project", "agent")
+    budgets = {"all": checker.group(CONFIG_GROUPS["budgets"], document.get("budgets", {}), "budgets", scopes)}
+    for scope in scopes:
+        for name, values in _named_tables(checker, f"budgets.{scope}", document).items():
+            budgets[f"{scope}.{name}"] = values
+    return budgets
+
+
+def _check_server(checker: Checker, values: dict) -> None:
+    """GitHub's webhooks come in over HTTP, so an address that others reach wants signatures."""
+    if not values["server_addr"] or values["webhook_secret"] or values["allow_unsigned_webhooks"]:
+        return
+    host = split_address(values["server_addr"])[0]
+    if host not in ("localhost", "::1") and not host.startswith("127."):
+        checker.problem("server_addr", f"{values['server_addr']!r} can be reached from other machines: "
+                                       "set webhook_secret, or allow_unsigned_webhooks = true")
+
+
+def parse_config(document: dict, source: str, home: str) -> Config:
+    """The configuration that a parsed TOML ``document`` describes; ``home`` is what ``~`` means.
+
+    Raises ``InvalidInput`` with all problems.  Keys of later versions are checked too, and named in ``warnings``.
+    """
+    checker = Checker(source, home)
+    if not isinstance(document, dict):
+        document = checker.wrong("", "a table", document) or {}
+    values = checker.group(CONFIG_GROUPS[""], document, "", CONFIG_TOP_NAMES)
+    agents = _read_agents(checker, document)
+    local = checker.group(CONFIG_GROUPS["local_model"], document.get("local_model", {}), "local_model")
+    projects = _read_projects(checker, document.get("projects", ()))
+    budgets = _read_budgets(checker, document)
+    named = {group: _named_tables(checker, group, document) for group in ("prices", "runners", "launchers", "scripts")}
+    if not checker.problems:
+        _check_server(checker, values)
+    checker.finish()
+    used = {_top_name(key.name) for key in CONFIG_KEYS if key.active}
+    unused = [name for name in document if name not in used]
+    unused += [path for path in checker.unused if _top_name(path) in used]
+    values["own_socket_path"] = values.pop("socket_path")
+    for leaf, key in CONFIG_GROUPS[""].items():
+        if key.kind.startswith("duration"):
+            values[leaf + "_s"] = values.pop(leaf)
+    return Config(**values, **named, agents=agents, local_model=LocalModelSettings(**local), projects=projects,
+                  budgets=budgets,
+                  warnings=tuple(f"{source}: {name} is set, but this version does not use it yet" for name in unused))
+
+
+def parse_config_text(text: str, source: str, home: str) -> Config:
+    """``parse_config`` of a TOML text.  Raises ``InvalidInput`` naming ``source`` and the line of a syntax error."""
+    import tomllib
+    try:
+        document = tomllib.loads(text.removeprefix("\ufeff"))
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, a ValueError, says "(at line 3, column 5)"
+        words = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InvalidInput(f"{source}: not TOML: {words}") from None
+    return parse_config(document, source, home)
+
+
+_SAMPLE_NAMES = {"agents": "claude", "projects": "", "budgets.project": "myrepo", "budgets.agent": "claude",
+                 "prices": '"gemini-2.5-pro"', "runners": "codex", "launchers": "cluster", "scripts": "deploy"}
+
+
+def _toml_value(value) -> str:
+    """A default or example in TOML; a JSON string is a TOML string too as long as it is ASCII."""
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    return format_json(value)
+
+
+def config_template() -> str:
+    """A commented TOML file with every key: ``# `` begins prose, ``#`` without a space a line to uncomment."""
+    lines = ["# Claudomator's configuration.  Every key is optional; what stands here is the default or an example.",
+             "# Durations are written like 90s, 15m, 1h30m or 7d."]
+    for group, keys in CONFIG_GROUPS.items():
+        if group:
+            base = group.removesuffix(".*").removesuffix("[]")
+            header = base if base == group else f"{base}.{_SAMPLE_NAMES[base]}"
+            lines += ["", f"#[[{base}]]" if group.endswith("[]") else f"#[{header}]"]
+        for leaf, key in keys.items():
+            later = "" if key.active else " (not used by this version yet)"
+            lines += [f"# {key.help} [{kind_words(key.kind)}]{later}",
+                      f"#{leaf} = {_toml_value(key.default if key.example is None else key.example)}"]
+    return "\n".join(lines) + "\n"
+
+
+def config_differences(old: Config, new: Config) -> list[str]:
+    """The top-level keys that differ, as text; those that a reload cannot apply say so."""
+    names = {name: {"socket_path": "own_socket_path"}.get(name, name) for name in CONFIG_TOP_NAMES}
+    names = {name: field if field in Config._fields else field + "_s" for name, field in names.items()}
+    return [name + (" (needs a restart)" if name in RESTART_KEYS else "")
+            for name, field in names.items() if getattr(old, field) != getattr(new, field)]
+
+
+# ---- 04 Task model (pure) --------------------------------------------------------------------------------------
+# What a task file says.  A file is read as a whole: every problem in it is told at once, with file, task, key path and
+# what was expected, because the next look at it may be hours away.  Two key spellings of the Go server live on.  YAML
+# is read with the scalars of YAML 1.2: under 1.1 the key ``on`` of a dependency would be the boolean true.
+
+MAX_TASK_TEXT = 8 << 20  # characters of a task file
+MAX_YAML_NODES = 100_000  # with aliases expanded: ten lines of nested aliases make billions
+MAX_NAME = 200  # characters; a name is a line in a list
+PRIORITY_RANK = {"high": 0, "normal": 1, "low": 2}
+YEAR_10000_S = 253402300800.0  # RFC 3339 has four digits for the year
+BACKOFF_FIRST_S, BACKOFF_LINEAR_S, BACKOFF_MOST_S = 5.0, 30.0, 300.0
+
+
+class AgentConfig(Record):
+    """What to run and how.  An empty ``type`` is chosen at run time; a None is not given."""
+
+    type: str = ""
+    model: str = ""
+    instructions: str = ""
+    project_dir: str = ""
+    repository_url: str = ""
+    isolation: str = ""
+    max_budget_usd: float | None = None
+    permission_mode: str = ""
+    allowed_tools: tuple[str, ...] = ()
+    disallowed_tools: tuple[str, ...] = ()
+    context_files: tuple[str, ...] = ()
+    system_prompt_append: str = ""
+    additional_args: tuple[str, ...] = ()
+    skip_planning: bool = False
+    temperature: float | None = None
+    max_tokens: int = 0
+
+    @property
+    def effective_isolation(self) -> str:
+        """``sandbox``, ``container`` or ``none``: as given, else what follows from repository_url and project_dir."""
+        return self.isolation or ("container" if self.repository_url else "sandbox" if self.project_dir else "none")
+
+
+class Dependency(Record):
+    """A task, by its name in the file or its id, that must first end in success, be ready, fail, or any of these."""
+
+    task: str
+    on: str = "success"
+
+
+class RetryPolicy(Record):
+    """How often to try in all, and the waits between: ``exponential``, ``linear`` or ``list`` (``delays_s``)."""
+
+    max_attempts: int = 1
+    backoff: str = "exponential"
+    delays_s: tuple[float, ...] = ()
+
+
+class TaskSpec(Record):
+    """One task of a file; a timeout of None is the configuration's default, ``start_at`` is unix seconds."""
+
+    name: str
+    description: str = ""
+    agent: AgentConfig = AgentConfig()
+    timeout_s: float | None = None
+    stall_timeout_s: float | None = None
+    priority: str = "normal"
+    tags: tuple[str, ...] = ()
+    depends_on: tuple[Dependency, ...] = ()
+    start_at: float | None = None
+    retry: RetryPolicy = RetryPolicy()
+    verify: str = ""
+    verify_rounds: int = 2
+    acceptance_criteria: str = ""
+    auto_accept: bool = False
+    idempotency_key: str = ""
+    parent_task_id: str = ""
+    project: str = ""
+    story_id: str = ""
+
+
+TASK_KEYS: tuple[Key, ...] = (
+    Key("name", "string", None, "a line that names the task", required=True),
+    Key("description", "string", "", "for people"),
+    Key("agent.type", "word", "", "claude, gemini, local, shell or a configured runner; absent: chosen at run time"),
+    Key("agent.model", "string", "", "the model; absent: the agent's default"),
+    Key("agent.instructions", "string", None, "what to do", required=True),
+    Key("agent.project_dir", "string", "", "directory to work on (older name: working_dir)"),
+    Key("agent.repository_url", "string", "", "instead of project_dir: run in a container on a clone of this"),
+    Key("agent.isolation", "choice sandbox|container|none", "",
+        "absent: container with repository_url, sandbox with project_dir, none without either"),
+    Key("agent.max_budget_usd", "number > 0", None, "most that one run may cost"),
+    Key("agent.permission_mode", "choice default|acceptEdits|auto|bypassPermissions|dontAsk|manual|plan", "",
+        "absent: bypassPermissions, as nobody is there to ask"),
+    Key("agent.allowed_tools", "strings", (), "tools the agent may use"),
+    Key("agent.disallowed_tools", "strings", (), "tools the agent must not use"),
+    Key("agent.context_files", "strings", (), "more directories the agent may use (--add-dir)"),
+    Key("agent.system_prompt_append", "string", "", "added to the system prompt"),
+    Key("agent.additional_args", "strings", (), "more arguments for the agent's command line"),
+    Key("agent.skip_planning", "bool", False, "true: no preamble in front of the instructions"),
+    Key("agent.temperature", "number 0..2", None, "local only; absent: the server's default"),
+    Key("agent.max_tokens", "integer >= 0", 0, "local only; 0: no limit"),
+    Key("timeout", "duration > 0", None, "absent: default_timeout of the configuration"),
+    Key("stall_timeout", "duration", None, "silence after which the agent is stopped; absent: the configuration's"),
+    Key("priority", "choice high|normal|low", "normal", "high before normal before low"),
+    Key("tags", "strings", (), "words to select tasks by"),
+    Key("depends_on", "dependencies", (), "names in this file, ids, or {task: X, on: WHEN}"),
+    Key("depends_on[].task", "string", None, "a name in this file, or an id", required=True),
+    Key("depends_on[].on", "choice success|ready|failure|any", "success", "how the other task must have ended"),
+    Key("start_at", "time", None, "an RFC 3339 time or a delay like 3h"),
+    Key("retry", "retry", None, "a mapping; absent: one attempt"),
+    Key("retry.max_attempts", "integer >= 1", None, "how often to try in all"),
+    Key("retry.backoff", "backoff", "exponential", "exponential, linear, or a list of delays"),
+    Key("verify", "string", "", "shell command that must pass in the sandbox before the work counts as done"),
+    Key("verify_rounds", "integer >= 1", 2, "how often the agent may mend what verify finds"),
+    Key("acceptance_criteria", "string", "", "not empty: a checker agent judges the work by them"),
+    Key("auto_accept", "bool", False, "true: success is COMPLETED without a person's accept"),
+    Key("idempotency_key", "string", "", "a second task with the same key is the first one"),
+    Key("parent_task_id", "string", "", "id of the task that this one is part of"),
+    Key("project", "string", "", "name of a configured project"),
+    Key("story_id", "string", "", "id of the story that this task is part of"),
+)
+TASK_GROUPS = key_groups(TASK_KEYS)
+_OLD_AGENT_KEY, _OLD_DIR_KEY = "claude", "working_dir"  # the Go server's names for agent and project_dir
+
+
+def find_cycle(edges: dict[str, list[str]]) -> list[str] | None:
+    """A cycle among ``edges`` (node to the nodes it waits for) as ``[a, b, a]``, or ``None``; linear, no recursion."""
+    done: set[str] = set()
+    for start in edges:
+        path, seen, rest = [start], {start}, [iter(edges[start])]
+        while start not in done and rest:
+            target = next((node for node in rest[-1] if node in edges and node not in done), None)
+            if target is None:
+                rest.pop()
+                done.add(path.pop())
+            elif target in seen:
+                return path[path.index(target):] + [target]
+            else:
+                path.append(target)
+                seen.add(target)
+                rest.append(iter(edges[target]))
+    return None
+
+
+class _TaskReader(Checker):
+    """Reads the tasks of one document; ``now`` (unix seconds) is what a delay counts from."""
+
+    def __init__(self, source: str, now: float) -> None:
+        super().__init__(source)
+        self.source, self.now = source, now
+        self.links: list[tuple[str, str, tuple[Dependency, ...]]] = []  # where, name, depends_on of each task
+
+    def value(self, key: Key, value, path: str) -> object:
+        """As ``Checker.value``, with the kinds that only tasks have."""
+        read = {"dependencies": self._dependencies, "retry": self._retry, "backoff": self._backoff,
+                "time": self._time}.get(key.kind)
+        return read(value, path) if read and value is not None else super().value(key, value, path)
+
+    def _dependencies(self, value, path: str) -> tuple[Dependency, ...]:
+        if not isinstance(value, (list, tuple)):
+            self.wrong(path, "a list of tasks", value, "write [x]")
+            return ()
+        found: dict[str, Dependency] = {}
+        for i, item in enumerate(value):
+            item = {"task": item} if isinstance(item, str) else item
+            if not isinstance(item, dict):
+                self.wrong(f"{path}[{i}]", "a name, an id or {task: X, on: WHEN}", item)
+                continue
+            fields = self.group(TASK_GROUPS["depends_on[]"], item, f"{path}[{i}]")
+            if fields["task"] in found:
+                self.problem(f"{path}[{i}]", f"{fields['task']!r} is named twice")
+            if fields["task"]:
+                found[fields["task"]] = Dependency(task=fields["task"], on=fields["on"] or "success")
+        return tuple(found.values())
+
+    def _backoff(self, value, path: str) -> str | tuple[float, ...] | None:
+        if value in ("exponential", "linear"):
+            return value
+        if not isinstance(value, (list, tuple)) or not value:
+            return self.wrong(path, "exponential, linear or a list of durations", value)
+        delays_s = [self._scalar("duration", item, f"{path}[{i}]", False) for i, item in enumerate(value)]
+        return tuple(delay_s for delay_s in delays_s if delay_s is not None)
+
+    def _retry(self, value, path: str) -> RetryPolicy:
+        if not isinstance(value, dict):
+            self.wrong(path, "a table", value, "write {max_attempts: 3}")
+            return RetryPolicy()
+        fields = self.group(TASK_GROUPS["retry"], value, path)
+        backoff, attempts = fields["backoff"], fields["max_attempts"]
+        delays_s = backoff if isinstance(backoff, tuple) else ()
+        if value.get("max_attempts") is None and not delays_s:
+            self.problem(f"{path}.max_attempts", "missing: how often to try in all")
+        return RetryPolicy(max_attempts=attempts or len(delays_s) + 1, delays_s=delays_s,
+                           backoff="list" if delays_s else backoff or "exponential")
+
+    def _time(self, value, path: str) -> float | None:
+        text = value.isoformat() if hasattr(value, "isoformat") else value  # a date or datetime of the YAML reader
+        if text is not value:
+            text += "T00:00:00" if len(text) == 10 else ""
+            text += "" if text.endswith("Z") or text[-6] in "+-" else "Z"
+        unix_s = -1.0
+        if isinstance(text, str):
+            try:
+                unix_s = self.now + convert_value("duration", text)
+            except ValueError:
+                try:
+                    unix_s = parse_time(text)
+                except ValueError:
+                    pass
+        if not 0 <= unix_s < YEAR_10000_S - 1:
+            return self.wrong(path, "a time like 2026-12-01T22:00:00Z or a delay like 3h", value)
+        return round(unix_s, 3)
+
+    def task(self, document, index: int) -> TaskSpec | None:
+        """One task; ``None`` if it has problems.  ``index`` counts from 1."""
+        before = len(self.problems)
+        name = document.get("name") if isinstance(document, dict) else None
+        self.where = f"{self.source}: task {index}"
+        if isinstance(name, str) and name:
+            self.where += f' "{name[:40]}"'
+        if not isinstance(document, dict):
+            return self.wrong("", "a table", document)
+        document = self._renamed(document, _OLD_AGENT_KEY, "agent", "")
+        agent_table = document.get("agent")
+        misplaced = [key for key in TASK_GROUPS["agent"] if key in document and key not in TASK_GROUPS[""]]
+        for key in misplaced:
+            self.problem(key, "belongs under agent:")
+        fields = self.group(TASK_GROUPS[""], document, "", ("agent", *misplaced))
+        if isinstance(agent_table, dict):
+            agent_table = self._renamed(agent_table, _OLD_DIR_KEY, "project_dir", "agent.")
+        agent = AgentConfig(**self.group(TASK_GROUPS["agent"], {} if agent_table is None else agent_table, "agent"))
+        self._check(fields["name"] or "", agent, fields["project"])
+        self.links.append((self.where, fields["name"] or "", fields["depends_on"]))
+        if len(self.problems) > before:
+            return None
+        fields["retry"] = fields["retry"] or RetryPolicy()
+        timeouts = {"timeout_s": fields.pop("timeout"), "stall_timeout_s": fields.pop("stall_timeout")}
+        return TaskSpec(agent=agent, **timeouts, **fields)
+
+    def _renamed(self, table: dict, old: str, new: str, prefix: str) -> dict:
+        """``table`` with an older key name replaced by the present one; both at once are a problem."""
+        if old not in table:
+            return table
+        if table.get(new) is not None:
+            self.problem(prefix + old, f"is an older name for {prefix}{new}, which is given too; keep one")
+        return {**{key: value for key, value in table.items() if key != old}, new: table[old]}
+
+    def _check(self, name: str, agent: AgentConfig, project: str | None) -> None:
+        """What no single key shows."""
+        if len(name) > MAX_NAME or any(c < " " or "\x7f" <= c < "\xa0" or c in "\u2028\u2029" for c in name):
+            self.problem("name", f"expected one line of at most {MAX_NAME} characters")
+        if agent.repository_url and agent.project_dir:
+            self.problem("agent.repository_url", "cannot stand beside project_dir; keep one")
+        elif agent.repository_url and agent.isolation in ("sandbox", "none"):
+            self.problem("agent.isolation", f"{agent.isolation} cannot use repository_url; it needs a container")
+        elif agent.isolation == "sandbox" and not agent.project_dir and not project:
+            self.problem("agent.isolation", "sandbox needs agent.project_dir or project")
+        elif agent.isolation == "container" and not agent.repository_url:
+            self.problem("agent.isolation", "container needs agent.repository_url")
+
+    def check_links(self) -> None:
+        """Names that two tasks share cannot be depended on, and nothing may wait for itself."""
+        count: dict[str, int] = {}
+        for _, name, _ in self.links:
+            count[name] = count.get(name, 0) + 1
+        for self.where, _, depends_on in self.links:
+            for i, dependency in enumerate(depends_on):
+                if count.get(dependency.task, 0) > 1:
+                    self.problem(f"depends_on[{i}]", f"{count[dependency.task]} tasks are named {dependency.task!r}")
+        self.where = self.source
+        cycle = find_cycle({name: [target.task for target in depends_on] for _, name, depends_on in self.links})
+        if cycle:
+            self.problem("depends_on", "a dependency cycle: " + " -> ".join(cycle))
+
+
+def parse_tasks(document, source: str, now: float) -> list[TaskSpec]:
+    """The tasks of a parsed file: one mapping, ``{"tasks": [...]}`` or a list; ``now`` is what a delay counts from.
+
+    Raises ``InvalidInput`` with every problem; each names ``source``, the task, the key path and what was expected.
+    """
+    reader, tasks, path = _TaskReader(source, now), document, ""
+    if isinstance(document, dict):
+        tasks = [document]
+        if "tasks" in document:
+            tasks, path = document["tasks"], "tasks"
+            others = [str(key)[:60] for key in document if key != "tasks"]
+            if others:
+                reader.problem(path, f"no other key may stand beside it, but {', '.join(others)} does")
+    if not isinstance(tasks, list):
+        reader.wrong(path, "a list of tasks" if path else "a task or a list of tasks", tasks)
+        tasks = []
+    elif not tasks:
+        reader.problem(path, "expected at least one task")
+    specs = [reader.task(task, index) for index, task in enumerate(tasks, 1)]
+    reader.check_links()
+    reader.finish()
+    return [spec for spec in specs if spec]
+
+
+def _yaml_loader(yaml) -> type:
+    """A safe loader with YAML 1.2 scalars that refuses duplicate keys, tags, and aliases that expand too far."""
+    import re
+    error = yaml.constructor.ConstructorError
+
+    class Loader(yaml.SafeLoader):
+        """See ``_yaml_loader``."""
+
+        yaml_implicit_resolvers: dict = {}
+
+        def compose_node(self, parent, index) -> object:
+            """PyYAML's, with ``expanded`` on each node: how many values it makes."""
+            event = self.peek_event()
+            if getattr(event, "tag", None) not in (None, "!"):
+                raise error(None, None, f"a tag such as {event.tag} has no use here", event.start_mark)
+            node = super().compose_node(parent, index)
+            if isinstance(event, yaml.AliasEvent) and not hasattr(node, "expanded"):
+                raise error(None, None, "an alias inside its own anchor", event.start_mark)
+            if not hasattr(node, "expanded"):
+                children = [] if isinstance(node, yaml.ScalarNode) else node.value
+                if isinstance(node, yaml.MappingNode):
+                    self.refuse_duplicates(node)
+                    children = [part for pair in children for part in pair]
+                node.expanded = 1 + sum(child.expanded for child in children)
+            if node.expanded > MAX_YAML_NODES:
+                raise error(None, None, f"more than {MAX_YAML_NODES} values, aliases expanded", event.start_mark)
+            return node
+
+        def refuse_duplicates(self, node) -> None:
+            """Before merging, which makes duplicates of its own."""
+            seen = set()
+            for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+                if (key.tag, key.value) in seen:
+                    raise error(None, None, f"the key {key.value[:60]!r} is given twice", key.start_mark)
+                seen.add((key.tag, key.value))
+
+        def construct_object(self, node, deep=False) -> object:
+            """PyYAML's, with a place for the errors that have none."""
+            try:
+                return super().construct_object(node, deep)
+            except (ValueError, OverflowError) as wrong:  # 2026-02-30
+                raise error(None, None, str(wrong), node.start_mark) from None
+
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items():
+        for tag, pattern in pairs:
+            if tag.rpartition(":")[2] in ("null", "merge", "timestamp"):
+                Loader.yaml_implicit_resolvers.setdefault(first, []).append((tag, pattern))
+    for tag, pattern, first in (
+            ("bool", r"(?:true|True|TRUE|false|False|FALSE)\Z", "tTfF"),
+            ("int", r"(?:[-+]?(?:0|[1-9][0-9]*)|0x[0-9a-fA-F]+)\Z", "-+0123456789"),
+            ("float", r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?\Z|[-+]?\.(?:inf|Inf|INF)\Z"
+                      r"|\.(?:nan|NaN|NAN)\Z", "-+.0123456789")):
+        Loader.add_implicit_resolver("tag:yaml.org,2002:" + tag, re.compile(pattern), list(first))
+    return Loader
+
+
+def _yaml_document(text: str, source: str) -> object:
+    try:
+        import yaml
+    except ImportError:
+        raise InvalidInput(f"{source}: reading YAML needs PyYAML (pip install pyyaml, or the package python3-yaml); "
+                           "a task file in JSON needs nothing") from None
+    try:
+        return yaml.load(text, _yaml_loader(yaml))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise InvalidInput(f"{source}: line {mark.line + 1}, column {mark.column + 1}: "
+                           f"{error.problem or error.context}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise InvalidInput(f"{source}: line {line}: the character U+{error.character:04X} is not YAML") from None
+    except (ValueError, OverflowError) as error:
+        raise InvalidInput(f"{source}: not YAML: {error}") from None
+
+
+def _json_document(text: str, source: str) -> object:
+    import json
+
+    def pairs(items: list) -> dict:
+        found: dict = {}
+        for key, value in items:
+            if key in found:
+                raise InvalidInput(f"{source}: the key {key[:60]!r} is given twice")
+            found[key] = value
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except json.JSONDecodeError as error:
+        raise InvalidInput(f"{source}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+    except ValueError as error:  # an integer of more than 4300 digits
+        raise InvalidInput(f"{source}: not JSON: {error}") from None
+
+
+def parse_task_text(text: str, source: str, now: float) -> list[TaskSpec]:
+    """``parse_tasks`` of a file's text: JSON where it begins with ``{`` or ``[``, else YAML, which needs PyYAML.
+
+    Raises ``InvalidInput``; a syntax error names line and column.
+    """
+    text = text.removeprefix("\ufeff")
+    if len(text) > MAX_TASK_TEXT:
+        raise InvalidInput(f"{source}: longer than {MAX_TASK_TEXT >> 20} MiB")
+    try:
+        read = _json_document if text.lstrip()[:1] in ("{", "[") else _yaml_document
+        return parse_tasks(read(text, source), source, now)
+    except RecursionError:
+        raise InvalidInput(f"{source}: nested too deeply") from None
+
+
+def _duration_text(seconds: float) -> str:
+    """A duration that ``parse_duration`` reads back to the very same number."""
+    text = format_duration(seconds)
+    return text if parse_duration(text) == seconds else f"{seconds:.9f}".rstrip("0").rstrip(".") + "s"
+
+
+def agent_to_json(agent: AgentConfig) -> dict:
+    """The agent's settings under the keys of a task file; the column ``config_json``."""
+    return {name: list(value) if isinstance(value, tuple) else value
+            for name, value in agent.__dict__.items() if value is not None}
+
+
+def agent_from_json(document) -> AgentConfig:
+    """The agent's settings of a ``config_json`` of any version; unknown keys, nulls and nonsense are passed over.
+
+    A string that this version does not know (a permission mode, say) stays: no task gets more rights than it had.
+    """
+    if not isinstance(document, dict):
+        return AgentConfig()
+    document = {**document, "project_dir": document.get("project_dir") or document.get(_OLD_DIR_KEY)}
+    fields = {}
+    for leaf, key in TASK_GROUPS["agent"].items():
+        given, default = document.get(leaf), AgentConfig._defaults[leaf]
+        value = Checker("").value(key, given, leaf)
+        if isinstance(given, str) and isinstance(default, str):
+            value = given
+        elif isinstance(value, tuple):
+            value = tuple(item for item in value if item is not None)
+        fields[leaf] = default if value is None else value
+    return AgentConfig(**fields)
+
+
+def retry_to_json(retry: RetryPolicy) -> dict:
+    """The policy as a task file has it; the column ``retry_json``."""
+    return {"max_attempts": retry.max_attempts,
+            "backoff": [_duration_text(delay_s) for delay_s in retry.delays_s] or retry.backoff}
+
+
+def retry_from_json(document) -> RetryPolicy:
+    """The policy of a ``retry_json`` that any version wrote; what is nonsense in it has its default."""
+    return _TaskReader("", 0.0)._retry(document, "retry")
+
+
+def depends_to_json(depends_on: tuple[Dependency, ...]) -> list:
+    """Plain names or ids where success is asked for, as the Go server wrote them, else ``{"task", "on"}``."""
+    return [item.task if item.on == "success" else {"task": item.task, "on": item.on} for item in depends_on]
+
+
+def depends_from_json(document) -> tuple[Dependency, ...]:
+    """The dependencies of a ``depends_on_json`` that any version wrote; null is none."""
+    return _TaskReader("", 0.0)._dependencies(document or [], "depends_on")
+
+
+def spec_to_json(spec: TaskSpec) -> dict:
+    """The task as a document that ``parse_tasks`` reads back to an equal spec; what has its default is left out."""
+    agent = {name: value for name, value in agent_to_json(spec.agent).items()
+             if getattr(spec.agent, name) != AgentConfig._defaults[name]}
+    document = {name: getattr(spec, name) for name in TaskSpec._fields  # a row of the store has more fields
+                if getattr(spec, name) != TaskSpec._defaults.get(name)}
+    for field, key in (("timeout_s", "timeout"), ("stall_timeout_s", "stall_timeout")):
+        if field in document:
+            document[key] = _duration_text(document.pop(field))
+    forms = {"tags": list, "depends_on": depends_to_json, "retry": retry_to_json, "start_at": format_time}
+    return {**{name: forms.get(name, lambda same: same)(value) for name, value in document.items()}, "agent": agent}
+
+
+def _spread(seconds: float, jitter: float) -> float:
+    return seconds * (0.9 + 0.2 * jitter)
+
+
+def rate_limit_delay_s(tries: int, jitter: float) -> float:
+    """Seconds to wait after ``tries`` refusals: 5, 10, 20 ... 300; ``jitter`` in [0, 1) spreads that by +-10 %."""
+    return _spread(min(BACKOFF_FIRST_S * 2 ** min(max(tries, 1) - 1, 10), BACKOFF_MOST_S), jitter)
+
+
+def retry_delay_s(policy: RetryPolicy, failures: int, jitter: float) -> float:
+    """Seconds to wait before the next try after ``failures`` failed ones; ``jitter`` as for ``rate_limit_delay_s``."""
+    failures = max(failures, 1)
+    if policy.delays_s:
+        return _spread(policy.delays_s[min(failures, len(policy.delays_s)) - 1], jitter)
+    if policy.backoff == "linear":
+        return _spread(min(BACKOFF_LINEAR_S * failures, BACKOFF_MOST_S), jitter)
+    return rate_limit_delay_s(failures, jitter)
+
+
+class Task(TaskSpec):
+    """A stored task.  Times are unix seconds; ``resume`` says what the next run continues (see Operations)."""
+
+    id: str
+    seq: int = 0
+    state: str = "PENDING"
+    reason: str = ""
+    detail: str = ""
+    created_at: float = 0.0
+    updated_at: float = 0.0
+    question: dict | None = None
+    summary: str = ""
+    rejection_comment: str = ""
+    not_before: float | None = None
+    attempts: int = 0
+    free_tries: int = 0
+    round: int = 1
+    resume: dict | None = None
+    execution_id: str | None = None
+
+
+class Execution(Record):
+    """One run of a task by one agent.  ``cost_usd`` and tokens are ``None`` where unknown; ``timeout_s`` is what was enforced."""
+
+    id: str
+    task_id: str
+    status: str = "RUNNING"
+    seq: int = 0
+    start_time: float | None = None
+    end_time: float | None = None
+    exit_code: int | None = None
+    reason: str = ""
+    detail: str = ""
+    cost_usd: float | None = None
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    session_id: str = ""
+    sandbox_dir: str = ""
+    changestats: dict | None = None
+    commits: tuple = ()
+    summary: str = ""
+    agent: str = ""
+    model: str = ""
+    round: int = 1
+    pid: int | None = None
+    pid_start: int | None = None
+    boot_id: str = ""
+    timeout_s: float = 0.0
+    branch: str = ""
+    start_head: str = ""
+    source: str = ""
+    pushed_branch: str = ""
+    stop_reason: str = ""
+    stdout_path: str = ""
+    stderr_path: str = ""
+    artifact_dir: str = ""
+
+
+# ---- 05 State machine (pure) -----------------------------------------------------------------------------------
+# The one table of moves.  The store repeats it as ``UPDATE ... WHERE state IN (...)`` (compare and set), start-up
+# recovery takes the same moves as everything else, and docs/states.md draws its diagram from it.
+
+PENDING, QUEUED, RUNNING, READY, BLOCKED = "PENDING", "QUEUED", "RUNNING", "READY", "BLOCKED"
+COMPLETED, FAILED, TIMED_OUT = "COMPLETED", "FAILED", "TIMED_OUT"
+CANCELLED, BUDGET_EXCEEDED = "CANCELLED", "BUDGET_EXCEEDED"
+
+MOVES: dict[str, tuple[str, ...]] = {
+    PENDING: (QUEUED, CANCELLED),
+    QUEUED: (RUNNING, PENDING, CANCELLED, FAILED),
+    RUNNING: (READY, COMPLETED, FAILED, TIMED_OUT, CANCELLED, BUDGET_EXCEEDED, BLOCKED, QUEUED),
+    READY: (COMPLETED, PENDING),
+    BLOCKED: (QUEUED, READY, CANCELLED, FAILED),
+    COMPLETED: (),
+    FAILED: (QUEUED,),
+    TIMED_OUT: (QUEUED,),
+    CANCELLED: (QUEUED,),
+    BUDGET_EXCEEDED: (QUEUED,),
+}
+MOVE_LABELS: dict[tuple[str, str], str] = {
+    (PENDING, QUEUED): "run", (PENDING, CANCELLED): "cancel", (QUEUED, RUNNING): "claimed",
+    (QUEUED, PENDING): "edit", (QUEUED, CANCELLED): "cancel", (QUEUED, FAILED): "a dependency cannot be met",
+    (RUNNING, READY): "succeeded", (RUNNING, COMPLETED): "succeeded (subtask, run, auto_accept)",
+    (RUNNING, FAILED): "failed", (RUNNING, TIMED_OUT): "timed out", (RUNNING, CANCELLED): "cancel",
+    (RUNNING, BUDGET_EXCEEDED): "budget reached", (RUNNING, BLOCKED): "question, or subtasks are open",
+    (RUNNING, QUEUED): "rate limit, interruption, automatic retry", (READY, COMPLETED): "accept",
+    (READY, PENDING): "reject", (BLOCKED, QUEUED): "answered", (BLOCKED, READY): "subtasks are done",
+    (BLOCKED, CANCELLED): "cancel", (BLOCKED, FAILED): "a subtask failed", (FAILED, QUEUED): "run again",
+    (TIMED_OUT, QUEUED): "run again", (CANCELLED, QUEUED): "run again", (BUDGET_EXCEEDED, QUEUED): "run again",
+}
+STATES = tuple(MOVES)
+FAILURE_STATES = frozenset({FAILED, TIMED_OUT, CANCELLED, BUDGET_EXCEEDED})
+ENDED_STATES = FAILURE_STATES | {COMPLETED}
+SETTLED_STATES = ENDED_STATES | {READY}  # nothing more happens without a person
+ACTIVE_STATES = frozenset({QUEUED, RUNNING})
+
+# What a reason means for the queue.  ``retry``: another try can mend it, so ``retry.max_attempts`` applies;
+# ``free``: the queue tries again without counting an attempt; ``state``: where the task goes when nothing retries it.
+REASONS: dict[str, dict] = {
+    "agent_error": {"retry": True, "state": FAILED, "next": "read the log (ctl logs ID), then run it again"},
+    "api_error": {"retry": True, "state": FAILED, "next": "run it again later; the agent's API failed"},
+    "auth": {"free": True, "state": FAILED, "next": "log the agent in, then: ctl agent unpark KIND"},
+    "rate_limited": {"free": True, "state": FAILED, "next": "run it again later; the API kept refusing"},
+    "quota_exhausted": {"free": True, "state": FAILED, "next": "wait for the reset time, or: ctl agent unpark KIND"},
+    "budget": {"state": BUDGET_EXCEEDED, "next": "raise agent.max_budget_usd (ctl edit ID), then run it again"},
+    "max_turns": {"state": FAILED, "next": "split the task or raise --max-turns in agent.additional_args"},
+    "permission_denied": {"state": FAILED, "next": "allow the tool in agent.allowed_tools or change permission_mode"},
+    "no_result": {"retry": True, "state": FAILED, "next": "read stderr (ctl logs ID --raw), then run it again"},
+    "timed_out": {"retry": True, "state": TIMED_OUT, "next": "raise timeout (ctl edit ID), then run it again"},
+    "stalled": {"retry": True, "state": TIMED_OUT, "next": "raise stall_timeout if silence is normal, then run again"},
+    "cancelled": {"state": CANCELLED, "next": "ctl run ID starts it again"},
+    "spawn_failed": {"state": FAILED, "next": "install the agent or set its path in the configuration"},
+    "lost": {"free": True, "state": FAILED, "next": "it vanished with its supervisor several times; run it again"},
+    "sandbox_failed": {"retry": True, "state": FAILED, "next": "check project_dir and its remote, then run it again"},
+    "build_failed": {"retry": True, "state": FAILED, "next": "the work is kept in the sandbox; see ctl sandbox list"},
+    "verify_failed": {"retry": True, "state": FAILED, "next": "the work is kept in the sandbox; see ctl sandbox list"},
+    "push_failed": {"retry": True, "state": FAILED, "next": "merge by hand in the kept sandbox, or run it again"},
+    "dependency_failed": {"state": FAILED, "next": "run the failed dependency again, then this task"},
+    "bad_task": {"state": FAILED, "next": "correct the task (ctl edit ID), then run it again"},
+}
+
+
+def can_move(old: str, new: str) -> bool:
+    """Whether the table allows the move."""
+    return new in MOVES[old]
+
+
+def sources_of(new: str) -> tuple[str, ...]:
+    """The states from which ``new`` can be reached, in the table's order; the store's ``WHERE state IN``."""
+    return tuple(old for old, targets in MOVES.items() if new in targets)
+
+
+def check_move(old: str, new: str) -> None:
+    """Raises ``WrongState``, saying what is possible instead, where the table does not allow the move."""
+    if not can_move(old, new):
+        possible = ", ".join(MOVES[old]) or "nothing: it is final"
+        raise WrongState(f"a {old} task cannot become {new} (possible: {possible})", state=old)
+
+
+def counts_as_attempt(reason: str) -> bool:
+    """Whether an execution that ended for ``reason`` uses up one of ``retry.max_attempts``."""
+    return not REASONS[reason].get("free", False)
+
+
+def states_diagram() -> str:
+    """The table as a Mermaid state diagram, as docs/states.md shows it."""
+    lines = ["stateDiagram-v2", "    [*] --> PENDING"]
+    lines += [f"    {old} --> {new}: {MOVE_LABELS[old, new]}" for old, targets in MOVES.items() for new in targets]
+    lines.append(f"    {COMPLETED} --> [*]")
+    return "\n".join(lines)
+
+
+# ---- 06 Scheduling decision (pure) -----------------------------------------------------------------------------
+# ``plan(queue, running, limits, now)`` says what starts next and when to look again; the pool carries it out, discards
+# what it claimed and tells ``settle`` what became of it.  Tasks that wait for others are only counted: the end of a
+# task touches the tasks that wait for that one.  Tasks that may run stand in one lane per (kind, project), a heap by
+# rank and age: a full kind or a paused project holds back its own lanes only, and a plan costs lanes plus starts,
+# whatever is stored.  Equal arguments give equal plans; what ``plan`` moves inside the queue never shows outside.
+
+DELETED = "DELETED"  # what ``settle`` is told of a task that exists no more; no state of a task
+MET, OPEN, IMPOSSIBLE = "met", "open", "impossible"
+_NEVER = dict.fromkeys(FAILURE_STATES | {DELETED}, IMPOSSIBLE)
+DEPENDENCY_RULES: dict[str, dict[str, str]] = {  # ``on``: what a state of the other task means; the rest leave it open
+    "success": {COMPLETED: MET, **_NEVER},
+    "ready": {READY: MET, COMPLETED: MET, **_NEVER},
+    "failure": {**dict.fromkeys(FAILURE_STATES, MET), COMPLETED: IMPOSSIBLE, DELETED: IMPOSSIBLE},
+    "any": dict.fromkeys(SETTLED_STATES | {DELETED}, MET),
+}
+DAY_S = 86400
+
+
+def dependency_verdict(on: str, state: str) -> str:
+    """Whether a dependency on a task in ``state`` is ``"met"``, still ``"open"``, or ``"impossible"`` to meet now."""
+    return DEPENDENCY_RULES[on].get(state, OPEN)
+
+
+class QueueEntry:
+    """One QUEUED task as the scheduler sees it.  Only ``Queue`` changes it."""
+
+    __slots__ = ("task_id", "kind", "project", "rank", "seq", "not_before", "retrying", "waits_for", "order", "lane")
+
+    def __init__(self, task_id: str, kind: str, project: str, rank: int, seq: int, not_before: float | None,
+                 retrying: bool, waits_for: dict[str, str], order: int):
+        self.task_id, self.kind, self.project, self.rank, self.seq = task_id, kind, project, rank, seq
+        self.not_before, self.retrying, self.waits_for, self.order = not_before, retrying, waits_for, order
+        self.lane: Lane | None = None  # the lane that it stands in
+
+    @property
+    def unmet(self) -> int:
+        """How many dependencies are not met yet."""
+        return len(self.waits_for)
+
+
+class Lane:
+    """Entries in the order of their keys.  A discarded entry stays in the heap, dead, until it surfaces."""
+
+    __slots__ = ("kind", "project", "heap", "live")
+
+    def __init__(self, kind: str = "", project: str = ""):
+        self.kind, self.project = kind, project
+        self.heap: list[tuple] = []  # (key, key, order, entry); ``order`` is unique, so entries are never compared
+        self.live = 0
+
+    def push(self, first: float, second: int, entry: QueueEntry) -> None:
+        """Add an entry that stands in no other lane."""
+        import heapq
+        heapq.heappush(self.heap, (first, second, entry.order, entry))
+        entry.lane = self
+        self.live += 1
+
+    def head(self) -> tuple | None:
+        """The first living item, or ``None``; it stays."""
+        heap = self.heap
+        while heap and heap[0][3].lane is not self:
+            import heapq
+            heapq.heappop(heap)
+        return heap[0] if heap else None
+
+    def remove(self, entry: QueueEntry) -> None:
+        """Drop an entry: at once where it is the first, else by marking it."""
+        import heapq
+        entry.lane = None
+        self.live -= 1
+        if self.heap[0][3] is entry:
+            heapq.heappop(self.heap)
+        elif len(self.heap) > 2 * self.live + 64:  # a lane that never runs must not keep its dead for ever
+            self.heap = [item for item in self.heap if item[3].lane is self]
+            heapq.heapify(self.heap)
+
+
+class Queue:
+    """The QUEUED tasks and what each waits for.  It has no clock and asks nobody: it is told, and it counts."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, QueueEntry] = {}
+        self._waiters: dict[str, dict[str, QueueEntry]] = {}  # dependency: the entries that wait for it
+        self._lanes: dict[tuple[str, str], Lane] = {}
+        self._timed = Lane()
+        self._added = 0
+        self._latest_due = float("-inf")  # no ``not_before`` in a lane is later
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def entry(self, task_id: str) -> QueueEntry | None:
+        """The task's entry, or ``None`` where it is not queued."""
+        return self._entries.get(task_id)
+
+    def add(self, task_id: str, *, kind: str, project: str, rank: int, seq: int, not_before: float | None = None,
+            waits_for: dict[str, str] | None = None, retrying: bool = False) -> None:
+        """Queue a task, in place of an entry of the same id.
+
+        ``kind`` ``""`` means that it is chosen at the start; ``rank`` 0 is high, 2 low; a smaller ``seq`` is older.
+        ``not_before`` (unix seconds) is its ``start_at``, or with ``retrying`` the end of a retry delay.
+        ``waits_for`` maps the dependencies that are open now to their ``on``; the queue keeps and changes that dict.
+        """
+        if task_id in self._entries:
+            self.discard(task_id)
+        self._added += 1
+        entry = QueueEntry(task_id, kind, project, rank, seq, not_before, retrying, waits_for or {}, self._added)
+        self._entries[task_id] = entry
+        for dependency in entry.waits_for:
+            self._waiters.setdefault(dependency, {})[task_id] = entry
+        if not entry.waits_for:
+            self._line_up(entry)
+
+    def discard(self, task_id: str) -> None:
+        """Forget a task: it was claimed, cancelled, taken back, or can never run.  Unknown ids are ignored."""
+        entry = self._entries.pop(task_id, None)
+        if entry is None:
+            return
+        for dependency in entry.waits_for:
+            waiters = self._waiters[dependency]
+            del waiters[task_id]
+            if not waiters:
+                del self._waiters[dependency]
+        if entry.lane is not None:
+            self._leave(entry)
+
+    def settle(self, dependency: str, state: str) -> tuple[list[str], list[str]]:
+        """Tell that a task reached ``state`` (or ``DELETED``); returns (tasks freed, tasks that can never run now).
+
+        The second ones stay queued until the caller has stored their failure and discards them, so that a crash
+        between the two loses nothing; telling the same state again names them again.
+        """
+        waiters = self._waiters.get(dependency)
+        if not waiters:
+            return [], []
+        freed, failed = [], []
+        for task_id, entry in list(waiters.items()):
+            verdict = dependency_verdict(entry.waits_for[dependency], state)
+            if verdict == IMPOSSIBLE:
+                failed.append(task_id)
+            elif verdict == MET:
+                del waiters[task_id], entry.waits_for[dependency]
+                if not entry.waits_for:
+                    self._line_up(entry)
+                    freed.append(task_id)
+        if not waiters:
+            del self._waiters[dependency]
+        return freed, failed
+
+    def next_time(self) -> float | None:
+        """The earliest ``not_before`` among the tasks that wait for nothing else."""
+        head = self._timed.head()
+        return head[0] if head else None
+
+    def lanes(self, now: float) -> list[Lane]:
+        """The lanes that hold tasks which may run at ``now``."""
+        if now < self._latest_due:  # the clock was set back: what was due is not any more
+            self._lanes, self._timed, self._latest_due = {}, Lane(), now
+            for entry in self._entries.values():
+                if entry.lane is not None:
+                    self._line_up(entry)
+        while (head := self._timed.head()) and head[0] <= now:
+            self._timed.remove(head[3])
+            self._run_lane(head[3])
+            self._latest_due = head[0]
+        return list(self._lanes.values())
+
+    def _line_up(self, entry: QueueEntry) -> None:
+        if entry.not_before is None:
+            self._run_lane(entry)
+        else:
+            self._timed.push(entry.not_before, 0, entry)
+
+    def _run_lane(self, entry: QueueEntry) -> None:
+        key = (entry.kind, entry.project)
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes[key] = Lane(*key)
+        lane.push(entry.rank, entry.seq, entry)
+
+    def _leave(self, entry: QueueEntry) -> None:
+        lane = entry.lane
+        lane.remove(entry)
+        if not lane.live and lane is not self._timed:
+            del self._lanes[lane.kind, lane.project]
+
+
+class Limits(Record):
+    """What bounds the pool just now; nothing of a parked kind starts before its time."""
+
+    max_concurrent: int
+    per_kind: dict = {}  # kind: bound; absent means none
+    paused: bool = False
+    draining: bool = False
+    paused_kinds: frozenset = frozenset()
+    paused_projects: frozenset = frozenset()
+    parked: dict = {}  # kind: until when (unix seconds); infinite means until somebody unparks it
+    available_kinds: tuple = ()  # what may be chosen for a task without a kind, the preferred first
+
+
+class Running(Record):
+    """How many executions are active, and how many of each agent kind."""
+
+    total: int = 0
+    by_kind: dict = {}
+
+
+class Start(Record):
+    """A task to start now, and the agent kind to start it with."""
+
+    task_id: str
+    kind: str
+
+    def __init__(self, task_id: str, kind: str):  # the one record made per task; checks would double a plan's cost
+        self.__dict__.update(task_id=task_id, kind=kind)
+
+
+class Plan(Record):
+    """What to start, in this order, and when to ask again if nothing else happens (``None``: not at all)."""
+
+    starts: tuple = ()
+    wake_at: float | None = None
+
+
+def _has_room(kind: str, active: dict, limits: Limits) -> bool:
+    bound = limits.per_kind.get(kind)
+    return kind not in limits.paused_kinds and (bound is None or active.get(kind, 0) < bound)
+
+
+def _idlest(kinds: tuple, active: dict, limits: Limits, now: float) -> str | None:
+    """The kind with the fewest active tasks among those that may start one more, the first of equals."""
+    best, fewest = None, float("inf")
+    for kind in kinds:
+        count = active.get(kind, 0)
+        if count < fewest and limits.parked.get(kind, now) <= now and _has_room(kind, active, limits):
+            best, fewest = kind, count
+    return best
+
+
+def plan(queue: Queue, running: Running, limits: Limits, now: float) -> Plan:
+    """What may start now: by rank, then age, over every lane that is not held back.
+
+    A full, parked or paused kind and a paused project hold back their own tasks only.  ``wake_at`` is never later than
+    the first moment at which time alone lets something start; it is ``None`` while no slot is free, because then the
+    end of an execution comes first.  The caller discards what it claimed; until then the answer stays the same.
+    """
+    import heapq
+    room = limits.max_concurrent - running.total
+    if limits.paused or limits.draining or room <= 0:
+        return Plan()
+    heads = [(lane.head(), lane) for lane in queue.lanes(now) if lane.project not in limits.paused_projects]
+    heapq.heapify(heads)
+    active, starts, taken, wakes = dict(running.by_kind), [], [], []
+    while heads and len(starts) < room:
+        lane = heads[0][1]
+        kinds = (lane.kind,) if lane.kind else limits.available_kinds
+        kind = _idlest(kinds, active, limits, now)
+        if kind is None:  # nor later in this plan: active tasks only become more
+            wakes += [limits.parked[kind] for kind in kinds if _has_room(kind, active, limits)]
+            heapq.heappop(heads)
+            continue
+        active[kind] = active.get(kind, 0) + 1
+        item = heapq.heappop(lane.heap)
+        starts.append(Start(item[3].task_id, kind))
+        taken.append((lane, item))
+        following = lane.head()
+        heapq.heapreplace(heads, (following, lane)) if following else heapq.heappop(heads)
+    for lane, item in taken:
+        heapq.heappush(lane.heap, item)
+    if len(starts) == room:
+        return Plan(tuple(starts))
+    times = [at for at in (*wakes, queue.next_time()) if at is not None and at < float("inf")]
+    return Plan(tuple(starts), min(times, default=None))
+
+
+def explain(queue: Queue, task_id: str, running: Running, limits: Limits, now: float, names: dict | Callable,
+            utc_offset_s: float = 0) -> str:
+    """Why a queued task waits, as a short phrase for the status table; ``next`` where nothing holds it back.
+
+    ``names`` gives a task's name by its id (a dict or a function); clock times are shown at ``utc_offset_s`` from UTC.
+    Raises ``NotFound`` where the task is not queued.
+    """
+    entry = queue.entry(task_id)
+    if entry is None:
+        raise NotFound(f"task {task_id} is not queued")
+    if entry.waits_for:
+        name_of = names if callable(names) else lambda known: names.get(known, known)
+        shown = [name_of(dependency) for dependency in list(entry.waits_for)[:3]]
+        more = ["..."] if entry.unmet > 3 else []
+        return f"waits for {entry.unmet} task{'s'[:entry.unmet > 1]}: {', '.join(shown + more)}"
+    if entry.not_before is not None and entry.not_before > now:
+        wait = format_duration(max(1, round(entry.not_before - now)))
+        start = _clock(entry.not_before, now, utc_offset_s)
+        return f"retry in {wait}" if entry.retrying else f"starts at {start} (in {wait})"
+    if limits.paused or limits.draining:
+        return "paused" if limits.paused else "draining"
+    if entry.project in limits.paused_projects:
+        return f"project {entry.project} is paused"
+    kinds = (entry.kind,) if entry.kind else limits.available_kinds
+    held = [_held_back(kind, running, limits, now, utc_offset_s) for kind in kinds]
+    if all(held):
+        return "; ".join(held) or "no agent is available"
+    if running.total >= limits.max_concurrent:
+        return f"all {limits.max_concurrent} slots are busy"
+    return "next"
+
+
+def _held_back(kind: str, running: Running, limits: Limits, now: float, utc_offset_s: float) -> str:
+    until, bound, active = limits.parked.get(kind, now), limits.per_kind.get(kind), running.by_kind.get(kind, 0)
+    if kind in limits.paused_kinds:
+        return f"{kind} is paused"
+    if until > now:
+        return f"{kind} is parked" + (f" until {_clock(until, now, utc_offset_s)}" if until < float("inf") else "")
+    return "" if bound is None or active < bound else f"{kind}: {active} of {bound} slots busy"
+
+
+def _clock(at: float, now: float, utc_offset_s: float) -> str:
+    text = format_time(at + utc_offset_s)
+    return text[11:16] if at - now < DAY_S else f"{text[:10]} {text[11:16]}"
+
+
+# ---- 07 Line framing (pure) ------------------------------------------------------------------------------------
+# Agents print lines of any length: 5 MB have been seen, and a log may hold one of 100 MB.  A line beyond
+# ``LONG_LINE`` is not buffered but elided: the bytes of every long JSON string in it are dropped while they pass, so
+# that a result line stays parseable JSON and memory stays bounded.  Nothing is lost: the log file keeps every byte.
+
+LONG_LINE = 1 << 20  # bytes; a longer line is elided.  Most lines of real agents are under 100 KB
+KEPT_STRING = 1 << 16  # bytes kept of each JSON string in an elided line; a summary needs no more
+MAX_ELIDED = 4 << 20  # bytes; an elided line that is still longer is cut (it is no sane JSON)
+
+
+class StringElider:
+    """Copies JSON bytes and drops what each string holds beyond ``keep`` bytes; escapes and characters stay whole."""
+
+    def __init__(self, keep: int = KEPT_STRING):
+        import re
+        # possessive: backtracking would take 20 MB for 256 KiB of escapes
+        self._units = re.compile(rb'[^"\\]*+(?:\\(?:u.{4}|[^u])[^"\\]*+)*+', re.S).match
+        self._keep, self._in_string, self._kept, self._carry = keep, False, 0, b""
+
+    def feed(self, data: bytes) -> bytes:
+        """The part of ``data`` that is kept.  An unfinished escape or character at the end waits for the next call."""
+        data, self._carry, out, at = self._carry + data, b"", [], 0
+        while at < len(data):
+            if not self._in_string:
+                quote = data.find(b'"', at) + 1
+                out.append(data[at:quote or len(data)])
+                self._in_string, self._kept, at = bool(quote), 0, quote or len(data)
+                continue
+            end = self._units(data, at).end()
+            if data[end:end + 1] == b'"':
+                out.append(self._keep_from(data, at, end))
+                out.append(b'"')
+                self._in_string, at = False, end + 1
+                continue
+            if end == len(data):
+                end -= unfinished_utf8(data[max(at, end - 3):])
+            out.append(self._keep_from(data, at, end))
+            self._carry = data[end:]
+            break
+        return b"".join(out)
+
+    def _keep_from(self, data: bytes, start: int, end: int) -> bytes:
+        room = self._keep - self._kept
+        if end - start <= room:
+            self._kept += end - start
+            return data[start:end]
+        self._kept = self._keep  # what follows is dropped, even if it would fit
+        end = self._units(data, start, start + room).end()
+        return data[start:end - unfinished_utf8(data[max(start, end - 3):end])]
+
+
+def unfinished_utf8(tail: bytes) -> int:
+    """How many bytes at the end of ``tail`` begin a UTF-8 character that lacks bytes: 0 to 3 (RFC 3629 section 3)."""
+    for back in range(1, min(3, len(tail)) + 1):
+        lead = tail[-back]
+        if lead >= 0xC0:
+            return back if back < (2 if lead < 0xE0 else 3 if lead < 0xF0 else 4) else 0
+        if lead < 0x80:
+            return 0
+    return 0
+
+
+class LineSplitter:
+    """Cuts a byte stream into lines at LF; a CR before it stays.  Memory is bounded whatever comes.
+
+    ``feed`` returns the whole lines that end in the new bytes, without their LF.  ``long_lines`` counts the elided
+    ones, ``pending`` says how many bytes of an unfinished line came so far.
+    """
+
+    def __init__(self, limit: int = LONG_LINE, keep: int = KEPT_STRING):
+        self._limit, self._keep_bytes = limit, keep
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._elider: StringElider | None = None
+        self.pending = 0
+        self.long_lines = 0
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The lines that are whole now."""
+        pieces = data.split(b"\n")
+        lines = []
+        for piece in pieces[:-1]:
+            if self.pending or len(piece) > self._limit:
+                self._add(piece)
+                lines.append(self._take())
+            else:
+                lines.append(piece)
+        if pieces[-1]:
+            self._add(pieces[-1])
+        return lines
+
+    def finish(self) -> bytes | None:
+        """The last line if the stream ended without an LF, else ``None``."""
+        return self._take() if self.pending else None
+
+    def _add(self, piece: bytes) -> None:
+        self.pending += len(piece)
+        if self._elider is None and self._size + len(piece) > self._limit:
+            self._elider = StringElider(self._keep_bytes)
+            self.long_lines += 1
+            held = [self._elider.feed(part) for part in self._parts]
+            self._parts, self._size = held, sum(map(len, held))
+        if self._elider is not None:
+            step = 1 << 18
+            for start in range(0, len(piece), step):
+                kept = self._elider.feed(piece[start:start + step])[:max(0, MAX_ELIDED - self._size)]
+                if kept:  # a long dropped string leaves no empty pieces behind
+                    self._parts.append(kept)
+                    self._size += len(kept)
+            return
+        self._parts.append(piece)
+        self._size += len(piece)
+
+    def _take(self) -> bytes:
+        line = b"".join(self._parts)
+        self._parts, self._size, self._elider, self.pending = [], 0, None, 0
+        return line
+
+
+# ---- 08 Agent events (pure) ------------------------------------------------------------------------------------
+# What an agent's output says, as facts.  A parser is fed whole lines as the log grows, returns what is notable at once
+# (for the event log), and at the end, or at any time, its ``facts()``.  It judges nothing: that is section 09.
+#
+# Claude's stream-json was measured on 2.1.197 and 2.1.329.  Nearly all bytes of a log are tool results and tool calls
+# that say nothing about the outcome, so a line's bytes are looked at first and only a line that can matter is parsed.
+# The byte searches are safe in one direction: inside a JSON string every quote is escaped, so ``"type":"result"`` is
+# never an agent's words, but it may be a nested object's key; the parsed line's own ``type`` decides.
+
+TEXT_LIMIT = 1 << 14  # characters kept of a text that an agent wrote; a summary is cut further
+MESSAGE_LIMIT = 2000  # characters kept of one error message
+SUMMARY_HEADING = "## Summary"
+PRETTY_JSON_LINE = 1 << 16  # bytes; a shorter line without a compact "type" key is parsed: its JSON may have spaces
+
+
+# C0 but newline and tab, DEL, C1, and the marks that reorder or hide text (Unicode TR 36, "Trojan Source")
+_UNSAFE = dict.fromkeys((*range(9), *range(11, 32), *range(0x7F, 0xA0), 0x200E, 0x200F, *range(0x202A, 0x202F),
+                         *range(0x2066, 0x206A), 0xFEFF))
+_ESCAPES = r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?|\x1b[PX\]^_][^\x07\x1b\n]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]?"  # ECMA-48
+
+
+class AgentFacts(Record):
+    """What a run's output says.  ``None`` means unknown; costs and tokens are those of this run alone.
+
+    ``denials``: ({"tool", "input"}, ...).  ``rate_limit``: {"status", "type", "resets_at"} of the last limit reported.
+    ``retry``: {"attempt", "status", "error"} of the API retry that the agent was in when the output ended.
+    ``session_id`` is set only where the session exists and can be resumed; ``stream_tail``: lines that were no JSON.
+    """
+
+    lines: int = 0
+    garbage_lines: int = 0
+    session_id: str = ""
+    model: str = ""
+    version: str = ""
+    result_seen: bool = False
+    is_error: bool = False
+    subtype: str = ""
+    terminal_reason: str = ""
+    stop_reason: str = ""
+    api_status: int | None = None
+    api_error: str = ""
+    last_error_kind: str = ""
+    error_texts: tuple = ()
+    result_text: str = ""
+    final_text: str = ""
+    summary_text: str = ""
+    cost_usd: float | None = None
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    num_turns: int = 0
+    denials: tuple = ()
+    rate_limit: dict | None = None
+    retry: dict | None = None
+    stream_tail: tuple = ()
+
+
+def clean_text(value, limit: int = TEXT_LIMIT) -> str:
+    """A string value without lone surrogates (they cannot be stored), cut to ``limit`` characters; else ``""``."""
+    return value[:limit].encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else ""
+
+
+def safe_text(text: str) -> str:
+    """``text`` without anything that a terminal would act on but newline and tab: no escape sequence survives."""
+    if "\x1b" in text or "\x9b" in text:  # the whole sequence, so that no "[31m" stays behind
+        import re
+        text = re.sub(_ESCAPES, "", text)
+    text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_UNSAFE)
+    return clean_text(text, len(text))
+
+
+def _number(value) -> float | int | None:
+    """A finite number that is not negative, else ``None``; true and false are no numbers."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and 0 <= value < 1e15 else None
+
+
+def _count(value) -> int | None:
+    number = _number(value)
+    return None if number is None else int(number)
+
+
+def _object(value) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def _load(line: bytes) -> dict | None:
+    """The JSON object of a line, else ``None``; an elided line may have been cut inside a character."""
+    try:
+        record = parse_json(line.decode("utf-8", "replace"))
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _sum(values) -> float | int | None:
+    """The sum, unknown where a part is unknown."""
+    values = list(values)
+    return None if None in values else sum(values)
+
+
+class SummaryFinder:
+    """Finds the text after the last ``## Summary`` line; a heading inside a code fence does not count."""
+
+    def __init__(self):
+        self._fence = ""
+        self._found: list[str] | None = None
+        self._size = 0
+
+    def add_text(self, text: str) -> bool:
+        """Look through one whole text; whether it has the heading.  The last text that has it counts."""
+        self._fence, before = "", self._found
+        self._found = None
+        for line in text.split("\n"):
+            self.add_line(line)
+        has_heading = self._found is not None
+        self._found = self._found if has_heading else before
+        return has_heading
+
+    def add_line(self, line: str) -> None:
+        """Take the next line of a text that comes line by line."""
+        stripped = line.strip()
+        if stripped.startswith(("```", "~~~")) and "`" not in stripped.lstrip("`"):
+            self._fence = "" if stripped[:3] == self._fence else self._fence or stripped[:3]
+        if not self._fence and line.startswith(SUMMARY_HEADING) and not stripped[len(SUMMARY_HEADING):].strip(" :#"):
+            self._found, self._size = [], 0
+        elif self._found is not None and self._size < TEXT_LIMIT:
+            self._found.append(line[:TEXT_LIMIT])
+            self._size += len(line) + 1
+
+    def text(self) -> str:
+        """What was found so far, or an empty string."""
+        return "\n".join(self._found or ())[:TEXT_LIMIT].strip()
+
+
+def model_usage(models) -> tuple[float | None, int | None, int | None]:
+    """(USD, input tokens with cache reads and writes, output tokens) of claude's ``modelUsage`` object."""
+    entries = [_object(entry) for entry in _object(models).values()]
+    inputs = ("inputTokens", "cacheReadInputTokens", "cacheCreationInputTokens")
+    return (_sum(_number(entry.get("costUSD")) for entry in entries),
+            _sum(_count(entry.get(name, 0)) for entry in entries for name in inputs),
+            _sum(_count(entry.get("outputTokens")) for entry in entries))
+
+
+def result_usage(result: dict) -> tuple[float | None, int | None, int | None]:
+    """The same of a whole result line without the increment since the last one (claude before 2.1.329, our own)."""
+    cost, usage = _number(result.get("total_cost_usd")), _object(result.get("usage"))
+    if isinstance(result.get("modelUsage"), dict):
+        return cost, *model_usage(result["modelUsage"])[1:]
+    inputs = ("cache_read_input_tokens", "cache_creation_input_tokens")
+    return (cost, _sum([_count(usage.get("input_tokens")), *(_count(usage.get(name, 0)) for name in inputs)]),
+            _count(usage.get("output_tokens")))
+
+
+def read_rate_limit(info) -> dict | None:
+    """``rate_limit_info`` of a claude line as {"status", "type", "resets_at" (unix seconds or ``None``)}."""
+    info = _object(info)
+    resets_at = _number(info.get("resetsAt")) or None
+    if not isinstance(info.get("status"), str):
+        return None
+    return {"status": clean_text(info["status"], 40), "type": clean_text(info.get("rateLimitType"), 40),
+            "resets_at": resets_at / 1000 if resets_at and resets_at > 1e11 else resets_at}
+
+
+def assistant_text(record: dict) -> str:
+    """The text blocks of an assistant line, joined."""
+    content = _object(record.get("message")).get("content")
+    if isinstance(content, str):
+        return content
+    blocks = [_object(block) for block in content] if isinstance(content, list) else []
+    texts = [block.get("text") for block in blocks if block.get("type") == "text"]
+    return "\n".join(text for text in texts if isinstance(text, str))
+
+
+class ClaudeStream:
+    """Parser of ``--output-format stream-json``.  Any bytes are taken; what is no JSON object is counted."""
+
+    _PASSED_BY = (b'{"type":"user"', b'{"type":"stream_event"')
+    _ASSISTANT = b'{"type":"assistant"'
+    _HEADING = SUMMARY_HEADING.encode()
+    _CAN_MATTER = (b'"type":"result"', b'"type":"rate_limit_event"', b'"subtype":"init"', b'"subtype":"api_retry"',
+                   b'"subtype":"permission_denied"', b'"subtype":"model_fallback"', b'"type":"assistant"')
+
+    def __init__(self):
+        self._facts: dict = {}
+        self._lines = self._garbage = self._turns = 0
+        self._tail: list[str] = []
+        self._text_line = b""
+        self._summary = SummaryFinder()
+        self._denials: dict = {}
+        self._since: list[tuple] = []  # per result line: usage since the one before (2.1.329)
+        self._whole: tuple = (None, None, None)  # the last result line's usage of the whole process (2.1.197)
+        self._retry: dict | None = None
+
+    def feed_line(self, line: bytes) -> list[dict]:
+        """Take one line without its LF; returns what is notable in it, as dicts with a ``kind``.
+
+        Kinds: session, rate_limit, api_retry, api_error, permission_denied, model_fallback.
+        """
+        self._lines += 1
+        if line.startswith(self._PASSED_BY):
+            return []
+        if line.startswith(self._ASSISTANT):
+            return self._feed_assistant(line) if b'"type":"text"' in line else self._feed_tool_call()
+        for needle in self._CAN_MATTER:
+            if needle in line:
+                break
+        else:
+            if b'"type":"' in line or len(line) > PRETTY_JSON_LINE or not line.strip():
+                return []
+        record = self._parse(line)
+        take = {"assistant": self._take_assistant, "result": self._take_result, "system": self._take_system,
+                "rate_limit_event": self._take_rate_limit}.get(str(record.get("type")))
+        return take(record, line) if take else []
+
+    def facts(self) -> AgentFacts:
+        """The facts so far.  May be asked at any time, also again."""
+        final = assistant_text(_load(self._text_line) or {}) if self._text_line else ""
+        usage = [_sum(column) for column in zip(*self._since)] if self._since else self._whole
+        return AgentFacts(lines=self._lines, garbage_lines=self._garbage, final_text=clean_text(final),
+                          summary_text=clean_text(self._summary.text()), num_turns=self._turns,
+                          cost_usd=usage[0], tokens_in=usage[1], tokens_out=usage[2], retry=self._retry,
+                          denials=tuple(self._denials.values()), stream_tail=tuple(self._tail), **self._facts)
+
+    def _parse(self, line: bytes) -> dict:
+        record = _load(line)
+        if record is not None:
+            return record
+        self._garbage += 1
+        self._tail = [*self._tail, clean_text(line[:300].decode("utf-8", "replace"))][-5:]
+        return {}
+
+    def _feed_tool_call(self) -> list[dict]:
+        self._retry = None  # the API has answered
+        return []
+
+    def _feed_assistant(self, line: bytes) -> list[dict]:
+        if b'"error":"' in line or self._HEADING in line:
+            return self._take_assistant(self._parse(line), line)
+        if b'"parent_tool_use_id":"' not in line:  # else it is a subagent's text
+            self._text_line = line
+        self._retry = None
+        return []
+
+    def _take_assistant(self, record: dict, line: bytes) -> list[dict]:
+        if not record or isinstance(record.get("parent_tool_use_id"), str):
+            return []
+        if not isinstance(record.get("error"), str):
+            text = assistant_text(record)
+            if text:
+                self._summary.add_text(text)
+                self._text_line = line
+            self._retry = None
+            return []
+        # A synthetic line that reports an API error; 2.1.197 has only ``error``
+        status = _count(record.get("api_error_status"))
+        limit = read_rate_limit(_object(record.get("api_error_params")).get("rate_limit_info"))
+        self._facts["last_error_kind"] = clean_text(record["error"], 60)
+        self._facts["rate_limit"] = limit or self._facts.get("rate_limit")
+        if status is None and self._retry:
+            status = self._retry["status"]
+        self._facts["api_status"] = status
+        return [{"kind": "api_error", "error": self._facts["last_error_kind"], "status": status,
+                 "text": clean_text(assistant_text(record), MESSAGE_LIMIT)}]
+
+    def _take_result(self, record: dict, line: bytes) -> list[dict]:
+        is_error = record.get("is_error") is not False
+        errors = record.get("errors")
+        errors = errors if isinstance(errors, list) else [record.get("result")] if is_error else []
+        status = _count(record.get("api_error_status"))
+        self._facts.update(
+            result_seen=True, is_error=is_error, subtype=clean_text(record.get("subtype"), 60),
+            terminal_reason=clean_text(record.get("terminal_reason"), 60),
+            result_text=clean_text(record.get("result")), stop_reason=clean_text(record.get("stop_reason"), 60),
+            api_error=clean_text(record.get("api_error"), 60),
+            api_status=self._facts.get("api_status") if status is None and is_error else status,
+            error_texts=tuple(clean_text(error, MESSAGE_LIMIT) for error in errors[:5] if isinstance(error, str)))
+        if not is_error and isinstance(record.get("session_id"), str):
+            self._facts["session_id"] = clean_text(record["session_id"], 100)
+        self._turns += _count(record.get("num_turns")) or 0
+        if isinstance(record.get("model_usage_since_last_result"), dict):
+            self._since.append(model_usage(record["model_usage_since_last_result"]))
+        self._whole = result_usage(record)
+        denials = record.get("permission_denials")
+        for denial in map(_object, denials if isinstance(denials, list) else ()):
+            key = str(denial.get("tool_use_id") or len(self._denials))
+            self._denials[key] = {"tool": clean_text(denial.get("tool_name"), 200),
+                                  "input": {clean_text(name, 60): clean_text(value, 500) for name, value
+                                            in _object(denial.get("tool_input")).items() if isinstance(value, str)}}
+        self._retry = None
+        return []
+
+    def _take_system(self, record: dict, line: bytes) -> list[dict]:
+        subtype = record.get("subtype")
+        if subtype == "init":
+            session = {"session_id": clean_text(record.get("session_id"), 100),
+                       "model": clean_text(record.get("model"), 100),
+                       "version": clean_text(record.get("claude_code_version"), 40)}
+            is_new = session["session_id"] != self._facts.get("session_id")
+            self._facts.update(session, last_error_kind="", api_status=None)  # a new turn has its own errors
+            return [{"kind": "session", **session}] if is_new else []
+        if subtype == "api_retry":
+            self._retry = {"attempt": _count(record.get("attempt")), "status": _count(record.get("error_status")),
+                           "error": clean_text(record.get("error"), 60)}
+            delay_ms = _number(record.get("retry_delay_ms"))
+            return [{"kind": "api_retry", **self._retry, "delay_s": delay_ms and round(delay_ms / 1000, 3)}]
+        if subtype == "permission_denied":
+            return [{"kind": "permission_denied", "tool": clean_text(record.get("tool_name"), 200),
+                     "text": clean_text(record.get("message"), MESSAGE_LIMIT)}]
+        if subtype == "model_fallback":
+            return [{"kind": "model_fallback", "text": clean_text(record.get("content"), MESSAGE_LIMIT)}]
+        return []
+
+    def _take_rate_limit(self, record: dict, line: bytes) -> list[dict]:
+        limit = read_rate_limit(record.get("rate_limit_info"))
+        self._facts["rate_limit"] = limit or self._facts.get("rate_limit")
+        # ``allowed`` is printed on every ordinary run of a subscription and is no news
+        return [{"kind": "rate_limit", **limit}] if limit and limit["status"] != "allowed" else []
+
+
+class TextStream:
+    """Plain text: the last lines are the answer.  A script's cost is known to be 0; pass ``None`` where it is not."""
+
+    KEPT_LINES = 64
+    KEPT_CHARS = 4096
+
+    def __init__(self, cost_usd: float | None = 0.0):
+        self._cost_usd = cost_usd
+        self._lines = 0
+        self._last: list[bytes] = []
+        self._summary = SummaryFinder()
+
+    def feed_line(self, line: bytes) -> list[dict]:
+        """Take one line without its LF; nothing in plain text is notable."""
+        self._lines += 1
+        if line.strip():
+            self._last.append(line[-self.KEPT_CHARS * 4:])
+            if len(self._last) > 2 * self.KEPT_LINES:
+                del self._last[:-self.KEPT_LINES]
+        self._summary.add_line(line[:TEXT_LIMIT * 4].decode("utf-8", "replace").rstrip("\r"))
+        return []
+
+    def facts(self) -> AgentFacts:
+        """The facts so far."""
+        final = "\n".join(line.decode("utf-8", "replace").rstrip() for line in self._last[-self.KEPT_LINES:])
+        tokens = None if self._cost_usd is None else 0
+        return AgentFacts(lines=self._lines, final_text=final[-self.KEPT_CHARS:].lstrip(), cost_usd=self._cost_usd,
+                          summary_text=self._summary.text(), tokens_in=tokens, tokens_out=tokens)
+
+
+STREAMS = {"claude": ClaudeStream, "text": TextStream}
+
+
+# ---- 09 Outcome (pure) -----------------------------------------------------------------------------------------
+# What an ended run means.  One function judges the facts of every run, whether it ended under this daemon or another,
+# so the verdict can be repeated from exit status and log at any time.  It decides by exit status and by the structured
+# fields of the agent's output, never by words: an agent may well print "429 rate limit" while it mends a client.
+
+QUESTION_LIMIT = 1 << 16  # characters read of a question file
+SUMMARY_LIMIT = 1 << 12  # bytes of a summary, as stored
+DETAIL_LIMIT = 600  # characters of a detail text
+FEEDBACK_OUTPUT_LIMIT = 1 << 14  # bytes of a failed check's output that go back to the agent
+SIGNALS = {1: "SIGHUP", 2: "SIGINT", 3: "SIGQUIT", 6: "SIGABRT", 9: "SIGKILL", 11: "SIGSEGV", 13: "SIGPIPE",
+           15: "SIGTERM"}
+
+
+class Question(Record):
+    """What a question file says.  ``kind``: ``none``, ``question``, or ``report`` (a summary in the wrong file)."""
+
+    kind: str = "none"
+    text: str = ""
+    options: tuple = ()
+
+
+class RunFacts(Record):
+    """An ended run.
+
+    ``exit_code`` is the shell's (128 + n for signal n), ``None`` where none was recorded.  ``stop_reason`` says why
+    the daemon or the supervisor stopped it: ``cancelled``, ``timed_out``, ``stalled`` or ``""``; ``limit_s`` which
+    limit it reached.  ``spawn_error``: why the agent could not be started.  ``resumed``: it continued an old session.
+    """
+
+    agent: AgentFacts
+    exit_code: int | None
+    format: str = "claude"
+    kind: str = "claude"
+    stop_reason: str = ""
+    limit_s: float | None = None
+    spawn_error: str = ""
+    stderr_tail: str = ""
+    resumed: bool = False
+    disallowed_tools: tuple = ()
+    question: Question = Question()
+    summary_file: str = ""
+
+
+class Verdict(Record):
+    """What the record says: ``state`` is the execution's, ``detail`` a sentence for a person.
+
+    ``resume``: the agent's session can be continued.  ``retry_at``: when an exhausted quota is full again, if known.
+    """
+
+    ok: bool
+    state: str
+    reason: str = ""
+    detail: str = ""
+    resume: bool = False
+    retry_at: float | None = None
+    summary: str = ""
+    question: Question | None = None
+
+    def question_json(self) -> dict | None:
+        """The question as the task's JSON shows it, ``{"text", "options"}``, or ``None``."""
+        return {"text": self.question.text, "options": list(self.question.options)} if self.question else None
+
+
+def _option(value) -> str:
+    if isinstance(value, dict):
+        parts = [clean_text(value.get(name), 500) for name in ("label", "description")]
+        return " - ".join(part for part in parts if part) or clean_text(value.get("text"), 500)
+    return clean_text(value if isinstance(value, str) else "" if value is None else str(value), 500)
+
+
+def parse_question(text: str) -> Question:
+    """What an agent wrote into its question file (SPEC section 8).  Never raises: text that is no JSON is a question.
+
+    JSON with neither options nor a question mark is a completion report; anything else that is not empty blocks.
+    """
+    text = clean_text(text, QUESTION_LIMIT).strip()
+    try:
+        value = parse_json(text) if text else None
+    except ValueError:
+        return Question("question", text)
+    if isinstance(value, str):
+        value = {"text": value}
+    if not isinstance(value, dict):
+        return Question("question", text) if value else Question()
+    words = clean_text(value.get("text") or value.get("question"), QUESTION_LIMIT).strip()
+    listed = value.get("options")
+    options = tuple(filter(None, map(_option, listed[:50] if isinstance(listed, list) else ())))
+    if not words and not options:
+        return Question("question", text) if value.keys() - {"text", "question", "options"} else Question()
+    if options or "?" in words or "\uff1f" in words:  # the second is the full-width question mark
+        return Question("question", words or "Which one?", options)
+    return Question("report", words)
+
+
+def parse_changestats(text: str) -> dict | None:
+    """The last ``3 files changed, 2 insertions(+), 4 deletions(-)`` of a text, or ``None``; git leaves out zeros.
+
+    The text may be a raw log: JSON strings hold the line unchanged.
+    """
+    import re
+    pattern = r"(\d{1,9}) files? changed(?:, (\d{1,9}) insertions?\(\+\))?(?:, (\d{1,9}) deletions?\(-\))?"
+    found = None
+    for found in re.finditer(pattern, text, re.ASCII):
+        pass
+    names = ("files_changed", "insertions", "deletions")
+    return found and {name: int(count or 0) for name, count in zip(names, found.groups())}
+
+
+def cut_text(text: str, max_bytes: int) -> str:
+    """The beginning of ``text`` in at most ``max_bytes`` of UTF-8, never half a character."""
+    raw = text.encode("utf-8", "replace")
+    return raw[:max_bytes].decode("utf-8", "ignore") if len(raw) > max_bytes else raw.decode("utf-8")
+
+
+def choose_summary(summary_file: str, question: Question, agent: AgentFacts) -> str:
+    """The summary: the file, else a completion report, else the text after the last ``## Summary``, else nothing."""
+    report = question.text if question.kind == "report" else ""
+    chosen = next((text for text in map(str.strip, (summary_file, report, agent.summary_text)) if text), "")
+    return cut_text(chosen, SUMMARY_LIMIT).rstrip()
+
+
+def useful_line(stderr: str) -> str:
+    """What a person wants to read of a stderr: from the last line that begins with ``error``, else the last line."""
+    lines = []
+    for line in map(str.strip, safe_text(stderr).splitlines()):
+        # stderr is no sign of failure: claude warns there on success too
+        if line and not line.startswith(("[claude-code:", "Warning:", "(node:")):
+            lines.append(line)
+    errors = [number for number, line in enumerate(lines) if line.lower().startswith("error")]
+    return clean_text(" ".join(lines[errors[-1]:] if errors else lines[-1:]), DETAIL_LIMIT // 2)
+
+
+def describe_exit(exit_code: int) -> str:
+    """``exited with code 3``, or the signal behind the shell's 128 + n."""
+    name = SIGNALS.get(exit_code - 128)
+    if name is None:
+        return f"exited with code {exit_code}"
+    hint = " (the kernel does that when memory runs out)" if name == "SIGKILL" else ""
+    return f"was killed by signal {exit_code - 128}, {name}, from outside{hint}"
+
+
+def _is_disallowed(denial: dict, entries: tuple) -> bool:
+    """Whether the task itself disallows the denied call: entries are ``Bash``, ``Bash(touch:*)``, ``mcp__server``."""
+    tool, command = denial["tool"], str(denial["input"].get("command", ""))
+    for entry in map(str.strip, entries):
+        name, _, rule = entry.partition("(")
+        if tool != name and not (name.startswith("mcp__") and tool.startswith(name + "__")):
+            continue
+        prefix = rule.rstrip(")").removesuffix("*").removesuffix(":").strip()
+        for separator in ("&&", "||", ";", "|"):
+            command = command.replace(separator, "\n")
+        if not prefix or tool != "Bash" or any(part.strip().startswith(prefix) for part in command.split("\n")):
+            return True
+    return False
+
+
+def _describe_denials(kind: str, denials: list[dict]) -> str:
+    calls = []
+    for denial in denials[:3]:
+        given = denial["input"]
+        words = next((given[name] for name in ("command", "file_path", "url") if given.get(name)), "")
+        calls.append(f"{denial['tool']} ({clean_text(words, 80)})" if words else denial["tool"])
+    more = f" and {len(denials) - 3} more" if len(denials) > 3 else ""
+    tools = ", ".join(dict.fromkeys(denial["tool"] for denial in denials))
+    return (f"{kind} was denied {', '.join(calls)}{more}; allow it with agent.allowed_tools: [{tools}] or another"
+            " agent.permission_mode, or forbid it in agent.disallowed_tools if the task can do without")
+
+
+# ``error`` of the synthetic line that reports an API error
+ERROR_KIND_REASONS = {
+    "authentication_failed": "auth", "billing_error": "auth", "rate_limit": "rate_limited",
+    "overloaded": "rate_limited", "model_not_found": "bad_task", "invalid_request": "bad_task",
+    "max_output_tokens": "agent_error",
+}
+API_ERROR_WORDS = {
+    "auth": "the API refuses the credentials", "rate_limited": "the API limits the rate",
+    "quota_exhausted": "the usage limit is reached", "bad_task": "the API refuses the request",
+    "api_error": "the API failed", "agent_error": "the agent gave up",
+}
+
+
+def _reason_of_api_error(agent: AgentFacts) -> str:
+    """The reason of a result line with ``is_error`` and no subtype that says more."""
+    kind, status, limit = agent.last_error_kind, agent.api_status, agent.rate_limit or {}
+    is_window = limit.get("status") == "rejected" and limit.get("resets_at") and kind == "rate_limit"
+    if agent.api_error == "usage_limit_reached" or is_window:
+        return "quota_exhausted"
+    if ERROR_KIND_REASONS.get(kind) == "auth":
+        return "auth"  # before the status: an empty credit balance is a 400
+    if status in (429, 529):
+        return "rate_limited"  # before the kind: 529 is a ``server_error``
+    if kind in ERROR_KIND_REASONS:
+        return ERROR_KIND_REASONS[kind]
+    if status in (401, 402, 403):
+        return "auth"
+    if status in (400, 404, 405, 413, 422) or agent.terminal_reason == "prompt_too_long":
+        return "bad_task"
+    is_api = status is not None or kind in ("server_error", "unknown") or agent.terminal_reason == "api_error"
+    return "api_error" if is_api and not agent.terminal_reason.startswith("aborted") else "agent_error"
+
+
+def _judge_error_result(agent: AgentFacts) -> tuple[str, str]:
+    """(reason, detail) of a run whose last result line says ``is_error``."""
+    words = "; ".join(filter(None, agent.error_texts)) or agent.subtype or "no message"
+    if agent.subtype == "error_max_budget_usd":
+        return "budget", words
+    if agent.subtype == "error_max_turns":
+        return "max_turns", words
+    if agent.terminal_reason.startswith("aborted"):
+        return "agent_error", f"it was interrupted from outside ({agent.terminal_reason})"
+    if agent.subtype != "success":
+        return "agent_error", words
+    reason = _reason_of_api_error(agent)
+    if agent.last_error_kind == "billing_error":
+        return reason, f"the account's credit balance does not allow the request: {words}"
+    if agent.stop_reason == "refusal":
+        return "agent_error", f"the model refuses the task: {words}"
+    status = f" (HTTP {agent.api_status})" if agent.api_status is not None else ""
+    return reason, f"{API_ERROR_WORDS[reason]}: {words}{status}"
+
+
+def _last_retry(agent: AgentFacts) -> str:
+    """Where the agent was retrying an API error when its output ended: the best hint at why nothing came."""
+    if agent.retry is None:
+        return ""
+    status = agent.retry["status"]
+    error = f"HTTP {status}" if status is not None else agent.retry["error"] or "no connection"
+    return f"; it was retrying an API error ({error}, attempt {agent.retry['attempt']})"
+
+
+def _judge_without_result(run: RunFacts) -> tuple[str, str]:
+    """(reason, detail) of a claude run that ended by itself and printed no result line."""
+    agent, code, said = run.agent, run.exit_code, useful_line(run.stderr_tail)
+    tail = said or (agent.stream_tail[-1].strip() if agent.stream_tail else "")
+    because = f": {tail}" if tail else ""
+    if code == 0:
+        return "no_result", f"{run.kind} ended without a result line{_last_retry(agent)}{because}"
+    if agent.lines == 0 and code in (125, 126, 127):  # what coreutils ``timeout`` says of a program it cannot run
+        hint = f"{run.kind} is not installed or not on PATH" if code == 127 else f"{run.kind} could not be started"
+        return "spawn_failed", f"{hint}{because}; install it or set {run.kind}_binary_path in the configuration"
+    if "cannot be used with root" in said:
+        return "bad_task", (f"{said}; run the daemon as another user, set IS_SANDBOX=1 in [agents.{run.kind}] env, or"
+                            " choose another agent.permission_mode")
+    if agent.lines == 0 and code in (1, 2) and said and not _no_session(run):
+        return "bad_task", f"{run.kind} does not take its arguments: {said}"
+    return "agent_error", f"{run.kind} {describe_exit(code)}{_last_retry(agent)}{because}"
+
+
+def _no_session(run: RunFacts) -> bool:
+    """Whether the agent says that the session which it should resume does not exist."""
+    early = run.agent.subtype == "error_during_execution" and not run.agent.session_id
+    return early or "No conversation found" in run.stderr_tail and run.agent.lines == 0
+
+
+def _judge_stop(run: RunFacts) -> tuple[str, str]:
+    """(reason, detail) of a run that was stopped."""
+    limit = f" of {format_duration(run.limit_s)}" if run.limit_s else ""
+    detail = {"cancelled": "it was cancelled", "timed_out": f"it reached its timeout{limit}",
+              "stalled": f"it printed nothing for its stall_timeout{limit}"}[run.stop_reason]
+    return run.stop_reason, detail + _last_retry(run.agent)
+
+
+def _judge_reason(run: RunFacts) -> tuple[str, str]:
+    """(reason, detail) of a run; an empty reason is success."""
+    agent, is_text = run.agent, run.format == "text"
+    if run.spawn_error:
+        return "spawn_failed", run.spawn_error
+    finished = run.exit_code == 0 and agent.result_seen and not agent.is_error
+    if run.stop_reason and not finished:  # a text agent may catch SIGTERM and exit with 0: no proof that it was done
+        return _judge_stop(run)
+    if run.exit_code is None:
+        return "lost", "it vanished without an exit status: the machine or its supervisor went down"
+    if is_text:
+        said = useful_line(run.stderr_tail)
+        failed = f"{run.kind} {describe_exit(run.exit_code)}" + (f": {said}" if said else "")
+        return ("agent_error", failed) if run.exit_code else ("", "")
+    if finished:
+        denials = [denial for denial in agent.denials if not _is_disallowed(denial, run.disallowed_tools)]
+        return ("permission_denied", _describe_denials(run.kind, denials)) if denials else ("", "")
+    if not agent.result_seen:
+        return _judge_without_result(run)
+    if agent.is_error:
+        return _judge_error_result(agent)
+    said = useful_line(run.stderr_tail)
+    detail = f"{run.kind} {describe_exit(run.exit_code)} after a good result"
+    return "agent_error", detail + (f": {said}" if said else "")
+
+
+def judge(**facts) -> Verdict:
+    """The verdict on an ended run, whose ``facts`` are the fields of ``RunFacts``.
+
+    A run that finished just before it was stopped is a success.  A question blocks a run that succeeded or was only
+    denied a tool (asking is the right answer to that); any other failure wins over it, as the agent was cut short.
+    """
+    run = RunFacts(**facts)
+    reason, detail = _judge_reason(run)
+    question = run.question if run.question.kind == "question" else None
+    limit = run.agent.rate_limit or {}
+    common = {"resume": (bool(run.agent.session_id) or run.resumed) and not _no_session(run),
+              "summary": choose_summary(run.summary_file, run.question, run.agent), "question": question}
+    if question and reason in ("", "permission_denied"):
+        return Verdict(False, BLOCKED, detail=cut_text("it asks: " + question.text, DETAIL_LIMIT), **common)
+    if not reason:
+        return Verdict(True, COMPLETED, **common)
+    return Verdict(False, REASONS[reason]["state"], reason, cut_text(detail, DETAIL_LIMIT),
+                   retry_at=limit.get("resets_at") if reason == "quota_exhausted" else None, **common)
+
+
+FEEDBACK = {
+    "verify": "You said that you are done, but the check of your work fails:\n\n{output}\n\nFind the cause and mend it"
+              " in the same directory, run the check yourself until it passes, commit, and report again.",
+    "build": "You said that you are done, but your work does not build, so it was not committed:\n\n{output}\n\nMend"
+             " it in the same directory, run the build yourself until it passes, commit, and report again.",
+    "answer": "You asked:\n{question}\n\nThe answer is:\n{text}\n\nGo on with your task from where you stopped.",
+    "reject": "Your work was looked at and not accepted. The comment is:\n{text}\n\nDo what it asks for, check it,"
+              " commit, and report again.",
+    "interrupted": "You were interrupted. Look at what is already there (git status, git log), then go on with your"
+                   " task from where you stopped.{text}",
+}
+
+
+def build_feedback_prompt(kind: str, *, answer: str = "", comment: str = "", text: str = "", question: str = "",
+                          command: str = "", output: str = "") -> str:
+    """What a resumed agent is told: ``kind`` is ``verify``, ``build``, ``answer``, ``reject`` or ``interrupted``.
+
+    ``comment`` belongs to ``reject``, ``text`` to ``interrupted``: what the operator adds.  Of the ``output`` of a
+    failed ``command`` the last 16 KB are given.
+    """
+    raw = output.rstrip().encode("utf-8", "replace")
+    left_out = max(0, len(raw) - FEEDBACK_OUTPUT_LIMIT)
+    shown = raw[left_out:].decode("utf-8", "ignore")
+    if left_out:
+        shown = f"[... {left_out} bytes left out ...]\n" + shown
+    if command.strip():
+        shown = f"$ {command.strip()}\n{shown}"
+    text = (answer or comment or text).strip()
+    if kind == "interrupted" and text:
+        text = "\n\n" + text
+    return FEEDBACK[kind].format(text=text, question=question.strip(), output=shown)
+
+
+FREE_TRIES = 3  # how often a reason that counts no attempt may send one task back to the queue
+UNKNOWN_RESET_S = 3600.0  # how long an exhausted quota parks a kind where the agent named no reset time
+
+
+def failed_verdict(reason: str, detail: str) -> Verdict:
+    """The verdict on a run that came to no judgement: it could not start, be checked or be found again."""
+    return Verdict(False, REASONS[reason]["state"], reason, cut_text(detail, DETAIL_LIMIT))
+
+
+def continuation_of(execution: Execution | None) -> dict | None:
+    """What the next run needs to go on where this execution stopped, or ``None`` if there is nothing to go on from."""
+    if execution is None or not execution.session_id and not execution.sandbox_dir:
+        return None
+    return {name: getattr(execution, name) for name in ("session_id", "sandbox_dir", "branch", "start_head", "source",
+                                                        "agent")}
+
+
+class FollowUp(Record):
+    """What happens to a task after an execution: its new state, when it may start again, what the next run continues,
+    and whether its agent kind is parked (``park_until`` is ``None`` with ``park`` set: until somebody unparks it)."""
+
+    state: str
+    reason: str = ""
+    detail: str = ""
+    not_before: float | None = None
+    attempts: int = 0
+    free_tries: int = 0
+    round: int = 1
+    resume: dict | None = None
+    park: bool = False
+    park_until: float | None = None
+
+
+def decide_follow_up(task: Task, verdict: Verdict, continuation: dict | None, now: float, jitter: float) -> FollowUp:
+    """What a verdict means for the task, by the reasons' table and the task's retry policy.
+
+    ``continuation`` is what the next run would need to go on in the same session and sandbox, or ``None``.
+    """
+    if verdict.ok:
+        done = COMPLETED if task.parent_task_id or task.auto_accept else READY
+        return FollowUp(done, free_tries=task.free_tries, attempts=task.attempts, round=task.round)
+    if verdict.state == BLOCKED:
+        return FollowUp(BLOCKED, attempts=task.attempts, round=task.round, resume=continuation)
+    facts = REASONS[verdict.reason]
+    same = dict(reason=verdict.reason, detail=verdict.detail)
+    goes_on = {**continuation, "kind": "interrupted"} if continuation and verdict.resume else None
+    if verdict.reason == "verify_failed" and task.round < task.verify_rounds:
+        return FollowUp(QUEUED, **same, attempts=task.attempts, round=task.round + 1, resume=continuation)
+    if verdict.reason in ("quota_exhausted", "auth"):
+        until = (verdict.retry_at or now + UNKNOWN_RESET_S) if verdict.reason == "quota_exhausted" else None
+        return FollowUp(QUEUED, **same, attempts=task.attempts, round=task.round, resume=goes_on, park=True,
+                        park_until=until)
+    if facts.get("free"):
+        if task.free_tries >= FREE_TRIES:
+            return FollowUp(facts["state"], **same, attempts=task.attempts, free_tries=task.free_tries)
+        delay = max(rate_limit_delay_s(task.free_tries + 1, jitter), (verdict.retry_at or now) - now)
+        return FollowUp(QUEUED, **same, not_before=now + delay if verdict.reason == "rate_limited" else None,
+                        attempts=task.attempts, free_tries=task.free_tries + 1, round=task.round, resume=goes_on)
+    attempts = task.attempts + 1
+    if facts.get("retry") and attempts < task.retry.max_attempts:
+        return FollowUp(QUEUED, **same, not_before=now + retry_delay_s(task.retry, attempts, jitter), attempts=attempts)
+    return FollowUp(facts["state"], **same, attempts=attempts)
+
+
+# ---- 10 Readable text (pure) -----------------------------------------------------------------------------------
+# What people see in a terminal: an agent's log, tables, one task, events.  Everything that an agent, a task file or a
+# repository wrote passes ``safe_text`` first, so no escape sequence of theirs reaches the terminal.  Times are shown
+# ``tz_offset_s`` seconds east of UTC; colours are the 16 of ANSI, as SGR codes, and only where ``color`` is true.
+
+DIM, BOLD, RED, GREEN, YELLOW, BLUE, MAGENTA, CYAN = "2", "1", "31", "32", "33", "34", "35", "36"
+STATE_COLORS = {
+    RUNNING: "1;34", BLOCKED: "1;33", QUEUED: CYAN, READY: "1;32", PENDING: DIM, COMPLETED: GREEN,
+    FAILED: RED, TIMED_OUT: RED, BUDGET_EXCEEDED: MAGENTA, CANCELLED: DIM,
+}
+STATE_ORDER = (RUNNING, BLOCKED, QUEUED, READY, PENDING)  # then the ended ones
+SHOWN_RESULT_LINES = 6  # of a tool's output
+SHOWN_LINE = 200  # characters of one line of a tool call or its output
+NO_TASKS = ('No tasks yet. Add one:  claudomator ctl add "fix the flaky login test" --dir /path/to/repo\n'
+            "or watch how it works: claudomator demo")
+
+
+def paint(text: str, code: str, color: bool) -> str:
+    """``text`` in a colour (an SGR code), where colours are wanted."""
+    return f"\x1b[{code}m{text}\x1b[0m" if color and code and text else text
+
+
+def paint_state(state: str, color: bool) -> str:
+    """The name of a state in its colour."""
+    return paint(state, STATE_COLORS.get(state, ""), color)
+
+
+def text_width(text: str) -> int:
+    """Columns that ``text`` takes in a terminal (UAX 11: wide and full-width characters take two)."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+    return sum(0 if unicodedata.category(char) in ("Mn", "Me", "Cf") else
+               1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
+
+
+def cut_to_width(text: str, width: int) -> str:
+    """``text``, or its beginning and ``…``, in at most ``width`` columns."""
+    if text_width(text) <= width:
+        return text
+    text = text[:width]  # no character is wider than two columns nor, but for marks, narrower than one
+    while text and text_width(text) > width - 1:
+        text = text[:-1]
+    return text + "…" if width > 0 else ""
+
+
+def one_line(text, limit: int = SHOWN_LINE) -> str:
+    """A text on one line without runs of white space, at most ``limit`` columns."""
+    return cut_to_width(" ".join(safe_text(str(text)[:limit * 8]).split()), limit)
+
+
+def format_age(seconds: float) -> str:
+    """A duration in its largest unit: ``3s``, ``12m``, ``5h``, ``3d``."""
+    seconds = max(0, int(seconds))
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= size:
+            return f"{seconds // size}{unit}"
+    return f"{seconds}s"
+
+
+def format_cost(usd: float | None) -> str:
+    """``$0.0025``, ``$1.25``; ``?`` where the cost is unknown, which is not free."""
+    return "?" if usd is None else f"${usd:.4f}" if 0 < usd < 1 else f"${usd:.2f}"
+
+
+def format_tokens(count: int | None) -> str:
+    """``850``, ``2.1k``, ``1.3M``; ``?`` where it is unknown."""
+    if count is None:
+        return "?"
+    return str(count) if count < 1000 else f"{count / 1000:.1f}k" if count < 999_950 else f"{count / 1_000_000:.1f}M"
+
+
+def _local(time_text: str | None, tz_offset_s: float) -> str:
+    """An RFC 3339 time as ``2026-12-01 14:20:05`` at the offset."""
+    unix_s = parse_db_time(time_text)
+    return "" if unix_s is None else format_time(unix_s + tz_offset_s)[:19].replace("T", " ")
+
+
+# -- an agent's log
+
+TOOL_ARGUMENTS = ("command", "file_path", "notebook_path", "path", "pattern", "url", "query", "skill", "description",
+                  "prompt")
+
+
+def render_log_line(line: bytes, format: str, color: bool = False, tz_offset_s: float = 0) -> str | None:
+    """One line of an agent's stdout for a person, maybe as several; ``None`` where it says nothing to one.
+
+    Lines that are no JSON are shown as they are; JSON never is.
+    """
+    text = line.decode("utf-8", "replace")
+    if format != "claude":
+        return safe_text(text)
+    if not text.lstrip().startswith("{"):
+        return safe_text(text) if text.strip() else None
+    record = parse_json_or(text, None)
+    if not isinstance(record, dict):
+        if not text.lstrip().startswith('{"'):
+            return safe_text(text)
+        return paint(f"… a line of {len(line)} bytes that cannot be read", DIM, color)
+    kind = record.get("type")
+    if kind in ("assistant", "user"):
+        return _render_message(record, color)
+    if kind == "system":
+        return _render_system(record, color)
+    if kind == "result":
+        return _render_result_line(record, color)
+    limit = read_rate_limit(record.get("rate_limit_info")) if kind == "rate_limit_event" else None
+    if limit is None or limit["status"] == "allowed":
+        return None
+    reset = f", resets at {_local(format_time(limit['resets_at']), tz_offset_s)[:16]}" if limit["resets_at"] else ""
+    return paint(f"… rate limit {one_line(limit['type'].replace('_', ' '))}: {one_line(limit['status'])}{reset}",
+                 YELLOW, color)
+
+
+def _render_message(record: dict, color: bool) -> str | None:
+    content = _object(record.get("message")).get("content")
+    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    shown = [_render_block(_object(block), record, color) for block in (blocks if isinstance(blocks, list) else ())]
+    return "\n".join(text for text in shown if text) or None
+
+
+def _render_block(block: dict, record: dict, color: bool) -> str | None:
+    kind, text = block.get("type"), block.get("text")
+    if kind == "text" and isinstance(text, str):
+        text = safe_text(text).strip("\n")
+        if isinstance(record.get("error"), str):
+            return paint("✘ " + text, RED, color)
+        return text if record.get("type") == "assistant" else paint("› " + one_line(text), DIM, color)
+    if kind in ("tool_use", "server_tool_use"):
+        arguments = _tool_arguments(_object(block.get("input")))
+        name = one_line(block.get("name") or "tool", 60)
+        return paint(f"→ {name}: {arguments}" if arguments else f"→ {name}", CYAN, color)
+    if kind == "tool_result":
+        return _render_tool_result(block.get("content"), block.get("is_error") is True, color)
+    return None
+
+
+def _tool_arguments(given: dict) -> str:
+    """What a tool is called with, on one line: its main argument, or all of them in short."""
+    main = next((given[name] for name in TOOL_ARGUMENTS if isinstance(given.get(name), str) and given[name]), None)
+    if main is not None:
+        return one_line(main)
+    return one_line(", ".join(f"{name}=({len(value)})" if isinstance(value, (list, dict)) else
+                              f"{name}={one_line(value, 60)}" for name, value in given.items()))
+
+
+def _render_tool_result(content, is_error: bool, color: bool) -> str:
+    """A tool's output, indented and shortened, with a count of the lines left out."""
+    if isinstance(content, list):
+        parts = [_object(part) for part in content]
+        content = "\n".join(part["text"] if isinstance(part.get("text"), str) else f"[{part.get('type')}]"
+                            for part in parts)
+    text = safe_text(content if isinstance(content, str) else "")
+    text = text.strip().removeprefix("<tool_use_error>").removesuffix("</tool_use_error>").rstrip()
+    lines = text.split("\n") if text else ["(no output)"]
+    if len(lines) > SHOWN_RESULT_LINES + 1:
+        lines[SHOWN_RESULT_LINES:] = [f"… {len(lines) - SHOWN_RESULT_LINES} more lines"]
+    shown = [("    " + cut_to_width(line.expandtabs(4), SHOWN_LINE)).rstrip() for line in lines]
+    if is_error:
+        shown[0] = "  ✘ " + shown[0].strip()
+    return paint("\n".join(shown), RED if is_error else DIM, color)
+
+
+def _render_system(record: dict, color: bool) -> str | None:
+    def field(name: str, limit: int = SHOWN_LINE) -> str:
+        return one_line(record[name], limit) if isinstance(record.get(name), (str, int)) else ""
+
+    kind = record.get("subtype")
+    if kind == "init":
+        return paint(f"— {field('model') or 'agent'}, session {field('session_id')[:8]}…", BOLD, color)
+    if kind == "api_retry":
+        error = field("error_status") or field("error") or "no connection"
+        delay_ms = _number(record.get("retry_delay_ms"))
+        wait = "" if delay_ms is None else f" in {delay_ms / 1000:.1f} s"
+        return paint(f"… API error {error}, retry {field('attempt')}{wait}", YELLOW, color)
+    if kind == "permission_denied":
+        return paint(f"✘ {field('tool_name')} is not allowed: {field('message')}", RED, color)
+    words = {"model_fallback": field("content") or "another model takes over", "informational": field("content"),
+             "task_notification": field("summary")}.get(str(kind))
+    return paint("… " + words, YELLOW if kind == "model_fallback" else DIM, color) if words else None
+
+
+def _render_result_line(record: dict, color: bool) -> str:
+    since, failed = record.get("model_usage_since_last_result"), record.get("is_error") is not False
+    cost, tokens_in, tokens_out = model_usage(since) if isinstance(since, dict) else result_usage(record)
+    errors = record.get("errors") if isinstance(record.get("errors"), list) else [record.get("result")]
+    words = "; ".join(one_line(error) for error in errors if isinstance(error, str) and error) if failed else "success"
+    turns, duration_ms = _count(record.get("num_turns")) or 0, _number(record.get("duration_ms"))
+    parts = [words or one_line(record.get("subtype") or "failed"), f"{turns} turn{'s'[:turns != 1]}",
+             *([format_duration(duration_ms / 1000)] if duration_ms else []), format_cost(cost),
+             f"{format_tokens(_sum([tokens_in, tokens_out]))} tokens"]
+    return paint(f"{'✘' if failed else '✔'} {' · '.join(parts)}", RED if failed else GREEN, color)
+
+
+# -- tables
+
+
+def _fit_widths(widths: list[int], room: int) -> list[int]:
+    """Shrink the widest column first until all fit into ``room``; the last one keeps more than the others."""
+    widths = [min(width, max(room, 1)) for width in widths]
+    for last_floor, floor in ((24, 12), (8, 8), (1, 1)):
+        while sum(widths) > room:
+            floors = [floor] * (len(widths) - 1) + [last_floor]
+            wide = [(width, at) for at, width in enumerate(widths) if width > floors[at]]
+            if not wide:
+                break
+            widths[max(wide)[1]] -= 1
+    return widths
+
+
+def render_table(rows: list, headers: list[str], width: int, color: bool, right: tuple = ()) -> str:
+    """A table no wider than ``width`` columns, without trailing spaces.
+
+    A cell is a string, or (string, SGR code).  The columns whose headers are in ``right`` are aligned to the right.
+    """
+    table = [[(header, DIM) for header in headers]]
+    table += [[cell if isinstance(cell, tuple) else (cell, "") for cell in row] for row in rows]
+    table = [[(one_line(text, 1000), code) for text, code in row] for row in table]
+    widths = _fit_widths([max(text_width(row[at][0]) for row in table) for at in range(len(headers))],
+                         width - 2 * (len(headers) - 1))
+    lines = []
+    for row in table:
+        used = max((at + 1 for at, (text, _) in enumerate(row) if text), default=0)
+        parts = []
+        for at, (text, code) in enumerate(row[:used]):
+            text = cut_to_width(text, widths[at])
+            space, shown = " " * (widths[at] - text_width(text)), paint(text, code, color)
+            parts.append(space + shown if headers[at] in right else shown if at == used - 1 else shown + space)
+        lines.append("  ".join(parts))
+    return "\n".join(lines)
+
+
+def _elapsed(run: dict | None, now: float | None) -> str:
+    """How long an execution took, or has taken so far."""
+    start = parse_db_time(run["start_time"]) if run else None
+    end = parse_db_time(run["end_time"]) or now if run else None
+    return "" if start is None or end is None else format_duration(max(0, round(end - start)) or 0) or "0s"
+
+
+def _why(task: dict) -> tuple[str, str]:
+    """What a person wants to know of a task: its question, why it waits, what it did, or why it failed."""
+    if task["state"] == BLOCKED and task["question"]:
+        return "asks: " + task["question"]["text"], YELLOW
+    if task["state"] in (READY, COMPLETED) and task["summary"]:
+        return task["summary"], DIM
+    failed = f"{task['reason']}: {task['detail']}" if task["reason"] and task["state"] in FAILURE_STATES else ""
+    return task.get("why") or failed, DIM
+
+
+def render_tasks(tasks: list[dict], now: float, width: int, color: bool) -> str:
+    """The table of tasks in the order given."""
+    headers, rows = ["STATE", "AGE", "ELAPSED", "AGENT", "PROJECT", "ID", "NAME", "WHY"], []
+    hidden = {"AGE", "PROJECT"} if width < 80 else set()
+    hidden |= {"AGENT", "ELAPSED"} if width < 60 else set()
+    if not any(task["project"] for task in tasks):
+        hidden.add("PROJECT")
+    for task in tasks:
+        run = task["execution"]
+        agent = (run or {}).get("agent") or task["agent"].get("type") or ""
+        rows.append([(task["state"], STATE_COLORS.get(task["state"], "")),
+                     format_age(now - (parse_db_time(task["created_at"]) or now)),
+                     _elapsed(run, now if task["state"] == RUNNING else None), agent, task["project"] or "",
+                     (task["id"][:8], BOLD), cut_to_width(one_line(task["name"], 60), 40), _why(task)])
+    shown = [at for at, header in enumerate(headers) if header not in hidden]
+    return render_table([[row[at] for at in shown] for row in rows], [headers[at] for at in shown], width, color,
+                        right=("AGE", "ELAPSED"))
+
+
+def _parked_lines(agents: list[dict], now: float, tz_offset_s: float) -> list[str]:
+    lines = []
+    for agent in agents:
+        until = parse_db_time(agent.get("parked_until"))
+        if agent.get("parked", until is not None):
+            end = f" (claudomator ctl agent unpark {agent['kind']})"
+            when = f" until {_clock(until, now, tz_offset_s)}" if until else end
+            reason = f": {agent['park_reason']}" if agent.get("park_reason") else ""
+            lines.append(f"{agent['kind']} is parked{when}{reason}")
+    return lines
+
+
+def render_agents(agents: list[dict], width: int, color: bool, now: float = 0.0, tz_offset_s: float = 0) -> str:
+    """The table of agent kinds: how much of each runs, and which are parked and why."""
+    rows = []
+    for agent in agents:
+        until = _local(agent.get("parked_until"), tz_offset_s)[:16]
+        state = ("parked", YELLOW) if agent.get("parked", until) else ("open", GREEN)
+        state = ("not installed", RED) if agent.get("installed") is False else state
+        why = " ".join(filter(None, (agent.get("park_reason"), agent.get("park_detail"))))
+        rows.append([agent["kind"], state, f"{agent['running']}/{agent['max_concurrent'] or '-'}", until, (why, DIM)])
+    return render_table(rows, ["AGENT", "STATE", "RUNNING", "UNTIL", "WHY"], width, color, right=("RUNNING",))
+
+
+def render_status(status: dict, now: float, width: int, color: bool, tz_offset_s: float = 0) -> str:
+    """What ``ctl`` shows: the daemon, what is parked or paused, the tasks that matter, what waits for a person."""
+    daemon, counts = status["daemon"], status["counts"]
+    held = [name for name in ("paused", "draining") if daemon.get(name)]
+    held += [f"{kind} paused" for kind in daemon.get("paused_kinds") or ()]
+    held += [f"project {name} paused" for name in daemon.get("paused_projects") or ()]
+    started = parse_db_time(daemon["started_at"]) or now
+    head = [f"claudomator {daemon['version']}", f"running for {format_age(now - started)}",
+            f"{counts.get(RUNNING, 0)} running of {daemon['max_concurrent']} slots"]
+    lines = [(" · ".join([*head, *held]), YELLOW if held else BOLD)]
+    lines += [(text, YELLOW) for text in _parked_lines(status["agents"], now, tz_offset_s)]
+    lines += [(" · ".join(f"{state} {counts[state]}" for state in STATES if counts.get(state)), DIM)]
+    shown = [paint(cut_to_width(one_line(text, 1000), width), code, color) for text, code in lines if text]
+    if not any(counts.values()):
+        return "\n".join([*shown, "", *(cut_to_width(line, width) for line in NO_TASKS.split("\n"))])
+    rank = {state: at for at, state in enumerate(STATE_ORDER)}
+    tasks = sorted(status["tasks"], key=lambda task: rank.get(task["state"], len(rank)))
+    if tasks:
+        shown += ["", render_tasks(tasks, now, width, color)]
+    asking = [task for task in tasks if task["state"] == BLOCKED and task["question"]]
+    ready = [task for task in tasks if task["state"] == READY]
+    hints = [f"claudomator ctl answer {asking[0]['id'][:8]} TEXT    (ctl show tells the options)"] if asking else []
+    hints += [f"claudomator ctl accept {ready[0]['id'][:8]}    or reject ID -m COMMENT"] if ready else []
+    hints = [paint(cut_to_width(hint, width), DIM, color) for hint in hints]
+    return "\n".join([*shown, *([""] if hints else []), *hints])
+
+
+# -- one task, events
+
+
+def render_executions(executions: list[dict], now: float | None, width: int, color: bool,
+                      tz_offset_s: float = 0) -> str:
+    """The table of executions in the order given; ``now`` is for those that still run."""
+    rows = []
+    for run in executions:
+        tokens = format_tokens(_sum([run["tokens_in"], run["tokens_out"]])) if run["end_time"] else ""
+        rows.append([run["id"][:8], (run["status"], STATE_COLORS.get(run["status"], "")), run["agent"],
+                     _local(run["start_time"], tz_offset_s), _elapsed(run, now if run["status"] == RUNNING else None),
+                     format_cost(run["cost_usd"]) if run["end_time"] else "", tokens,
+                     "" if run["exit_code"] is None else str(run["exit_code"]), run["reason"] or ""])
+    headers = ["EXECUTION", "STATUS", "AGENT", "STARTED", "ELAPSED", "COST", "TOKENS", "EXIT", "REASON"]
+    return render_table(rows, headers, width, color, right=("ELAPSED", "COST", "TOKENS", "EXIT"))
+
+
+def shell_quote(text: str) -> str:
+    """``text`` as one word of a POSIX shell."""
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+def _next_step(task: dict) -> str:
+    """What a person can do now, with the command."""
+    short, question = task["id"][:8], task["question"]
+    if task["state"] == BLOCKED and question:
+        options = question.get("options") or ["your answer"]
+        return f"claudomator ctl answer {short} {shell_quote(one_line(options[0]))}"
+    if task["state"] == READY:
+        return f"claudomator ctl accept {short}    or: claudomator ctl reject {short} -m 'what to change'"
+    if task["state"] == PENDING:
+        return f"claudomator ctl run {short}"
+    if task["state"] in FAILURE_STATES and task["reason"] in REASONS:
+        kind = task["agent"].get("type") or "KIND"
+        return REASONS[task["reason"]]["next"].replace(" ID", " " + short).replace("KIND", kind)
+    return ""
+
+
+def _task_fields(task: dict, executions: list[dict], tz_offset_s: float) -> list[tuple]:
+    """(label, text) of all that ``ctl show`` tells of a task; empty ones are left out by the caller."""
+    agent, question = task["agent"], task["question"] or {}
+    changed = [run for run in executions if run["changestats"]]
+    stats = max(changed, key=lambda run: run["start_time"] or "")["changestats"] if changed else None
+    options = "\n".join(f"- {text}" for text in question.get("options") or ())
+    instructions = (agent.get("instructions") or "").strip().split("\n")
+    if len(instructions) > 12:
+        instructions[12:] = [f"… {len(instructions) - 12} more lines"]
+    depends = [entry if isinstance(entry, str) else str(entry.get("task")) for entry in task["depends_on"]]
+    return [
+        ("task", task["id"]), ("name", task["name"]), ("state", task["state"]), ("reason", task["reason"]),
+        ("detail", task["detail"]), ("why", "" if task["detail"] or question else task.get("why")),
+        ("question", question.get("text")), ("options", options), ("next", _next_step(task)),
+        ("description", task.get("description")),
+        ("agent", " ".join(filter(None, (agent.get("type") or "chosen at run time", agent.get("model"))))),
+        ("directory", agent.get("project_dir") or agent.get("repository_url")), ("project", task["project"]),
+        ("instructions", "\n".join(instructions)), ("tags", ", ".join(task["tags"])), ("priority", task["priority"]),
+        ("timeout", format_duration(task["timeout_s"]) if task.get("timeout_s") else ""),
+        ("parent", task.get("parent_task_id")), ("depends on", ", ".join(depends)),
+        ("created", _local(task["created_at"], tz_offset_s)),
+        ("not before", _local(task.get("not_before"), tz_offset_s)),
+        ("comment", task.get("rejection_comment")), ("summary", task["summary"]),
+        ("changes", stats and f"{stats['files_changed']} files, +{stats['insertions']} -{stats['deletions']}"),
+    ]
+
+
+def render_task(task: dict, executions: list[dict], color: bool, width: int = 120, tz_offset_s: float = 0) -> str:
+    """What ``ctl show`` prints of a task: its fields, question, executions and commits, and what to do next."""
+    codes = {"state": STATE_COLORS.get(task["state"], ""), "name": BOLD, "question": YELLOW, "next": GREEN}
+    lines = []
+    for name, value in _task_fields(task, executions, tz_offset_s):
+        parts = [part.expandtabs(4) for part in safe_text(value or "").strip().split("\n")]
+        if parts != [""]:
+            lines.append(paint(f"{name:<13}", DIM, color) + paint(parts[0], codes.get(name, ""), color))
+            lines += [(" " * 13 + part).rstrip() for part in parts[1:]]
+    if executions:
+        lines += ["", render_executions(executions, None, width, color, tz_offset_s)]
+    commits = [commit for run in executions for commit in run["commits"]]
+    lines += [""] if commits else []
+    lines += [f"{paint(one_line(commit['hash'])[:10], YELLOW, color)}  {one_line(commit['message'])}"
+              for commit in commits]
+    return "\n".join(lines)
+
+
+def _event_words(event: dict) -> str:
+    """What happened, in words; the fields of an event that has no words of its own."""
+    kind, name = event["kind"], event.get("name") or ""
+    if kind == "task.state":
+        reason = f" ({event['reason']})" if event.get("reason") else ""
+        return f"{event.get('from') or 'new'} → {event.get('to')}{reason}  {name}"
+    if kind == "task.question":
+        options = " / ".join(map(str, event.get("options") or ()))
+        return f"asks: {event.get('text')}" + (f"  [{options}]" if options else "")
+    if kind == "task.answer":
+        return f"answered: {event.get('text')}"
+    if kind == "execution.ended":
+        reason = f" ({event['reason']})" if event.get("reason") else ""
+        return f"execution {str(event.get('execution_id'))[:8]} ended: {event.get('status')}{reason}, " \
+               f"{format_cost(_number(event.get('cost_usd')))}"
+    if kind == "agent.parked":
+        until = f" until {event['until']}" if event.get("until") else ""
+        return f"{event.get('agent')} is parked{until}: {event.get('detail') or event.get('reason')}"
+    hidden = ("seq", "time", "kind", "task_id", "execution_id", "name")
+    pairs = [f"{key}={value}" for key, value in event.items() if key not in hidden and value not in (None, "", [])]
+    return " ".join([kind.partition(".")[2].replace("_", " "), *([repr(name)] if name else []), *pairs])
+
+
+def render_event(event: dict, color: bool, tz_offset_s: float = 0) -> str:
+    """An event of the log on one line: time, task, what happened."""
+    if event["kind"] == "agent.parked" and event.get("until"):
+        event = {**event, "until": _local(event["until"], tz_offset_s)[:16]}
+    code = STATE_COLORS.get(str(event.get("to") or event.get("status")), "")
+    code = code or {"task.question": YELLOW, "agent.parked": YELLOW, "agent.rate_limit": YELLOW}.get(event["kind"], "")
+    time_of_day, words = _local(event["time"], tz_offset_s)[11:], one_line(_event_words(event), 400)
+    return f"{paint(time_of_day, DIM, color)}  {(event.get('task_id') or '')[:8]:<8}  {paint(words, code, color)}"
+
+
+# ---- 11 Control wire (pure) ------------------------------------------------------------------------------------
+# JSON-RPC 2.0, one object a line, UTF-8 (docs/control-protocol.md).  Batches are refused: a client that wants several
+# answers sends several lines.  Notifications from the daemon carry ``stream``, the id of the request that asked for them.
+
+MAX_REQUEST_LINE = 8 << 20  # bytes; a task file of that size is accepted, more is an attack or a mistake
+PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL_ERROR = -32700, -32600, -32601, -32602, -32603
+APPLICATION_ERROR = -32000  # every ClaudomatorError; ``data.code`` tells which
+
+
+class Request(Record):
+    """One call.  ``id`` is ``None`` for a notification, which gets no answer."""
+
+    method: str
+    params: dict
+    id: object = None
+
+
+class WireError(ClaudomatorError):
+    """A line that is no valid request; ``number`` is the JSON-RPC error code and ``request_id`` what could be read."""
+
+    code, http_status, exit_code = "protocol", 400, 2
+
+    def __init__(self, number: int, message: str, request_id=None):
+        super().__init__(message)
+        self.number, self.request_id = number, request_id
+
+
+class RequestSplitter:
+    """Cuts a client's bytes into request lines; what exceeds ``limit`` is dropped up to its LF and reported once."""
+
+    def __init__(self, limit: int = MAX_REQUEST_LINE):
+        self._limit, self._buffer, self._skipping = limit, bytearray(), False
+
+    def feed(self, data: bytes) -> list[bytes | WireError]:
+        """The whole lines in order; a ``WireError`` stands where a line was too long.  Empty lines are left out."""
+        out: list[bytes | WireError] = []
+        pieces = data.split(b"\n")
+        for number, piece in enumerate(pieces):
+            if not self._skipping and len(self._buffer) + len(piece) > self._limit:
+                self._buffer, self._skipping = bytearray(), True
+                out.append(WireError(INVALID_REQUEST, f"a request line may have {self._limit} bytes at most"))
+            if not self._skipping:
+                self._buffer += piece
+            if number < len(pieces) - 1:
+                if not self._skipping and self._buffer.strip():
+                    out.append(bytes(self._buffer))
+                self._buffer, self._skipping = bytearray(), False
+        return out
+
+
+def parse_request(line: bytes) -> Request:
+    """The request on a line.  Raises ``WireError`` (JSON-RPC 2.0 section 5.1 gives the numbers)."""
+    try:
+        document = parse_json(line)
+    except ValueError as error:
+        raise WireError(PARSE_ERROR, f"the line is not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise WireError(INVALID_REQUEST, "a request is a JSON object on a line of its own")
+    request_id = document.get("id")
+    if isinstance(request_id, (bool, dict, list)):
+        raise WireError(INVALID_REQUEST, "id must be a string or a number")
+    if document.get("jsonrpc") != "2.0":
+        raise WireError(INVALID_REQUEST, 'a request has "jsonrpc": "2.0"', request_id)
+    method, params = document.get("method"), document.get("params", {})
+    if not isinstance(method, str):
+        raise WireError(INVALID_REQUEST, "method must be a string", request_id)
+    if not isinstance(params, dict):
+        raise WireError(INVALID_PARAMS, "params must be an object; parameters have names here", request_id)
+    return Request(method, params, request_id)
+
+
+def encode_result(request_id, result) -> bytes:
+    """The line that answers a request."""
+    return format_json({"jsonrpc": "2.0", "id": request_id, "result": result}).encode() + b"\n"
+
+
+def encode_error(request_id, error: Exception) -> bytes:
+    """The line that refuses a request; a ``ClaudomatorError`` brings its code and data, anything else is internal."""
+    number = error.number if isinstance(error, WireError) else \
+        APPLICATION_ERROR if isinstance(error, ClaudomatorError) else INTERNAL_ERROR
+    data = {"code": getattr(error, "code", "internal"), "exit_code": getattr(error, "exit_code", 1)}
+    if isinstance(error, ClaudomatorError):
+        data.update(error.data)
+    body = {"code": number, "message": str(error) or type(error).__name__, "data": data}
+    return format_json({"jsonrpc": "2.0", "id": request_id, "error": body}).encode() + b"\n"
+
+
+def encode_notification(method: str, params: dict) -> bytes:
+    """A line that the daemon sends unasked."""
+    return format_json({"jsonrpc": "2.0", "method": method, "params": params}).encode() + b"\n"
+
+
+def error_from_wire(body: dict) -> ClaudomatorError:
+    """The error that an answer carries, as the client raises it: same message, code and exit code."""
+    data = body.get("data") if isinstance(body.get("data"), dict) else {}
+    error = ClaudomatorError(str(body.get("message", "the daemon refused without saying why")), **data)
+    error.code = str(data.get("code", "internal"))
+    error.exit_code = data["exit_code"] if isinstance(data.get("exit_code"), int) else 1
+    return error
+
+
+# ---- 12 Runners (pure) -----------------------------------------------------------------------------------------
+# A runner answers one question: which command, with which environment and which text on stdin, does this task on this
+# agent?  It starts nothing.  ``format`` names the parser of what the agent prints (section 08).  Flags and variables of
+# claude: measured on 2.1.197 and 2.1.329.
+
+ENVIRONMENT_ALLOWED = frozenset(
+    "PATH HOME USER LOGNAME SHELL LANG LANGUAGE TZ TERM TMPDIR XDG_CONFIG_HOME XDG_CACHE_HOME XDG_DATA_HOME"
+    " XDG_RUNTIME_DIR SSH_AUTH_SOCK HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy SSL_CERT_FILE"
+    " SSL_CERT_DIR NODE_EXTRA_CA_CERTS REQUESTS_CA_BUNDLE".split())
+CLAUDE_CREDENTIALS = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_BASE_URL")
+CLAUDE_MAX_RETRIES = 2  # by itself claude retries for three minutes in a slot; the queue does the waiting instead
+LONGEST_VARIABLE = 100_000  # bytes; the kernel refuses a variable of 128 KiB (MAX_ARG_STRLEN)
+
+PREAMBLE = """\
+You are running unattended: nobody reads along, and nobody can approve or answer while you work.
+- Your working directory{where}. Work only there. Commit your work with git in clear, small commits; what you leave
+  uncommitted is committed for you{push}
+- If you cannot go on without a decision of a person, write a JSON object {{"text": "your question", "options": ["a", "b"]}}
+  to the file {question} (options may be an empty list) and stop at once. You will be
+  resumed with the answer. Do not ask what you can find out or decide yourself.
+- When you are done, write a summary of 2 to 5 sentences for a person to the file
+  {summary}: what you changed, how you checked it, what is left.
+
+Your task:
+"""
+
+
+class Launch(Record):
+    """What a supervisor starts: ``stdin`` is text for the prompt file, or ``None`` for /dev/null."""
+
+    argv: tuple
+    env: dict
+    stdin: str | None
+    format: str
+    session_id: str = ""
+
+
+class RunContext(Record):
+    """What a runner may know of the run; ``resume`` continues ``session_id`` with ``feedback`` as the prompt."""
+
+    execution_id: str
+    execution_dir: str
+    cwd: str
+    project_dir: str = ""
+    sandboxed: bool = False
+    session_id: str = ""
+    resume: bool = False
+    feedback: str = ""
+    answer: str = ""
+    round: int = 1
+    is_root: bool = False
+
+
+def agent_environment(host: dict, settings: AgentSettings, credentials: tuple[str, ...], context: RunContext,
+                      task: Task) -> dict:
+    """The agent's environment: an allow-list of ``host``, what the configuration names, and Claudomator's variables.
+
+    Never the daemon's whole environment, and nothing of an outer agent (CLAUDECODE, CLAUDE_CODE_*) that the
+    configuration does not name itself.
+    """
+    named = {*settings.pass_env, *credentials}
+    env = {name: value for name, value in host.items()
+           if name in ENVIRONMENT_ALLOWED or name.startswith("LC_") or name in named}
+    env.setdefault("PATH", "/usr/local/bin:/usr/bin:/bin")
+    env.update(settings.env)
+    env.update({
+        "CLAUDOMATOR_TASK_ID": task.id, "CLAUDOMATOR_EXECUTION_ID": context.execution_id,
+        "CLAUDOMATOR_PROJECT_DIR": context.project_dir, "CLAUDOMATOR_ROUND": str(context.round),
+        "CLAUDOMATOR_QUESTION_FILE": f"{context.execution_dir}/question.json",
+        "CLAUDOMATOR_SUMMARY_FILE": f"{context.execution_dir}/summary.txt",
+    })
+    return env
+
+
+def preamble(context: RunContext) -> str:
+    """What an agent must know of where it runs; put in front of the instructions unless ``skip_planning``."""
+    where = f" {context.cwd} is a throw-away git clone" if context.sandboxed else f" is {context.cwd}"
+    return PREAMBLE.format(where=where, push=" and pushed." if context.sandboxed else ".",
+                           question=f"{context.execution_dir}/question.json",
+                           summary=f"{context.execution_dir}/summary.txt")
+
+
+def build_claude(task: Task, context: RunContext, config: Config, host: dict) -> Launch:
+    """The ``claude`` command line.  The prompt goes by stdin: an argument is limited and variadic flags would eat it."""
+    agent, settings = task.agent, config.agent_settings("claude")
+    argv = [config.claude_binary_path, "-p"]
+    argv += ["--resume" if context.resume else "--session-id", context.session_id]
+    mode = agent.permission_mode or "bypassPermissions"
+    argv += ["--output-format", "stream-json", "--verbose", "--permission-mode", mode]
+    model = agent.model or settings.model
+    if model:
+        argv += ["--model", model]
+    if agent.max_budget_usd:
+        argv += ["--max-budget-usd", f"{max(agent.max_budget_usd, 0.01):.2f}"]  # 0.00 is refused
+    if agent.system_prompt_append:
+        argv += ["--append-system-prompt", agent.system_prompt_append]
+    allowed = list(agent.allowed_tools)
+    if not agent.skip_planning and "Bash" not in allowed:
+        allowed.append("Bash")  # asking and reporting, as the preamble says, takes a shell
+    for flag, values in (("--allowedTools", allowed), ("--disallowedTools", agent.disallowed_tools),
+                         ("--add-dir", agent.context_files)):
+        for value in values:
+            argv += [flag, value]
+    argv += agent.additional_args
+    env = agent_environment(host, settings, CLAUDE_CREDENTIALS, context, task)
+    env.setdefault("CLAUDE_CODE_MAX_RETRIES", str(CLAUDE_MAX_RETRIES))
+    if config.claude_config_dir:
+        env.setdefault("CLAUDE_CONFIG_DIR", config.claude_config_dir)
+    if context.is_root and mode == "bypassPermissions":
+        env.setdefault("IS_SANDBOX", "1")  # without it claude refuses to run as root
+    return Launch(tuple(argv), env, _prompt(task, context), "claude", context.session_id)
+
+
+def _prompt(task: Task, context: RunContext) -> str:
+    """The text on stdin: the feedback alone for a resumed session, else preamble, instructions and what came back."""
+    if context.resume:
+        return context.feedback
+    text = task.agent.instructions if task.agent.skip_planning else preamble(context) + task.agent.instructions
+    if task.rejection_comment:
+        text += "\n\n" + build_feedback_prompt("reject", comment=task.rejection_comment)
+    return text + ("\n\n" + context.feedback if context.feedback else "")
+
+
+def build_shell(task: Task, context: RunContext, config: Config, host: dict) -> Launch:
+    """The instructions as a script for /bin/sh.  It has no session: a further round runs the script again.
+
+    The round's number is in CLAUDOMATOR_ROUND, the operator's answer in CLAUDOMATOR_ANSWER, and all that came back
+    (the output of a failed ``verify``, an answer, a rejection) in the file CLAUDOMATOR_FEEDBACK_FILE.
+    """
+    env = agent_environment(host, config.agent_settings("shell"), (), context, task)
+    if context.answer and len(context.answer.encode()) < LONGEST_VARIABLE and "\0" not in context.answer:
+        env["CLAUDOMATOR_ANSWER"] = context.answer
+    if context.feedback or task.rejection_comment:
+        env["CLAUDOMATOR_FEEDBACK_FILE"] = f"{context.execution_dir}/feedback.txt"
+    return Launch(("/bin/sh", f"{context.execution_dir}/prompt.txt"), env, task.agent.instructions, "text")
+
+
+class Runner(Record):
+    """An agent kind: ``build`` makes its command, ``resumable`` says whether a session can be continued,
+    ``reads_stdin`` whether the prompt file is its stdin, ``chosen`` whether a task without a type may get it."""
+
+    kind: str
+    build: object
+    format: str
+    resumable: bool
+    reads_stdin: bool
+    chosen: bool
+
+
+RUNNERS = {
+    "claude": Runner("claude", build_claude, "claude", resumable=True, reads_stdin=True, chosen=True),
+    "shell": Runner("shell", build_shell, "text", resumable=False, reads_stdin=False, chosen=False),
+}
+
+
+def runner_binary(kind: str, config: Config) -> str:
+    """The program of an agent kind as the configuration names it: a path, or a name to be looked up on PATH."""
+    return {"claude": config.claude_binary_path, "shell": "/bin/sh"}[kind]
+
+
+# ---- 13 Store --------------------------------------------------------------------------------------------------
+# SQLite in WAL mode, one connection, used by the loop's thread alone.  All writes of one loop tick share a transaction
+# (group commit); each operation in it is a savepoint, so one that fails takes nothing else with it.  After COMMIT a
+# thread syncs the WAL, and only then are writes acknowledged, events published and agents started (docs/adr/0004).
+
+SCHEMA_VERSION = 2
+APPLICATION_ID = 0x436C6175  # "Clau"
+
+TASK_COLUMNS: dict[str, str] = {  # name: declaration.  The first block is the Go server's
+    "id": "TEXT PRIMARY KEY", "name": "TEXT NOT NULL", "description": "TEXT NOT NULL DEFAULT ''",
+    "config_json": "TEXT NOT NULL DEFAULT '{}'", "priority": "TEXT NOT NULL DEFAULT 'normal'",
+    "timeout_ns": "INTEGER NOT NULL DEFAULT 0", "retry_json": "TEXT NOT NULL DEFAULT '{}'",
+    "tags_json": "TEXT NOT NULL DEFAULT '[]'", "depends_on_json": "TEXT NOT NULL DEFAULT '[]'",
+    "parent_task_id": "TEXT", "state": "TEXT NOT NULL DEFAULT 'PENDING'", "created_at": "DATETIME",
+    "updated_at": "DATETIME", "rejection_comment": "TEXT", "question_json": "TEXT", "summary": "TEXT",
+    "interactions_json": "TEXT", "elaboration_input": "TEXT", "project": "TEXT", "story_id": "TEXT",
+    "acceptance_criteria": "TEXT NOT NULL DEFAULT ''", "checker_for_task_id": "TEXT NOT NULL DEFAULT ''",
+    "checker_report": "TEXT NOT NULL DEFAULT ''",
+    "seq": "INTEGER", "rank": "INTEGER NOT NULL DEFAULT 1", "reason": "TEXT NOT NULL DEFAULT ''",
+    "detail": "TEXT NOT NULL DEFAULT ''", "stall_timeout_ns": "INTEGER", "start_at": "DATETIME",
+    "verify": "TEXT NOT NULL DEFAULT ''", "verify_rounds": "INTEGER NOT NULL DEFAULT 2",
+    "auto_accept": "INTEGER NOT NULL DEFAULT 0", "idempotency_key": "TEXT", "not_before": "DATETIME",
+    "attempts": "INTEGER NOT NULL DEFAULT 0", "free_tries": "INTEGER NOT NULL DEFAULT 0",
+    "round": "INTEGER NOT NULL DEFAULT 1", "resume_json": "TEXT", "execution_id": "TEXT",
+}
+EXECUTION_COLUMNS: dict[str, str] = {
+    "id": "TEXT PRIMARY KEY", "task_id": "TEXT NOT NULL", "start_time": "DATETIME", "end_time": "DATETIME",
+    "exit_code": "INTEGER", "status": "TEXT NOT NULL", "stdout_path": "TEXT", "stderr_path": "TEXT",
+    "artifact_dir": "TEXT", "cost_usd": "REAL", "error_msg": "TEXT", "session_id": "TEXT", "sandbox_dir": "TEXT",
+    "changestats_json": "TEXT", "commits_json": "TEXT", "tokens_in": "INTEGER", "tokens_out": "INTEGER",
+    "seq": "INTEGER", "reason": "TEXT NOT NULL DEFAULT ''", "summary": "TEXT NOT NULL DEFAULT ''",
+    "agent": "TEXT NOT NULL DEFAULT ''", "model": "TEXT NOT NULL DEFAULT ''", "round": "INTEGER NOT NULL DEFAULT 1",
+    "pid": "INTEGER", "pid_start": "INTEGER", "boot_id": "TEXT", "timeout_ns": "INTEGER NOT NULL DEFAULT 0",
+    "branch": "TEXT NOT NULL DEFAULT ''", "start_head": "TEXT NOT NULL DEFAULT ''",
+    "source": "TEXT NOT NULL DEFAULT ''", "pushed_branch": "TEXT NOT NULL DEFAULT ''",
+    "stop_reason": "TEXT NOT NULL DEFAULT ''",
+}
+INDEXES = (
+    "CREATE INDEX IF NOT EXISTS tasks_claim ON tasks(state, rank, seq)",
+    "CREATE INDEX IF NOT EXISTS tasks_newest ON tasks(state, seq)",
+    "CREATE UNIQUE INDEX IF NOT EXISTS tasks_seq ON tasks(seq)",
+    "CREATE INDEX IF NOT EXISTS tasks_parent ON tasks(parent_task_id)",
+    "CREATE UNIQUE INDEX IF NOT EXISTS tasks_idempotency ON tasks(idempotency_key)",
+    "CREATE INDEX IF NOT EXISTS executions_task ON executions(task_id, seq)",
+    "CREATE INDEX IF NOT EXISTS executions_status ON executions(status, seq)",
+    "CREATE UNIQUE INDEX IF NOT EXISTS executions_seq ON executions(seq)",
+    "CREATE INDEX IF NOT EXISTS events_task ON events(task_id, seq)",
+)
+TABLES = (
+    "CREATE TABLE IF NOT EXISTS events (seq INTEGER PRIMARY KEY AUTOINCREMENT, time DATETIME NOT NULL, kind TEXT NOT NULL,"
+    " task_id TEXT, execution_id TEXT, payload_json TEXT NOT NULL DEFAULT '{}')",
+    "CREATE TABLE IF NOT EXISTS state_counts (state TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value_json TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS agents (kind TEXT PRIMARY KEY, parked_until REAL, reason TEXT NOT NULL DEFAULT '',"
+    " detail TEXT NOT NULL DEFAULT '', failures INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID",
+)
+TRIGGERS = (  # counts per state are kept, because counting a million rows takes 0.1 s
+    "CREATE TRIGGER IF NOT EXISTS tasks_counted_insert AFTER INSERT ON tasks BEGIN"
+    " INSERT INTO state_counts VALUES (new.state, 1) ON CONFLICT(state) DO UPDATE SET n = n + 1; END",
+    "CREATE TRIGGER IF NOT EXISTS tasks_counted_delete AFTER DELETE ON tasks BEGIN"
+    " UPDATE state_counts SET n = n - 1 WHERE state = old.state; END",
+    "CREATE TRIGGER IF NOT EXISTS tasks_counted_move AFTER UPDATE OF state ON tasks WHEN old.state <> new.state BEGIN"
+    " UPDATE state_counts SET n = n - 1 WHERE state = old.state;"
+    " INSERT INTO state_counts VALUES (new.state, 1) ON CONFLICT(state) DO UPDATE SET n = n + 1; END",
+)
+
+
+def _sqlite():
+    """SQLite's driver: ``_sqlite3`` is ``sqlite3`` without its date adapters, which nothing here uses."""
+    try:
+        import _sqlite3 as sqlite
+    except ImportError:
+        import sqlite3 as sqlite
+    return sqlite
+
+
+def _nanoseconds(seconds: float | None) -> int | None:
+    return None if seconds is None else int(seconds * 1e9)
+
+
+def _task_row(task: Task) -> dict:
+    return {
+        "id": task.id, "name": task.name, "description": task.description,
+        "config_json": format_json(agent_to_json(task.agent)), "priority": task.priority,
+        "rank": PRIORITY_RANK[task.priority], "timeout_ns": _nanoseconds(task.timeout_s) or 0,
+        "stall_timeout_ns": _nanoseconds(task.stall_timeout_s), "retry_json": format_json(retry_to_json(task.retry)),
+        "tags_json": format_json(list(task.tags)), "depends_on_json": format_json(depends_to_json(task.depends_on)),
+        "parent_task_id": task.parent_task_id or None, "state": task.state, "seq": task.seq,
+        "created_at": format_db_time(task.created_at), "updated_at": format_db_time(task.updated_at),
+        "rejection_comment": task.rejection_comment, "summary": task.summary, "project": task.project,
+        "question_json": format_json(task.question) if task.question else None, "story_id": task.story_id or None,
+        "acceptance_criteria": task.acceptance_criteria, "reason": task.reason, "detail": task.detail,
+        "start_at": format_db_time(task.start_at), "verify": task.verify, "verify_rounds": task.verify_rounds,
+        "auto_accept": int(task.auto_accept), "idempotency_key": task.idempotency_key or None,
+        "not_before": format_db_time(task.not_before), "attempts": task.attempts, "free_tries": task.free_tries,
+        "round": task.round, "resume_json": format_json(task.resume) if task.resume else None,
+        "execution_id": task.execution_id,
+    }
+
+
+def _task_of(row) -> Task:
+    values = dict(zip(TASK_COLUMNS, row))
+    tags = parse_json_or(values["tags_json"], [])
+    return Task(
+        id=values["id"], name=values["name"], description=values["description"] or "",
+        agent=agent_from_json(parse_json_or(values["config_json"], {})),
+        timeout_s=values["timeout_ns"] / 1e9 if values["timeout_ns"] else None,
+        stall_timeout_s=None if values["stall_timeout_ns"] is None else values["stall_timeout_ns"] / 1e9,
+        priority=values["priority"] if values["priority"] in PRIORITY_RANK else "normal", tags=tuple(map(str, tags)),
+        depends_on=depends_from_json(parse_json_or(values["depends_on_json"], [])),
+        start_at=parse_db_time(values["start_at"]), retry=retry_from_json(parse_json_or(values["retry_json"], {})),
+        verify=values["verify"] or "", verify_rounds=values["verify_rounds"],
+        acceptance_criteria=values["acceptance_criteria"] or "", auto_accept=bool(values["auto_accept"]),
+        idempotency_key=values["idempotency_key"] or "", parent_task_id=values["parent_task_id"] or "",
+        project=values["project"] or "", story_id=values["story_id"] or "", seq=values["seq"] or 0,
+        state=values["state"], reason=values["reason"], detail=values["detail"],
+        created_at=parse_db_time(values["created_at"]) or 0.0, updated_at=parse_db_time(values["updated_at"]) or 0.0,
+        question=_question_of(values["question_json"]), summary=values["summary"] or "",
+        rejection_comment=values["rejection_comment"] or "", not_before=parse_db_time(values["not_before"]),
+        attempts=values["attempts"], free_tries=values["free_tries"], round=values["round"],
+        resume=parse_json_or(values["resume_json"], None), execution_id=values["execution_id"])
+
+
+def _question_of(text: str | None) -> dict | None:
+    """A stored question; the Go server stored the agent's raw text, which may be no JSON object."""
+    if not text:
+        return None
+    value = parse_json_or(text, text)
+    return value if isinstance(value, dict) else {"text": str(value), "options": []}
+
+
+def _execution_row(execution: Execution) -> dict:
+    row = dict(execution.__dict__)
+    row["error_msg"] = row.pop("detail")
+    row["timeout_ns"] = _nanoseconds(row.pop("timeout_s"))
+    row["start_time"], row["end_time"] = format_db_time(row["start_time"]), format_db_time(row["end_time"])
+    changestats, commits = row.pop("changestats"), row.pop("commits")
+    row["changestats_json"] = format_json(changestats) if changestats else None
+    row["commits_json"] = format_json(list(commits)) if commits else None
+    return row
+
+
+def _execution_of(row) -> Execution:
+    values = dict(zip(EXECUTION_COLUMNS, row))
+    commits = [{"hash": str(c.get("hash", "")), "message": str(c.get("message", ""))}
+               for c in parse_json_or(values.pop("commits_json"), []) if isinstance(c, dict)]
+    values.update(
+        detail=values.pop("error_msg") or "", timeout_s=values.pop("timeout_ns") / 1e9, commits=tuple(commits),
+        start_time=parse_db_time(values["start_time"]), end_time=parse_db_time(values["end_time"]),
+        changestats=parse_json_or(values.pop("changestats_json"), None), seq=values["seq"] or 0)
+    for name in ("session_id", "sandbox_dir", "stdout_path", "stderr_path", "artifact_dir", "boot_id"):
+        values[name] = values[name] or ""
+    return Execution(**values)
+
+
+def execution_to_json(execution: Execution) -> dict:
+    """An execution as every interface shows it (SPEC section 11)."""
+    return {
+        "id": execution.id, "task_id": execution.task_id, "status": execution.status,
+        "reason": execution.reason or None, "detail": execution.detail, "agent": execution.agent,
+        "round": execution.round, "start_time": format_time(execution.start_time),
+        "end_time": format_time(execution.end_time), "exit_code": execution.exit_code,
+        "cost_usd": execution.cost_usd, "tokens_in": execution.tokens_in, "tokens_out": execution.tokens_out,
+        "session_id": execution.session_id or None, "sandbox_dir": execution.sandbox_dir or None,
+        "changestats": execution.changestats, "commits": list(execution.commits), "summary": execution.summary,
+        "pushed_branch": execution.pushed_branch or None,
+    }
+
+
+def task_to_json(task: Task, execution: Execution | None, default_timeout_s: float) -> dict:
+    """A task as every interface shows it (SPEC section 11)."""
+    return {
+        "id": task.id, "name": task.name, "description": task.description, "state": task.state,
+        "reason": task.reason or None, "detail": task.detail, "agent": agent_to_json(task.agent),
+        "timeout_s": task.timeout_s or default_timeout_s, "priority": task.priority, "tags": list(task.tags),
+        "depends_on": depends_to_json(task.depends_on), "parent_task_id": task.parent_task_id or None,
+        "project": task.project or None, "story_id": task.story_id or None, "summary": task.summary,
+        "question": task.question, "rejection_comment": task.rejection_comment or None,
+        "start_at": format_time(task.start_at), "not_before": format_time(task.not_before), "round": task.round,
+        "attempts": task.attempts, "created_at": format_time(task.created_at),
+        "updated_at": format_time(task.updated_at),
+        "execution": execution_to_json(execution) if execution else None,
+    }
+
+
+def migrate(db) -> None:
+    """Bring a database to ``SCHEMA_VERSION``, each numbered step in a transaction of its own.
+
+    A database of the Go server (version 0 with a ``tasks`` table) is completed in place.  Raises ``StorageError`` for a
+    database that a newer program wrote.
+    """
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > SCHEMA_VERSION:
+        raise StorageError(f"the database has schema version {version}, this program knows up to {SCHEMA_VERSION};"
+                           " use the newer claudomator that wrote it, or restore a backup")
+    for number, step in ((1, _migrate_1_tables), (2, _migrate_2_go_rows)):
+        if version < number:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                step(db)
+                db.execute(f"PRAGMA user_version = {number}")
+                db.execute("COMMIT")
+            except BaseException:
+                db.execute("ROLLBACK")
+                raise
+
+
+def _migrate_1_tables(db) -> None:
+    """Create the tables, or add to the Go server's what they lack."""
+    for table, columns in (("tasks", TASK_COLUMNS), ("executions", EXECUTION_COLUMNS)):
+        have = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
+        if not have:
+            db.execute(f"CREATE TABLE {table} ({', '.join(f'{name} {kind}' for name, kind in columns.items())})")
+        for name, kind in columns.items():
+            if have and name not in have:
+                db.execute(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
+    for statement in TABLES:
+        db.execute(statement)
+
+
+def _migrate_2_go_rows(db) -> None:
+    """Number the rows that have no ``seq``, end what the Go server left running, then index and count."""
+    for table, order in (("tasks", "created_at, rowid"), ("executions", "start_time, rowid")):
+        db.execute(f"UPDATE {table} SET seq = n FROM (SELECT rowid AS r, row_number() OVER (ORDER BY {order}) AS n"
+                   f" FROM {table}) WHERE {table}.rowid = r")
+    db.execute("UPDATE tasks SET rank = CASE priority WHEN 'high' THEN 0 WHEN 'low' THEN 2 ELSE 1 END,"
+               " idempotency_key = NULLIF(idempotency_key, '')")
+    detail = "it was running when the Go server stopped; nothing is known of its end"
+    db.execute("UPDATE executions SET status = 'FAILED', reason = 'lost', error_msg = ? WHERE status = 'RUNNING'", (detail,))
+    db.execute("UPDATE tasks SET state = 'FAILED', reason = 'lost', detail = ? WHERE state = 'RUNNING'", (detail,))
+    db.execute("UPDATE tasks SET execution_id = (SELECT id FROM executions WHERE task_id = tasks.id"
+               " ORDER BY seq DESC LIMIT 1) WHERE execution_id IS NULL")
+    for statement in (*INDEXES, *TRIGGERS):
+        db.execute(statement)
+    db.execute("INSERT OR REPLACE INTO state_counts SELECT state, count(*) FROM tasks GROUP BY state")
+    db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+
+
+def open_database(path: str, readonly: bool = False):
+    """A connection to the database at ``path``, migrated unless ``readonly``.
+
+    Raises ``StorageError`` where it is missing (readonly), damaged, newer than this program, or not a database.
+    """
+    sqlite = _sqlite()
+    if readonly and not os.path.exists(path):
+        raise StorageError(f"there is no database at {path}; run `claudomator init` or start the daemon first")
+    existed = os.path.exists(path) and os.path.getsize(path) > 0
+    try:
+        if not readonly:
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        quoted = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+        db = sqlite.connect(f"file:{quoted}?mode={'ro' if readonly else 'rw'}", uri=True, isolation_level=None,
+                            check_same_thread=False, timeout=10.0, cached_statements=256)
+        for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = OFF", "temp_store = MEMORY",
+                       "cache_size = -2000", "wal_autocheckpoint = 1000"):
+            if not (readonly and pragma.startswith("journal")):
+                db.execute(f"PRAGMA {pragma}")
+        if existed:
+            _check_sound(db)
+        if not readonly:
+            migrate(db)
+        elif db.execute("PRAGMA user_version").fetchone()[0] != SCHEMA_VERSION:
+            raise StorageError(f"the database at {path} has another schema version; start the daemon to migrate it")
+        return db
+    except (sqlite.Error, OSError) as error:
+        raise StorageError(f"cannot open the database {path}: {error}. It was left as it is: restore a backup"
+                           " (`claudomator ctl backup` makes them), or move the file away to start empty") from error
+
+
+def _check_sound(db) -> None:
+    """Read the schema and both ends of the main tables; a damaged file raises the driver's error here, not later."""
+    tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    for table in ("tasks", "executions", "events"):
+        if table in tables:
+            db.execute(f"SELECT * FROM {table} ORDER BY rowid LIMIT 1").fetchone()
+            db.execute(f"SELECT * FROM {table} ORDER BY rowid DESC LIMIT 1").fetchone()
+
+
+class _Savepoint:
+    """One operation inside the tick's transaction: all of it happens or nothing, its events and hooks included."""
+
+    def __init__(self, store: Transactions):
+        self._store = store
+
+    def __enter__(self) -> None:
+        store = self._store
+        store._begin()
+        store._db.execute("SAVEPOINT op")
+        store._depth += 1
+        self._marks = len(store._events), len(store._hooks)
+
+    def __exit__(self, kind, error, trace) -> None:
+        store = self._store
+        store._depth -= 1
+        if kind is not None:
+            if store._in_transaction:
+                store._db.execute("ROLLBACK TO op")
+                store._db.execute("RELEASE op")
+            del store._events[self._marks[0]:], store._hooks[self._marks[1]:]
+        else:
+            store._db.execute("RELEASE op")
+            if store._depth == 0:
+                hooks, store._hooks = store._hooks, []
+                for hook in hooks:
+                    hook()
+        if store._loop is None and store._depth == 0:
+            store.commit()
+
+
+class WalSyncer:
+    """A thread that syncs the WAL to disk and then calls back; requests that come meanwhile share the next sync.
+
+    A sync may take 10 ms on a slow disk; the loop must not stand still for it.
+    """
+
+    def __init__(self, path: str, call_soon_threadsafe):
+        self._path, self._reply, self._queue, self._thread = path, call_soon_threadsafe, None, None
+
+    def request(self, callback) -> None:
+        """Have ``callback(error_or_None)`` called in the loop once all that is committed now is on disk."""
+        if self._thread is None:
+            from queue import SimpleQueue
+            from threading import Thread
+            self._queue = SimpleQueue()
+            self._thread = Thread(target=self._run, name="wal-sync", daemon=True)
+            self._thread.start()
+        self._queue.put(callback)
+
+    def _run(self) -> None:
+        descriptor = os.open(self._path, os.O_RDONLY)
+        while True:
+            batch = [self._queue.get()]
+            while not self._queue.empty():
+                batch.append(self._queue.get())
+            error = None
+            try:
+                os.fdatasync(descriptor)
+            except OSError as failure:
+                error = failure
+            stop = None in batch
+            for callback in batch:
+                if callback is not None:
+                    try:
+                        self._reply(callback, error)
+                    except RuntimeError:  # the loop has closed: nobody waits for the answer any more
+                        stop = True
+            if stop:
+                os.close(descriptor)
+                return
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join(5)
+            self._thread = None
+
+
+class Transactions:
+    """A database connection with group commit and the event log.  Without a loop every operation commits by itself.
+
+    Writes raise ``StorageError`` when the disk refuses (full, read-only); then the whole tick's transaction is undone,
+    ``on_rollback`` is called and every waiter of ``durable`` gets the error.
+    """
+
+    def __init__(self, path: str, clock=time.time, readonly: bool = False):
+        self.path, self.clock = path, clock
+        self._sqlite_error, self._integrity_error = _sqlite().Error, _sqlite().IntegrityError
+        self._db = open_database(path, readonly)
+        self._loop = self._syncer = None
+        self._in_transaction, self._depth, self._unsynced = False, 0, 0
+        self._events: list[dict] = []
+        self._hooks: list = []
+        self._waiters: list = []
+        self.on_events = lambda events: None
+        self.on_rollback = lambda: None
+        self._load_sequences()
+        self.published_seq = self.last_event_seq()
+
+    def _load_sequences(self) -> None:
+        self._seq = {table: self._db.execute(f"SELECT coalesce(max(seq), 0) FROM {table}").fetchone()[0]
+                     for table in ("tasks", "executions")}
+
+    def attach(self, loop) -> None:
+        """From now on commit once per tick of ``loop`` and acknowledge after the WAL's sync."""
+        self._loop = loop
+        self._syncer = WalSyncer(self.path + "-wal", loop.call_soon_threadsafe)
+
+    def close(self) -> None:
+        """Commit what is open and close; the last reader's checkpoint leaves one plain file."""
+        if self._in_transaction:
+            self.commit()
+        if self._syncer:
+            self._syncer.close()
+        self._loop = None
+        self._db.close()
+
+    def atomic(self) -> _Savepoint:
+        """``with store.atomic():`` makes the writes inside happen together or not at all."""
+        return _Savepoint(self)
+
+    def after(self, hook) -> None:
+        """Call ``hook()`` once the outermost operation is complete; never if it is undone."""
+        self._hooks.append(hook)
+
+    def _begin(self) -> None:
+        if not self._in_transaction:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+            except self._sqlite_error as error:
+                raise self._failure(error) from error
+            self._in_transaction = True
+            if self._loop is not None:
+                self._loop.call_soon(self.commit)
+
+    @staticmethod
+    def _failure(error: Exception) -> StorageError:
+        return StorageError(f"the database could not be written: {error}; make room on its disk and try again")
+
+    def commit(self) -> None:
+        """End the tick's transaction; called by the loop, or at once where there is none."""
+        if not self._in_transaction:
+            return
+        try:
+            self._db.execute("COMMIT")
+        except self._sqlite_error as error:
+            failure = self._undo(error)
+            if self._loop is None:
+                raise failure from error
+            return
+        self._in_transaction = False
+        events, self._events = self._events, []
+        waiters, self._waiters = self._waiters, []
+        if self._syncer is None:
+            self._synced(None, events, waiters)
+        else:
+            self._unsynced += 1
+            self._syncer.request(lambda error: self._synced(error, events, waiters, 1))
+
+    def _synced(self, error, events: list, waiters: list, commits: int = 0) -> None:
+        self._unsynced -= commits
+        failure = StorageError(f"the database was not synced to disk: {error}") if error else None
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_exception(failure) if failure else waiter.set_result(None)
+        if events:
+            self.published_seq = events[-1]["seq"]
+            self.on_events(events)
+
+    def _undo(self, error: Exception) -> StorageError:
+        """Undo the tick's transaction and tell everybody who waits for it; returns the error to raise."""
+        self._in_transaction, self._events, self._hooks = False, [], []
+        waiters, self._waiters = self._waiters, []
+        try:
+            self._db.execute("ROLLBACK")
+        except self._sqlite_error:
+            pass  # SQLite had rolled back by itself
+        self._load_sequences()
+        failure = self._failure(error)
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_exception(failure)
+        self.on_rollback()
+        return failure
+
+    def durable(self):
+        """An awaitable that ends once everything written so far is on disk.  Raises ``StorageError``."""
+        future = self._loop.create_future()
+        if self._in_transaction:
+            self._waiters.append(future)
+        elif self._unsynced:
+            self._syncer.request(lambda error: self._synced(error, [], [future]))
+        else:
+            future.set_result(None)
+        return future
+
+    def _write(self, sql: str, values):
+        """Run one changing statement; returns its cursor."""
+        self._begin()
+        try:
+            return self._db.execute(sql, values)
+        except self._integrity_error:
+            raise
+        except self._sqlite_error as error:
+            raise self._undo(error) from error
+        finally:
+            if self._loop is None and self._depth == 0:
+                self.commit()
+
+    def _update(self, table: str, key: str, row: dict) -> None:
+        sets = ", ".join(f"{name} = ?" for name in row)
+        self._write(f"UPDATE {table} SET {sets} WHERE id = ?", (*row.values(), key))
+
+    def _insert(self, table: str, row: dict) -> None:
+        self._write(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", tuple(row.values()))
+
+    def _next_seq(self, table: str) -> int:
+        self._seq[table] += 1
+        return self._seq[table]
+
+    def append_event(self, kind: str, task_id: str | None = None, execution_id: str | None = None, **payload) -> None:
+        """Write an event; it is published once it is on disk."""
+        now = self.clock()
+        with self.atomic():
+            cursor = self._write(
+                "INSERT INTO events (time, kind, task_id, execution_id, payload_json) VALUES (?, ?, ?, ?, ?)",
+                (format_db_time(now), kind, task_id, execution_id, format_json(payload)))
+            self._events.append({"seq": cursor.lastrowid, "time": format_time(now), "kind": kind, "task_id": task_id,
+                                 "execution_id": execution_id, **payload})
+
+    def events_since(self, seq: int, limit: int = 500, task_id: str | None = None) -> list[dict]:
+        """Up to ``limit`` published events after ``seq``, oldest first; of one task where given."""
+        where = "seq > ? AND seq <= ?" + (" AND task_id = ?" if task_id else "")
+        rows = self._db.execute(f"SELECT seq, time, kind, task_id, execution_id, payload_json FROM events WHERE {where}"
+                                f" ORDER BY seq LIMIT {int(limit)}",
+                                (seq, self.published_seq, *([task_id] if task_id else ())))
+        return [{"seq": row[0], "time": format_time(parse_db_time(row[1])), "kind": row[2], "task_id": row[3],
+                 "execution_id": row[4], **parse_json_or(row[5], {})} for row in rows]
+
+    def last_event_seq(self) -> int:
+        """The sequence number of the newest event, 0 where there is none."""
+        return self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0]
+
+
+class Store(Transactions):
+    """Tasks, executions, settings and agent kinds in the database."""
+
+    # -- tasks
+
+    def insert_task(self, task: Task) -> Task:
+        """Store a new task; returns it with ``seq``, ``created_at`` and ``updated_at`` set."""
+        now = self.clock()
+        task = task.replace(seq=self._next_seq("tasks"), created_at=now, updated_at=now)
+        self._insert("tasks", _task_row(task))
+        return task
+
+    def _tasks(self, where: str, values=(), order: str = "seq", limit: int | None = None) -> list[Task]:
+        cut = f" LIMIT {int(limit)}" if limit else ""
+        return [_task_of(row) for row in self._db.execute(
+            f"SELECT {', '.join(TASK_COLUMNS)} FROM tasks WHERE {where} ORDER BY {order}{cut}", values)]
+
+    def get_task(self, task_id: str) -> Task:
+        """The task.  Raises ``NotFound``."""
+        found = self._tasks("id = ?", (task_id,))
+        if not found:
+            raise NotFound(f"there is no task {task_id}")
+        return found[0]
+
+    def find_task(self, task_id: str) -> Task | None:
+        """The task, or ``None``."""
+        found = self._tasks("id = ?", (task_id,))
+        return found[0] if found else None
+
+    def task_by_key(self, idempotency_key: str) -> Task | None:
+        """The task that was created with this idempotency key."""
+        found = self._tasks("idempotency_key = ?", (idempotency_key,))
+        return found[0] if found else None
+
+    def resolve_task(self, prefix: str) -> str:
+        """The one task id that begins with ``prefix``.  Raises ``NotFound``, also where several do."""
+        rows = self._db.execute("SELECT id, name FROM tasks WHERE id >= ? AND id < ? ORDER BY id LIMIT 3",
+                                (prefix, prefix + "\U0010ffff")).fetchall() if prefix else []
+        if len(rows) == 1 or rows and rows[0][0] == prefix:
+            return rows[0][0]
+        if rows:
+            some = ", ".join(f"{row[0][:13]} ({row[1]})" for row in rows)
+            raise NotFound(f"{prefix!r} is the beginning of several task ids: {some} ...; give more of it")
+        raise NotFound(f"there is no task whose id begins with {prefix!r}; `claudomator ctl list --all` shows them")
+
+    def list_tasks(self, *, states=(), tag: str = "", project: str = "", agent: str = "", parent: str = "",
+                   limit: int = 50, before_seq: int | None = None) -> list[Task]:
+        """Newest first, ``limit`` at the most; ``before_seq`` continues a list (keyset paging)."""
+        def page(state: str | None) -> list[Task]:
+            where, values = [], []
+            for clause, value in (("state = ?", state), ("parent_task_id = ?", parent or None), ("seq < ?", before_seq),
+                                  ("project = ?", project or None),
+                                  ("json_extract(config_json, '$.type') = ?", agent or None),
+                                  ("EXISTS (SELECT 1 FROM json_each(tags_json) WHERE value = ?)", tag or None)):
+                if value is not None:
+                    where.append(clause)
+                    values.append(value)
+            return self._tasks(" AND ".join(where) or "1", values, "seq DESC", limit)
+        found = [task for state in (states or (None,)) for task in page(state)]
+        return sorted(found, key=lambda task: -task.seq)[:limit]
+
+    def queued_page(self, after: tuple[int, int] = (-1, -1), limit: int = 1000) -> list[Task]:
+        """QUEUED tasks in claim order (rank, then age) after a (rank, seq) key."""
+        return self._tasks("state = 'QUEUED' AND (rank, seq) > (?, ?)", after, "rank, seq", limit)
+
+    def oldest_pending(self) -> Task | None:
+        """The oldest PENDING task, for ``start-next``."""
+        found = self._tasks("state = 'PENDING'", (), "seq", 1)
+        return found[0] if found else None
+
+    def subtasks(self, parent_id: str) -> list[Task]:
+        """The direct subtasks of a task, oldest first."""
+        return self._tasks("parent_task_id = ?", (parent_id,))
+
+    def task_states(self, ids) -> dict[str, str]:
+        """The states of those of ``ids`` that exist."""
+        found: dict[str, str] = {}
+        for task_id in ids:
+            row = self._db.execute("SELECT state FROM tasks WHERE id = ?", (task_id,)).fetchone()
+            if row:
+                found[task_id] = row[0]
+        return found
+
+    def task_names(self, ids) -> dict[str, str]:
+        """The names of those of ``ids`` that exist."""
+        rows = (self._db.execute("SELECT id, name FROM tasks WHERE id = ?", (task_id,)).fetchone() for task_id in ids)
+        return {row[0]: row[1] for row in rows if row}
+
+    def move_task(self, task_id: str, new_state: str, *, only_from=None, **columns) -> Task:
+        """Compare and set: the state and the given fields change only where the table allows the move.
+
+        Returns the task as it is now.  Raises ``NotFound``, or ``WrongState`` where another caller was faster.
+        """
+        allowed = [state for state in sources_of(new_state) if only_from is None or state in only_from]
+        row = {"state": new_state, "updated_at": format_db_time(self.clock()), **self._task_columns(columns)}
+        sets = ", ".join(f"{name} = ?" for name in row)
+        changed = self._write(f"UPDATE tasks SET {sets} WHERE id = ? AND state IN ({', '.join('?' * len(allowed))})",
+                              (*row.values(), task_id, *allowed)).rowcount
+        task = self.get_task(task_id)
+        if not changed:
+            check_move(task.state, new_state)
+            raise WrongState(f"task {task_id[:8]} is {task.state}; this needs {' or '.join(allowed)}", state=task.state)
+        return task
+
+    def update_task(self, task_id: str, **columns) -> Task:
+        """Change fields other than the state."""
+        self._update("tasks", task_id, {"updated_at": format_db_time(self.clock()), **self._task_columns(columns)})
+        return self.get_task(task_id)
+
+    def _task_columns(self, fields: dict) -> dict:
+        """Column values of some fields of a ``Task``."""
+        if not fields:
+            return {}
+        sample = Task(name="", agent=fields.get("agent") or AgentConfig(), id="",
+                      **{name: value for name, value in fields.items() if name not in ("agent", "name")})
+        if "name" in fields:
+            sample = sample.replace(name=fields["name"])
+        row = _task_row(sample)
+        names = {"agent": ("config_json",), "priority": ("priority", "rank"), "timeout_s": ("timeout_ns",),
+                 "stall_timeout_s": ("stall_timeout_ns",), "retry": ("retry_json",), "tags": ("tags_json",),
+                 "depends_on": ("depends_on_json",), "question": ("question_json",), "resume": ("resume_json",)}
+        return {column: row[column] for field in fields for column in names.get(field, (field,))}
+
+    def delete_task(self, task_id: str) -> None:
+        """Delete a task and its executions' rows; its events stay."""
+        self._write("DELETE FROM executions WHERE task_id = ?", (task_id,))
+        self._write("DELETE FROM tasks WHERE id = ?", (task_id,))
+
+    def last_task_seq(self) -> int:
+        """The sequence number of the newest task."""
+        return self._seq["tasks"]
+
+    def counts(self) -> dict[str, int]:
+        """The number of tasks in each state."""
+        return {state: n for state, n in self._db.execute("SELECT state, n FROM state_counts") if n}
+
+    # -- executions
+
+    def insert_execution(self, execution: Execution) -> Execution:
+        """Store a new execution; returns it with ``seq`` set."""
+        execution = execution.replace(seq=self._next_seq("executions"))
+        self._insert("executions", _execution_row(execution))
+        return execution
+
+    def update_execution(self, execution_id: str, **fields) -> Execution:
+        """Change fields of an execution; returns it."""
+        row = _execution_row(Execution(id=execution_id, task_id="", **fields))
+        names = {"detail": "error_msg", "timeout_s": "timeout_ns", "changestats": "changestats_json",
+                 "commits": "commits_json"}
+        self._update("executions", execution_id, {names.get(f, f): row[names.get(f, f)] for f in fields})
+        return self.get_execution(execution_id)
+
+    def _executions(self, where: str, values=(), order: str = "seq", limit: int | None = None) -> list[Execution]:
+        cut = f" LIMIT {int(limit)}" if limit else ""
+        return [_execution_of(row) for row in self._db.execute(
+            f"SELECT {', '.join(EXECUTION_COLUMNS)} FROM executions WHERE {where} ORDER BY {order}{cut}", values)]
+
+    def get_execution(self, execution_id: str) -> Execution:
+        """The execution with this id.  Raises ``NotFound``."""
+        found = self._executions("id = ?", (execution_id,))
+        if not found:
+            raise NotFound(f"there is no execution {execution_id}")
+        return found[0]
+
+    def resolve_execution(self, prefix: str) -> str:
+        """The one execution id that begins with ``prefix``.  Raises ``NotFound``."""
+        rows = self._db.execute("SELECT id FROM executions WHERE id >= ? AND id < ? LIMIT 2",
+                                (prefix, prefix + "\U0010ffff")).fetchall() if prefix else []
+        if len(rows) != 1:
+            raise NotFound(f"{'several executions begin' if rows else 'no execution begins'} with {prefix!r}")
+        return rows[0][0]
+
+    def executions_of(self, task_id: str, limit: int = 50) -> list[Execution]:
+        """The executions of a task, newest first."""
+        return self._executions("task_id = ?", (task_id,), "seq DESC", limit)
+
+    def last_execution(self, task: Task) -> Execution | None:
+        """The newest execution of a task."""
+        if task.execution_id is None:
+            return None
+        found = self._executions("id = ?", (task.execution_id,))
+        return found[0] if found else None
+
+    def running_executions(self) -> list[Execution]:
+        """All executions whose status is RUNNING, oldest first."""
+        return self._executions("status = 'RUNNING'")
+
+    def executions_before(self, end_time: float, limit: int) -> list[Execution]:
+        """The oldest ended executions whose end lies before ``end_time`` and whose files may still exist."""
+        return self._executions("status <> 'RUNNING' AND artifact_dir <> '' AND end_time < ?",
+                                (format_db_time(end_time),), "seq", limit)
+
+    def kept_sandboxes(self, limit: int = 200) -> list[Execution]:
+        """Ended executions whose sandbox is still recorded, newest first."""
+        return self._executions("status <> 'RUNNING' AND sandbox_dir <> ''", (), "seq DESC", limit)
+
+    def sandbox_users(self, sandbox_dir: str) -> list[Execution]:
+        """Executions that have worked in a sandbox, newest first."""
+        return self._executions("sandbox_dir = ?", (sandbox_dir,), "seq DESC", 20)
+
+    def prune_executions(self, task_id: str, keep: int) -> list[Execution]:
+        """Delete the rows of all but the newest ``keep`` ended executions of a task; returns what was deleted."""
+        old = self._executions("task_id = ? AND status <> 'RUNNING'", (task_id,), "seq DESC")[keep:]
+        for execution in old:
+            self._write("DELETE FROM executions WHERE id = ?", (execution.id,))
+        return old
+
+    def prune_events(self, before: float, limit: int) -> int:
+        """Delete up to ``limit`` of the oldest events written before a time; returns how many went."""
+        return self._write("DELETE FROM events WHERE seq IN (SELECT seq FROM events WHERE time < ? ORDER BY seq LIMIT ?)",
+                           (format_db_time(before), limit)).rowcount
+
+    # -- settings and agents
+
+    def get_setting(self, key: str, default=None):
+        """A stored setting of the daemon."""
+        row = self._db.execute("SELECT value_json FROM settings WHERE key = ?", (key,)).fetchone()
+        return parse_json_or(row[0], default) if row else default
+
+    def put_setting(self, key: str, value) -> None:
+        """Store a setting of the daemon."""
+        self._write("INSERT OR REPLACE INTO settings VALUES (?, ?)", (key, format_json(value)))
+
+    def parked_agents(self) -> dict[str, dict]:
+        """Parked agent kinds: {kind: {"until": unix s or None (until unparked), "reason", "detail"}}."""
+        rows = self._db.execute("SELECT kind, parked_until, reason, detail FROM agents WHERE reason <> ''")
+        return {kind: {"until": until, "reason": reason, "detail": detail} for kind, until, reason, detail in rows}
+
+    def park_agent(self, kind: str, until: float | None, reason: str, detail: str) -> None:
+        """Remember that a kind is parked; an empty ``reason`` unparks it."""
+        self._write("INSERT INTO agents (kind, parked_until, reason, detail) VALUES (?, ?, ?, ?) ON CONFLICT(kind) DO UPDATE"
+                    " SET parked_until = excluded.parked_until, reason = excluded.reason, detail = excluded.detail",
+                    (kind, until, reason, detail))
+
+    def backup(self, target: str) -> int:
+        """Copy the database with SQLite's online backup to ``target`` (0600, replaced at the end); returns its bytes.
+
+        May run in another thread: it uses a connection of its own.  Raises ``StorageError``.
+        """
+        sqlite = _sqlite()
+        partial = target + ".partial"
+        try:
+            os.close(os.open(partial, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o600))
+            source, copy = sqlite.connect(self.path), sqlite.connect(partial)
+            try:
+                source.backup(copy, pages=2000)
+                if copy.execute("PRAGMA quick_check").fetchone()[0] != "ok":
+                    raise StorageError(f"the backup {target} did not pass its check; the database may be damaged")
+            finally:
+                source.close()
+                copy.close()
+            os.replace(partial, target)
+            return os.path.getsize(target)
+        except (sqlite.Error, OSError) as error:
+            raise StorageError(f"the backup to {target} failed: {error}") from error
+
+
+# ---- 14 Processes and supervisor -------------------------------------------------------------------------------
+# An agent's parent is not the daemon but a supervisor of its own: /bin/sh in its own session, with coreutils'
+# ``timeout`` below it, 0.3 MB together.  It survives the daemon, enforces the timeout alone, and writes the exit status
+# to ``<execution>/exit``.  Three facts make restarts safe (docs/adr/0002):
+#
+# - the gate: the supervisor waits on a pipe for the word ``go``.  The daemon writes it only after the supervisor's pid is
+#   on disk; if the daemon dies before, the pipe closes and the agent never starts;
+# - identity: a process is its pid, its start time (field 22 of /proc/PID/stat) and the boot id; a reused pid differs;
+# - the mark: every process of an execution inherits CLAUDOMATOR_EXECUTION_ID.  Whatever carries it is swept at the end,
+#   because tool shells start sessions of their own and escape every group.  Names are never looked at.
+
+MARK = "CLAUDOMATOR_EXECUTION_ID"
+GATE_FD = 9
+STOP_GRACE_S = 8  # SIGTERM to SIGKILL; claude needs 1.6 s to end a running tool
+START_REFUSED = 125  # what the exit file says when the working directory could not be entered
+
+# Arguments: execution directory, execution id, working directory, stdin file, timeout in seconds, grace, then the agent.
+# ``timeout`` puts the agent into a process group, signals that group, and takes back the ignored SIGINT that a
+# background command of sh inherits.  A trap only passes the stop on; the loop goes on waiting for the true status.
+SUPERVISOR = r"""
+umask 077
+dir=$1 id=$2 cwd=$3 input=$4 limit=$5 grace=$6
+shift 6
+hit= child=
+stop() { hit=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null; }
+trap stop TERM INT HUP
+read -r word <&9 || exit 0
+[ "$word" = go ] || exit 0
+exec 9<&-
+[ -z "$hit" ] || { echo 143 >"$dir/exit"; exit 0; }
+cd -- "$cwd" || { echo 125 >"$dir/exit"; exit 0; }
+CLAUDOMATOR_EXECUTION_ID=$id timeout -k "$grace" "$limit" "$@" <"$input" >>"$dir/stdout.log" 2>>"$dir/stderr.log" &
+child=$!
+while :; do
+  wait "$child" 2>/dev/null
+  code=$?
+  [ -n "$hit" ] || break
+  hit=
+  kill -0 "$child" 2>/dev/null || break
+done
+sweep() {
+  found=
+  for file in $(grep -lszxF "CLAUDOMATOR_EXECUTION_ID=$id" /proc/[0-9]*/environ); do
+    found=1 pid=${file#/proc/}
+    kill "-$1" "${pid%/environ}" 2>/dev/null
+  done
+  [ -n "$found" ]
+}
+if [ "$code" -ne 0 ] && sweep TERM; then
+  sleep 1
+  sweep KILL
+fi
+echo "$code" >"$dir/exit"
+"""
+
+
+def boot_id() -> str:
+    """The kernel's id of this boot; a pid of another boot means nothing."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def process_start(pid: int) -> int | None:
+    """Start time of a process in clock ticks since boot (field 22 of /proc/PID/stat); ``None`` if it is no more.
+
+    A zombie counts as ended: its parent has not looked yet, but nothing of it runs.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if len(fields) < 20 or fields[0] in b"ZX" else int(fields[19])
+
+
+def is_same_process(pid: int | None, start: int | None, boot: str) -> bool:
+    """Whether the process that was recorded is still alive; a stranger with the same pid is not it."""
+    return pid is not None and boot == boot_id() and start is not None and process_start(pid) == start
+
+
+def marked_processes(execution_ids) -> dict[int, str]:
+    """{pid: execution id} of every living process that carries the mark of one of the executions.
+
+    Processes of other users cannot be read and are not ours.  Cost: one pass over /proc for any number of executions.
+    """
+    wanted = {f"{MARK}={execution_id}".encode(): execution_id for execution_id in execution_ids}
+    prefix, found = MARK.encode() + b"=", {}
+    if not wanted:
+        return found
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            with open(f"/proc/{name}/environ", "rb", buffering=0) as file:
+                block = file.read(1 << 22)
+        except OSError:
+            continue
+        if prefix in block:
+            for entry in block.split(b"\0"):
+                if entry in wanted and process_start(int(name)) is not None:
+                    found[int(name)] = wanted[entry]
+    return found
+
+
+def signal_marked(execution_ids, number: int) -> int:
+    """Send a signal to everything that carries a mark; returns how many processes there were.
+
+    Each is held by a pidfd and looked at again before the signal, so that a pid reused in between is never hit.
+    """
+    import signal
+    found = marked_processes(execution_ids)
+    for pid, execution_id in found.items():
+        try:
+            descriptor = os.pidfd_open(pid)
+        except OSError:
+            continue
+        try:
+            with open(f"/proc/{pid}/environ", "rb", buffering=0) as file:
+                if f"{MARK}={execution_id}".encode() in file.read(1 << 22).split(b"\0"):
+                    signal.pidfd_send_signal(descriptor, number)
+        except OSError:
+            pass
+        finally:
+            os.close(descriptor)
+    return len(found)
+
+
+def signal_process(pid: int, start: int | None, number: int) -> bool:
+    """Signal the process that was recorded, never a stranger with its pid; says whether it was there."""
+    import signal
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:
+        return False
+    try:
+        if process_start(pid) != start:
+            return False
+        signal.pidfd_send_signal(descriptor, number)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+class Supervisor:
+    """A supervisor that waits at its gate.  ``open_gate`` lets the agent start, ``abandon`` makes it leave at once."""
+
+    def __init__(self, pid: int, start: int | None, gate: int):
+        self.pid, self.start, self._gate = pid, start, gate
+
+    def open_gate(self) -> None:
+        """Let the agent start."""
+        try:
+            os.write(self._gate, b"go\n")
+        except BrokenPipeError:
+            pass  # it was killed at its gate: the end of its pid tells
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close the gate; without ``go`` the supervisor exits and leaves no exit file."""
+        if self._gate >= 0:
+            os.close(self._gate)
+            self._gate = -1
+
+
+def spawn_supervisor(execution_dir: str, execution_id: str, argv, *, env: dict, cwd: str, stdin_path: str,
+                     timeout_s: float, grace_s: float = STOP_GRACE_S) -> Supervisor:
+    """Start a supervisor that will run ``argv`` once its gate opens.  Raises ``SpawnError``.
+
+    ``env`` is the agent's whole environment; the mark is added here.  stdout and stderr are appended to ``stdout.log``
+    and ``stderr.log`` in ``execution_dir``.  ``timeout_s`` counts from the opening of the gate; 0 means none.
+    """
+    import signal
+    read_end, write_end = os.pipe()
+    command = ["/bin/sh", "-c", SUPERVISOR, "claudomator-supervisor", execution_dir, execution_id, cwd, stdin_path,
+               f"{timeout_s:.3f}", f"{grace_s:g}", *argv]
+    environment = {name: value for name, value in env.items() if name != MARK}
+    try:
+        pid = os.posix_spawn(
+            "/bin/sh", command, environment, setsid=True, setsigmask=[], setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 2, os.path.join(execution_dir, "stderr.log"),
+                 os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+                (os.POSIX_SPAWN_DUP2, 2, 1), (os.POSIX_SPAWN_DUP2, read_end, GATE_FD)])
+    except (OSError, ValueError) as error:
+        os.close(write_end)
+        raise SpawnError(f"the agent's supervisor could not be started: {error}") from error
+    finally:
+        os.close(read_end)
+    return Supervisor(pid, process_start(pid), write_end)
+
+
+def read_exit_status(execution_dir: str) -> int | None:
+    """What the supervisor recorded: an exit code, 128+n for a signal; ``None`` where it never came to that."""
+    try:
+        with open(os.path.join(execution_dir, "exit"), encoding="ascii") as file:
+            text = file.read(16).strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def exit_time(execution_dir: str) -> float | None:
+    """When the exit status was recorded (unix seconds)."""
+    try:
+        return os.stat(os.path.join(execution_dir, "exit")).st_mtime
+    except OSError:
+        return None
+
+
+async def wait_for_exit(pid: int, start: int | None) -> None:
+    """Return when the process has ended, at once and without polling (pidfd); reaps it if it is our child."""
+    import asyncio
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:
+        return
+    loop = asyncio.get_running_loop()
+    ended = loop.create_future()
+    try:
+        if process_start(pid) == start:
+            loop.add_reader(descriptor, lambda: ended.done() or ended.set_result(None))
+            await ended
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+        try:
+            os.waitpid(pid, os.WNOHANG)
+        except OSError:
+            pass  # adopted: init reaps it
+
+
+async def sweep(execution_ids, grace_s: float = 2.0) -> int:
+    """End whatever still carries the marks: SIGTERM, ``grace_s`` seconds, then SIGKILL until nothing is left.
+
+    Returns how many processes there were at first.  It does not return before the last one is gone.
+    """
+    import asyncio
+    import signal
+    ids = list(execution_ids)
+    first = alive = signal_marked(ids, signal.SIGTERM)
+    deadline = time.monotonic() + grace_s
+    while alive:
+        await asyncio.sleep(0.05)
+        alive = signal_marked(ids, signal.SIGKILL) if time.monotonic() > deadline else len(marked_processes(ids))
+    return first
+
+
+class SweepQueue:
+    """Shares one pass over /proc among all executions that end within a tick."""
+
+    def __init__(self):
+        self._waiting: dict[str, list] = {}
+        self._task = None
+
+    async def clean(self, execution_id: str) -> None:
+        """Return once nothing carries the execution's mark."""
+        import asyncio
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+        self._waiting.setdefault(execution_id, []).append(done)
+        if self._task is None:
+            self._task = loop.create_task(self._run())
+        await done
+
+    async def _run(self) -> None:
+        import asyncio
+        while self._waiting:
+            await asyncio.sleep(0)
+            batch, self._waiting = self._waiting, {}
+            dirty = set(marked_processes(batch).values())
+            for execution_id, futures in batch.items():
+                if execution_id not in dirty:
+                    self._finish(futures)
+            if dirty:
+                await sweep(dirty)
+                for execution_id in dirty:
+                    self._finish(batch[execution_id])
+        self._task = None
+
+    @staticmethod
+    def _finish(futures: list) -> None:
+        for future in futures:
+            if not future.done():
+                future.set_result(None)
+
+
+async def in_thread(function, *args, **kwargs):
+    """Run a blocking function in a thread of its own and return its result.
+
+    Not the loop's default executor: its few threads would stay, and one long ``verify`` would hold up the others.
+    """
+    import asyncio
+    import threading
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+
+    def deliver(method, value) -> None:
+        try:
+            loop.call_soon_threadsafe(lambda: future.done() or method(value))
+        except RuntimeError:
+            pass  # the loop has closed
+
+    def work() -> None:
+        try:
+            result = function(*args, **kwargs)
+        except BaseException as error:
+            deliver(future.set_exception, error)
+        else:
+            deliver(future.set_result, result)
+
+    threading.Thread(target=work, name=getattr(function, "__name__", "work"), daemon=True).start()
+    return await future
+
+
+# ---- 15 Git sandboxes ------------------------------------------------------------------------------------------
+# A sandbox is a clone that one task works in.  Four rules carry the section:
+#
+# - the developer's working copy is never touched.  Commits go to a branch of the clone's source; where that branch is
+#   checked out there, they go to a new branch ``claudomator/<sandbox>``, and the result says so;
+# - nobody's commits are overwritten: no push is forced.  One that came too late is rebased, verified and tried again.
+#   The sandboxes of one daemon take turns by a lock file, so that a slow ``verify`` cannot starve among fast ones;
+# - every step can be repeated: the daemon may be killed anywhere, and ``finish_sandbox``, called again, goes on.  What
+#   it must remember are files ``claudomator*`` in the clone's .git;
+# - git runs without the daemon's own GIT_* variables, hooks and signing, in a fixed language and with an identity.
+#
+# A repository of another user needs ``safe.directory``, which git withholds from the upload-pack and receive-pack that
+# it starts for a local path (connect.c clears GIT_CONFIG_COUNT), so those two are named with the option built in.
+
+GIT_TIMEOUT_S = 300.0  # for git calls that move no data over a network
+GIT_KEEP_BYTES = 16 << 20  # of git's own output, for lists of commits
+STOP_WAIT_S = 2.0  # SIGTERM to SIGKILL for a command that ran out of time
+MESSAGE_TAIL = 4000  # characters of a command's output that go into an error message
+AUTOCOMMIT_SUBJECT = "chore: autocommit uncommitted changes"
+INITIAL_SUBJECT = "chore: initial commit"
+FALLBACK_IDENTITY = ("Claudomator", "claudomator@localhost")
+UPLOAD_PACK = "git -c safe.directory=* upload-pack"
+RECEIVE_PACK = "git -c safe.directory=* receive-pack"
+FETCHED_REF = "refs/claudomator/fetched"
+DIFF_OPTIONS = ("-M", "--no-color", "--no-ext-diff", "--no-textconv", "--submodule=short", "--src-prefix=a/",
+                "--dst-prefix=b/")
+
+GIT_SETTINGS = (  # over whatever the host's configuration says
+    ("safe.directory", "*"), ("commit.gpgsign", "false"), ("tag.gpgsign", "false"), ("push.gpgsign", "false"),
+    ("log.showsignature", "false"), ("gc.auto", "0"), ("maintenance.auto", "false"), ("color.ui", "false"),
+    ("protocol.file.allow", "always"), ("submodule.recurse", "false"), ("rebase.autostash", "false"),
+    ("rebase.updaterefs", "false"), ("rebase.autosquash", "false"),
+)
+NO_HOOKS = ("core.hooksPath", "/dev/null")
+GIT_KEPT = ("GIT_AUTHOR_", "GIT_COMMITTER_", "GIT_SSH", "GIT_SSL_", "GIT_ASKPASS", "GIT_PROXY", "GIT_CONFIG_GLOBAL",
+            "GIT_CONFIG_SYSTEM", "GIT_CONFIG_NOSYSTEM", "GIT_EXEC_PATH")
+
+# What a push that lost a race says (send-pack, receive-pack and refs/files-backend.c of git 2.25 to 2.51).
+LOST_RACE = ("fetch first", "non-fast-forward", "failed to update ref", "failed to lock", "cannot lock ref",
+             "incorrect old value", "reference already exists", "unable to migrate objects")
+CHECKED_OUT = "branch is currently checked out"
+UNFINISHED = {"rebase-merge": "rebase", "rebase-apply": "rebase or am", "MERGE_HEAD": "merge", "BISECT_LOG": "bisect",
+              "CHERRY_PICK_HEAD": "cherry-pick", "REVERT_HEAD": "revert", "sequencer": "cherry-pick or revert"}
+UNMERGED = ("DD ", "AU ", "UD ", "UA ", "DU ", "AA ", "UU ")  # git-status(1), short format
+
+
+class CommandResult(Record):
+    """How a command ended: its exit code (negative: the signal), the end of its output, whether time ran out."""
+
+    exit_code: int
+    output: str
+    timed_out: bool
+
+
+def run_command(argv, *, env: dict, cwd: str | None = None, timeout_s: float | None = None, keep_bytes: int = 65536,
+                log_path: str | None = None, quiet: bool = False) -> CommandResult:
+    """Run a command to its end in a session of its own, without input; stdout and stderr together are its output.
+
+    Output goes to ``log_path`` (appended, 0600) or to a nameless file, never to a pipe: a background child that keeps
+    it open holds nobody up.  Its last ``keep_bytes`` are returned.  ``quiet``: stderr counts only where the command
+    fails.  A command that cannot be started has exit code 127.
+    """
+    import subprocess
+    import tempfile
+    with tempfile.TemporaryFile() as spare, tempfile.TemporaryFile() as errors:
+        descriptor = spare.fileno() if log_path is None else \
+            os.open(log_path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            begin, timed_out = os.lseek(descriptor, 0, os.SEEK_END), False
+            try:
+                process = subprocess.Popen(argv, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=descriptor,
+                                           stderr=errors if quiet else descriptor, start_new_session=True)
+            except (OSError, ValueError) as error:
+                return CommandResult(127, f"cannot run {argv[0]}: {error}", False)
+            try:
+                process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                timed_out = True
+                _stop_group(process)
+            except BaseException:
+                _stop_group(process)
+                raise
+            output = _tail(descriptor, begin, keep_bytes)
+            if quiet and process.returncode != 0:
+                output += _tail(errors.fileno(), 0, keep_bytes)
+        finally:
+            if log_path is not None:
+                os.close(descriptor)
+    return CommandResult(process.returncode, output.decode("utf-8", "replace"), timed_out)
+
+
+def _tail(descriptor: int, begin: int, keep_bytes: int) -> bytes:
+    size = os.fstat(descriptor).st_size
+    start = max(begin, size - keep_bytes)
+    return os.pread(descriptor, size - start, start)
+
+
+def _stop_group(process) -> None:
+    import signal
+    import subprocess
+    for number, wait_s in ((signal.SIGTERM, STOP_WAIT_S), (signal.SIGKILL, None)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            pass
+        try:
+            process.wait(wait_s)
+        except subprocess.TimeoutExpired:
+            pass
+
+
+def _read_text(path: str) -> str:
+    """The beginning of a small file, or an empty string where there is none."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(1 << 20)
+    except OSError:
+        return ""
+
+
+def _write_text(path: str, text: str) -> None:
+    with open(path + ".new", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(path + ".new", path)
+
+
+# -- calling git
+
+
+def clean_git_env(env: dict) -> dict:
+    """``env`` without the variables of an outer git (GIT_DIR, GIT_INDEX_FILE ...); identity and transport stay."""
+    return {name: value for name, value in env.items() if not name.startswith("GIT_") or name.startswith(GIT_KEPT)}
+
+
+def _config_env(settings: tuple, first: int = 0) -> dict:
+    """Settings by environment, so that the children of git see them too (git-config(1), GIT_CONFIG_COUNT)."""
+    found = {"GIT_CONFIG_COUNT": str(first + len(settings))}
+    for at, (name, value) in enumerate(settings, first):
+        found |= {f"GIT_CONFIG_KEY_{at}": name, f"GIT_CONFIG_VALUE_{at}": value}
+    return found
+
+
+def git(args, *, env: dict, cwd: str | None = None, repo: str | None = None, timeout_s: float = GIT_TIMEOUT_S,
+        settings: tuple = (NO_HOOKS,), log_path: str | None = None) -> CommandResult:
+    """Run git in ``cwd``, or on exactly the clone ``repo``; output is stdout, and stderr too where git fails.
+
+    With ``repo`` git never looks for a repository further up, so a clone whose .git was destroyed is an error and not
+    the repository that the clone happens to lie in.
+    """
+    at = ["--git-dir", os.path.join(repo, ".git"), "--work-tree", repo] if repo else []
+    environment = {**clean_git_env(env), **_config_env((*GIT_SETTINGS, *settings)), "GIT_TERMINAL_PROMPT": "0",
+                   "GIT_EDITOR": "true", "GIT_SEQUENCE_EDITOR": "true", "LC_ALL": "C", "LANGUAGE": ""}
+    return run_command(["git", *at, *args], env=environment, cwd=cwd or repo, timeout_s=timeout_s, quiet=True,
+                       keep_bytes=GIT_KEEP_BYTES, log_path=log_path)
+
+
+def _must(result: CommandResult, what: str, reason: str = "sandbox_failed", **data) -> str:
+    """The output of a command that succeeded; raises ``SandboxError`` with the end of its output otherwise."""
+    if result.exit_code == 0:
+        return result.output
+    how = "ran out of time" if result.timed_out else f"exit {result.exit_code}"
+    raise SandboxError(f"{what}: {how}\n{result.output[-MESSAGE_TAIL:].strip()}".strip(), reason, output=result.output,
+                       **data)
+
+
+def _identity_env(env: dict, cwd: str) -> dict:
+    """The GIT_AUTHOR_* and GIT_COMMITTER_* variables without which git would refuse to commit in ``cwd``."""
+    known = git(["config", "--get-regexp", r"^(user|author|committer)\.(name|email)$"], env=env, cwd=cwd).output
+    names, found = {line.split(" ", 1)[0] for line in known.splitlines()}, {}
+    for role in ("author", "committer"):
+        for field, value in zip(("name", "email"), FALLBACK_IDENTITY):
+            variable = f"GIT_{role}_{field}".upper()
+            if not env.get(variable) and not {f"user.{field}", f"{role}.{field}"} & names:
+                found[variable] = value
+    return found
+
+
+def agent_git_env(env: dict, cwd: str) -> dict:
+    """The GIT_* variables with which ``git commit`` works for an agent in ``cwd``, on any host.
+
+    An identity where none is configured, no signing, no question at a terminal, and repositories of other users are
+    trusted; nothing that binds git to one repository.  Settings that ``env`` brings along stay.
+    """
+    count = env.get("GIT_CONFIG_COUNT", "")
+    settings = _config_env(GIT_SETTINGS[:3], int(count) if count.isascii() and count.isdigit() else 0)
+    return {**_identity_env(env, cwd), "GIT_TERMINAL_PROMPT": "0", **settings}
+
+
+def _run_shell(command: str, what: str, reason: str, *, env: dict, cwd: str, timeout_s: float,
+               log_path: str | None, **data) -> None:
+    """Run a command of the project's owner; raises ``SandboxError`` with its output's end where it fails."""
+    if log_path:
+        with os.fdopen(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w") as log:
+            log.write(f"$ {command}\n")
+    env = clean_git_env(env)
+    env |= agent_git_env(env, cwd)
+    _must(run_command(["/bin/sh", "-c", command], env=env, cwd=cwd, timeout_s=timeout_s, log_path=log_path),
+          f"{what} failed: {command}", reason, **data)
+
+
+# -- making a sandbox
+
+
+class Sandbox(Record):
+    """A clone: where it is, what it was cloned from, the branch its commits go to, the commit it began with.
+
+    ``start_head`` is empty where the source had no commits; ``note`` says what a person should know.
+    """
+
+    path: str
+    project_dir: str
+    source: str
+    branch: str
+    start_head: str
+    note: str = ""
+
+    @property
+    def workdir(self) -> str:
+        """Where the agent starts: the clone, or the directory in it that ``project_dir`` is of its repository."""
+        found = os.path.normpath(os.path.join(self.path, _read_facts(self.path).get("subdir", "")))
+        return found if found.startswith(self.path + "/") and os.path.isdir(found) else self.path
+
+
+def _read_facts(path: str) -> dict:
+    found = parse_json_or(_read_text(os.path.join(path, ".git", "claudomator.json")), {})
+    return found if isinstance(found, dict) else {}
+
+
+def open_sandbox(path: str) -> Sandbox:
+    """The sandbox at ``path`` as ``create_sandbox`` recorded it; ``SandboxError`` where there is no whole one."""
+    facts = _read_facts(path)
+    if not {"project_dir", "source", "branch", "start_head"} <= facts.keys():
+        raise SandboxError(f"{path} is no sandbox, or one that was not made to its end")
+    return Sandbox(path=path, **{name: facts[name] for name in Sandbox._fields if name != "path" and name in facts})
+
+
+def _is_local(url: str) -> bool:
+    """Whether git takes ``url`` for a path (git-clone(1): a colon before the first slash is the ssh form)."""
+    return url.startswith("file://") or bool(url) and "://" not in url and ":" not in url.split("/", 1)[0] \
+        and not url.startswith("~")
+
+
+def _repository_top(project_dir: str, env: dict) -> str | None:
+    """The working tree (or bare repository) that ``project_dir`` belongs to, or ``None``.
+
+    A directory in which another repository tracks nothing (an ignored one, or any below a home directory kept in git)
+    does not belong to that repository.
+    """
+    result = git(["rev-parse", "--is-bare-repository", "--show-cdup"], env=env, cwd=project_dir)
+    if result.exit_code != 0:
+        if "not a git repository" in result.output and not os.path.lexists(os.path.join(project_dir, ".git")):
+            return None
+        _must(result, f"git cannot read the repository of {project_dir}")
+    bare, _, up = result.output.partition("\n")
+    if bare == "true" or not up.strip():
+        return project_dir
+    if not git(["ls-files", "-z", "--", "."], env=env, cwd=project_dir).output:
+        return None
+    return os.path.realpath(os.path.join(project_dir, up.strip()))
+
+
+def clone_source(project_dir: str, env: dict) -> str:
+    """What to clone for a project: its remote ``local``, else ``origin``, where that is local, else the project.
+
+    A remote on the network is never cloned from: its credentials and its speed are not the task's business.
+    """
+    project_dir = os.path.realpath(project_dir)
+    return _source_of(_repository_top(project_dir, env) or project_dir, env)
+
+
+def _source_of(top: str, env: dict) -> str:
+    for remote in ("local", "origin"):
+        result = git(["remote", "get-url", remote], env=env, cwd=top)
+        url = result.output.rstrip("\n")
+        if result.exit_code == 0 and _is_local(url):
+            return url if url.startswith("file://") else os.path.realpath(os.path.join(top, url))
+    return top
+
+
+def create_sandbox(project_dir: str, path: str, *, env: dict, setup: str = "", timeout_s: float = 600.0,
+                   log_path: str | None = None, source: str = "") -> Sandbox:
+    """Clone a project into ``path`` and prepare it; what an earlier, interrupted call left there is removed first.
+
+    ``setup`` is a shell command, run in the clone.  ``source`` names what to clone instead of asking the project (a
+    network URL is allowed here).  Raises ``SandboxError`` (``sandbox_failed``).
+    """
+    path, top, subdir = os.path.abspath(path), "", ""
+    root = os.path.dirname(path)
+    os.makedirs(root, mode=0o700, exist_ok=True)
+    if not source:
+        project_dir = _existing_project(project_dir)
+        top = _project_repository(project_dir, path, env, timeout_s)
+        source, subdir = _source_of(top, env), os.path.relpath(project_dir, top)
+    remove_sandbox(path, root)
+    _clone(source, path, env, timeout_s)
+    branch, start_head, note = _settle_branch(path, top, env)
+    _update_submodules(path, top if source == top else "", env, timeout_s)
+    sandbox = Sandbox(path, project_dir, source, branch, start_head, note)
+    os.makedirs(os.path.join(path, subdir), exist_ok=True)
+    if setup:
+        _run_shell(setup, "setup", "sandbox_failed", env=env, cwd=path, timeout_s=timeout_s, log_path=log_path)
+    # Written last: a clone without it was never handed out.
+    _write_text(os.path.join(path, ".git", "claudomator.json"), format_json({**sandbox.__dict__, "subdir": subdir}))
+    return sandbox
+
+
+def _existing_project(project_dir: str) -> str:
+    fault = "" if os.path.isdir(project_dir) else "is no directory" if os.path.exists(project_dir) else "does not exist"
+    fault = fault if os.path.isabs(project_dir) else "is not absolute"
+    if fault:
+        raise SandboxError(f"project_dir {project_dir!r} {fault}; check agent.project_dir")
+    return os.path.realpath(project_dir)
+
+
+def _project_repository(project_dir: str, path: str, env: dict, timeout_s: float) -> str:
+    """The top of the project's repository; a directory that has none becomes one, with a first commit.
+
+    The marker is there before the repository and goes after its commit, so that the next task mends a killed attempt.
+    """
+    git_dir, root = os.path.join(project_dir, ".git"), os.path.realpath(os.path.dirname(path))
+    marker = os.path.join(git_dir, "claudomator-init")
+    lock = _acquire_lock(path, project_dir, lambda: None)  # two tasks may find the same plain directory
+    try:
+        top = None if os.path.exists(marker) else _repository_top(project_dir, env)
+        if top is not None:
+            return top
+        if f"{root}/".startswith(project_dir.rstrip("/") + "/"):
+            raise SandboxError(f"{project_dir} is no git repository and is not made one, for it contains {root}")
+        os.makedirs(git_dir, exist_ok=True)
+        with open(marker, "w"):
+            pass
+        _remove_stale_locks(git_dir)
+        _must(git(["init", "--quiet"], env=env, cwd=project_dir), f"git init {project_dir}")
+        _stage_all(project_dir, env, timeout_s)
+        _commit(project_dir, INITIAL_SUBJECT, env, timeout_s)
+        os.unlink(marker)
+        return project_dir
+    except OSError as error:
+        raise SandboxError(f"cannot make {project_dir} a git repository: {error.strerror}") from error
+    finally:
+        os.close(lock)
+
+
+def _clone(source: str, path: str, env: dict, timeout_s: float) -> None:
+    local = ("--upload-pack", UPLOAD_PACK, "-c", f"remote.origin.uploadpack={UPLOAD_PACK}", "-c",
+             f"remote.origin.receivepack={RECEIVE_PACK}") if _is_local(source) else ()
+    # Copying files is fast but fails where somebody pushes to the source meanwhile; the second way does not.
+    for way in ("--no-hardlinks", "--no-local"):
+        result = git(["clone", "--quiet", way, "--origin", "origin", *local, "--", source, path], env=env,
+                     cwd=os.path.dirname(path), timeout_s=timeout_s)
+        if result.exit_code == 0 or result.timed_out:
+            break
+        remove_sandbox(path, os.path.dirname(path))
+    _must(result, f"git clone of {source} failed")
+
+
+def _settle_branch(path: str, top: str, env: dict) -> tuple[str, str, str]:
+    """(branch to push to, commit to start from, note); leaves the clone on a branch."""
+    branch = git(["symbolic-ref", "--quiet", "--short", "HEAD"], env=env, repo=path).output.strip()
+    start_head = _head(path, env)
+    if not branch:
+        branch = fallback_branch(path)
+        _must(git(["checkout", "--quiet", "-b", branch], env=env, repo=path), f"git checkout -b {branch}")
+        return branch, start_head, f"the project's HEAD is detached at {start_head[:10]}; commits go to branch {branch}"
+    heads = [] if start_head else git(["for-each-ref", "--format=%(refname:lstrip=3)", "refs/remotes/origin"], env=env,
+                                      repo=path).output.split()
+    if not heads:
+        return branch, start_head, ""
+    # The source's HEAD names a branch that nobody ever pushed (a bare repository made with another default).
+    current = git(["symbolic-ref", "--quiet", "--short", "HEAD"], env=env, cwd=top).output.strip() if top else ""
+    if current not in heads and len(heads) > 1:
+        raise SandboxError(f"the HEAD of the clone's source names {branch}, which does not exist; its branches are "
+                           f"{', '.join(heads)}. Point it to one: git symbolic-ref HEAD refs/heads/NAME")
+    branch = current if current in heads else heads[0]
+    _must(git(["checkout", "--quiet", branch, "--"], env=env, repo=path), f"git checkout {branch}")
+    return branch, _head(path, env), ""
+
+
+def fallback_branch(path: str) -> str:
+    """The branch for commits that cannot go to the branch they were made for; one per sandbox."""
+    name = os.path.basename(path)
+    return "claudomator/" + "".join(c if c.isascii() and c.isalnum() or c in "-_" else "-" for c in name)
+
+
+def _update_submodules(path: str, project: str, env: dict, timeout_s: float) -> None:
+    """Fill the submodules.  ``project``: read their URLs there, for a relative one means the project's own remote."""
+    if not os.path.exists(os.path.join(path, ".gitmodules")):
+        return
+    if project:
+        known = git(["config", "--local", "-z", "--get-regexp", r"^submodule\..*\.url$"], env=env, cwd=project).output
+        for entry in filter(None, known.split("\0")):
+            name, _, url = entry.partition("\n")
+            _must(git(["config", name, url], env=env, repo=path), f"git config {name}")
+    import tempfile
+    command = ["submodule", "--quiet", "update", "--init", "--recursive"]
+    result = git(command, env=env, repo=path, timeout_s=timeout_s)
+    if result.exit_code != 0 and "dubious ownership" in result.output:
+        user = env.get("GIT_CONFIG_GLOBAL") or "~/.gitconfig"
+        with tempfile.NamedTemporaryFile("w") as file:  # the one place that git's own children read settings from
+            file.write(f'[include]\n\tpath = "{user}"\n[safe]\n\tdirectory = *\n')
+            file.flush()
+            result = git(command, env={**env, "GIT_CONFIG_GLOBAL": file.name}, repo=path, timeout_s=timeout_s)
+    _must(result, "git submodule update failed")
+
+
+def _acquire_lock(path: str, key: str, waiting: Callable) -> int:
+    """Lock ``key`` among the sandboxes beside ``path``; the lock is held until the returned descriptor is closed.
+
+    ``waiting`` is called now and then and may raise to give up.  A killed process lets go by itself, and every
+    command that runs under a lock has a time limit, so waiting has none.
+    """
+    import fcntl
+    import hashlib
+    name = ".lock-" + hashlib.sha256(os.fsencode(key)).hexdigest()[:16]
+    descriptor, pause_s = os.open(os.path.join(os.path.dirname(path), name), os.O_RDWR | os.O_CREAT, 0o600), 0.005
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            pass
+        try:
+            waiting()
+            time.sleep(pause_s)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        pause_s = min(pause_s * 2, 0.25)
+
+
+# -- looking into a sandbox
+
+
+def _head(repo: str, env: dict, name: str = "HEAD") -> str:
+    """The commit that ``name`` means, or an empty string where it means none."""
+    result = git(["rev-parse", "--quiet", "--verify", name + "^{commit}"], env=env, repo=repo)
+    return result.output.strip() if result.exit_code == 0 else ""
+
+
+def _known_commits(sandbox: Sandbox) -> list[str]:
+    """The commits that were there without this task: the start, what its work was rebased on, what the agent pulled.
+
+    What the agent pushed itself is its own work; only the reflog of the tracking branch can tell the two apart
+    (one line each: old, new, who, when, a tab, how; gitformat-reflog).
+    """
+    git_dir, known = os.path.join(sandbox.path, ".git"), [sandbox.start_head]
+    for name in ("claudomator-base", f"logs/refs/remotes/origin/{sandbox.branch}"):
+        try:
+            with open(os.path.join(git_dir, name), encoding="utf-8", errors="replace") as file:
+                words = [line.split() for line in file if "\tupdate by push" not in line]
+        except OSError:
+            continue
+        known += [line[1] if len(line) > 1 else line[0] for line in words if line]
+    return list(dict.fromkeys(filter(None, known)))
+
+
+def _nearest(sandbox: Sandbox, env: dict) -> str:
+    """The known commit from which the fewest commits lead to HEAD, the first of equals; "" where none is known."""
+    known = _known_commits(sandbox)
+    if len(known) < 2:
+        return "".join(known)
+    counts = [git(["rev-list", "--count", f"{commit}..HEAD", "--"], env=env, repo=sandbox.path) for commit in known]
+    return min(zip(known, counts), key=lambda pair: int(pair[1].output) if pair[1].exit_code == 0 else 1 << 30)[0]
+
+
+def _empty_tree(env: dict, **where) -> str:
+    return git(["hash-object", "-t", "tree", "/dev/null"], env=env, **where).output.strip()
+
+
+def new_commits(sandbox: Sandbox, env: dict) -> list[dict]:
+    """``[{hash, message}]`` of what HEAD has and the start had not, oldest first; others' commits do not count.
+
+    It is a question of reachability, so an agent may have switched branches, amended, rebased, merged or pulled.
+    """
+    result = git(["log", "-z", "--reverse", "--topo-order", "--encoding=UTF-8", "--format=%H %s", "HEAD", "--not",
+                  *_known_commits(sandbox), "--"], env=env, repo=sandbox.path)
+    if result.exit_code != 0 and not sandbox.start_head and not _head(sandbox.path, env):
+        return []
+    text = _must(result, f"git log in {sandbox.path} failed", sandbox=sandbox.path)
+    return [dict(zip(("hash", "message"), entry.split(" ", 1))) for entry in text.split("\0") if entry]
+
+
+def changestats(sandbox: Sandbox, env: dict) -> dict | None:
+    """``{files_changed, insertions, deletions}`` of the new commits, or ``None`` where there are none.
+
+    A binary file counts as a file and no lines; a renamed one as one file.
+    """
+    return _stats(sandbox, env) if new_commits(sandbox, env) else None
+
+
+def _stats(sandbox: Sandbox, env: dict) -> dict:
+    base = _nearest(sandbox, env) or _empty_tree(env, repo=sandbox.path)
+    text = _must(git(["diff", "--numstat", *DIFF_OPTIONS, base, "HEAD", "--"], env=env, repo=sandbox.path), "git diff")
+    rows = [line.split("\t") for line in text.splitlines()]
+    added, deleted = (sum(int(row[column]) for row in rows if row[column] != "-") for column in (0, 1))
+    return {"files_changed": len(rows), "insertions": added, "deletions": deleted}
+
+
+def _diff(args: list[str], max_bytes: int, env: dict, **where) -> str:
+    """The beginning of a diff, from a file: it may be far longer than what is wanted of it."""
+    import tempfile
+    with tempfile.NamedTemporaryFile() as file:
+        _must(git(["diff", *DIFF_OPTIONS, *args, "--"], env=env, log_path=file.name, **where), "git diff failed")
+        text, size = file.read(max_bytes).decode("utf-8", "replace"), os.fstat(file.fileno()).st_size
+    return text if size <= max_bytes else f"{text}\n... {size - max_bytes} more bytes\n"
+
+
+def sandbox_diff(sandbox: Sandbox | str, start_head: str, env: dict, max_bytes: int = 1 << 20) -> str:
+    """What was changed in a sandbox (or its path) since it began, uncommitted changes to known files included."""
+    if isinstance(sandbox, str):
+        sandbox = Sandbox(sandbox, "", "", _read_facts(sandbox).get("branch", ""), start_head)
+    base = _nearest(sandbox, env) or _empty_tree(env, repo=sandbox.path)
+    return _diff([base], max_bytes, env, repo=sandbox.path)
+
+
+def commits_diff(project_dir: str, source: str, hashes: list[str], env: dict, max_bytes: int = 1 << 20) -> str:
+    """The diff of pushed commits (oldest first), read where they went to or in the project; ``NotFound`` without."""
+    for place in (source.removeprefix("file://"), project_dir):
+        if not hashes or not os.path.isdir(place):
+            continue
+        if git(["cat-file", "-e", hashes[-1]], env=env, cwd=place).exit_code == 0:
+            before = git(["rev-parse", "--quiet", "--verify", f"{hashes[0]}^"], env=env, cwd=place)
+            base = before.output.strip() if before.exit_code == 0 else _empty_tree(env, cwd=place)
+            return _diff([base, hashes[-1]], max_bytes, env, cwd=place)
+    raise NotFound(f"the commits are in {source or 'no source'} and {project_dir or 'no project'} no more")
+
+
+def sandbox_summary(path: str, env: dict) -> dict:
+    """``{branch, ahead, dirty}`` for a list: the agent's branch, its new commits, whether anything is uncommitted.
+
+    Each is ``None`` where ``path`` is no whole sandbox (any more).
+    """
+    try:
+        commits = new_commits(open_sandbox(path), env)
+        branch = git(["symbolic-ref", "--quiet", "--short", "HEAD"], env=env, repo=path).output.strip()
+        status = _must(git(["status", "--porcelain", "--untracked-files=normal"], env=env, repo=path), "git status")
+    except SandboxError:
+        return {"branch": None, "ahead": None, "dirty": None}
+    return {"branch": branch or "(detached)", "ahead": len(commits), "dirty": bool(status)}
+
+
+# -- the end of a success
+
+
+class SandboxResult(Record):
+    """What became of a sandbox: its commits as they were pushed, their size, the branch, and a word for people."""
+
+    commits: list
+    changestats: dict | None
+    pushed_branch: str
+    rebased: bool
+    note: str
+
+
+def finish_sandbox(sandbox: Sandbox, *, env: dict, build: str = "", verify: str = "", timeout_s: float = 600.0,
+                   log_path: str | None = None, attempts: int = 5, pause_s: float = 0.3,
+                   on_step: Callable | None = None) -> SandboxResult:
+    """Commit what the agent left, build, verify, record and push.  The sandbox stays; the caller removes it.
+
+    ``env``: the environment of build, verify and git; its execution mark tells a repeated call from another run.
+    ``attempts``: how often to rebase after somebody else's push, with a random pause around ``pause_s`` between.
+    ``on_step(name)`` is called before each step (commit, build, verify, push, rebase) and while it waits for another
+    task (waiting); what it raises stops the work.  Nothing else may run in the sandbox by now.
+
+    Raises ``SandboxError``: ``build_failed``, ``verify_failed``, ``push_failed`` (``data`` has ``output``, ``sandbox``),
+    or ``sandbox_failed`` for a clone that cannot be judged.  The sandbox is kept, and can be finished again.
+    """
+    work = _Finish(sandbox, env, build, verify, timeout_s, log_path, on_step)
+    try:
+        work.recover()
+        work.commit_leftovers()
+        work.run_verify("verify")
+        commits = new_commits(sandbox, env)
+        stray = work.stray_work(bool(commits))
+        if not commits:
+            return SandboxResult([], None, "", False, "")
+        branch = work.push(attempts, pause_s)
+        rebased = os.path.exists(work.base_file)
+        commits = new_commits(sandbox, env) if rebased else commits
+        if not commits:
+            return SandboxResult([], None, "", rebased, f"everything was already in {branch}")
+        beside = f"{sandbox.branch} is checked out in {sandbox.source}, so the commits went to {branch} there"
+        notes = (sandbox.note, stray, *work.notes, beside if branch != sandbox.branch else "")
+        return SandboxResult(commits, _stats(sandbox, env), branch, rebased, "; ".join(filter(None, notes)))
+    except BaseException:
+        work.forget_commit()  # the agent may go on in this sandbox: what it leaves then is to be committed then
+        raise
+
+
+class _Finish:
+    """The steps of ``finish_sandbox``; each finds out for itself what an earlier, killed call has done."""
+
+    def __init__(self, sandbox: Sandbox, env: dict, build: str, verify: str, timeout_s: float, log_path: str | None,
+                 on_step: Callable | None):
+        self.sandbox, self.env, self.build, self.verify = sandbox, env, build, verify
+        self.timeout_s, self.log_path, self.step = timeout_s, log_path, on_step or (lambda name: None)
+        self.path, self.git_dir, self.workdir = sandbox.path, os.path.join(sandbox.path, ".git"), sandbox.workdir
+        self.commit_marker = os.path.join(self.git_dir, "claudomator-commit")
+        self.rebase_marker = os.path.join(self.git_dir, "claudomator-rebase")
+        self.base_file = os.path.join(self.git_dir, "claudomator-base")  # what the work was last rebased on
+        self.notes: list[str] = []
+
+    def git(self, *args: str, **options) -> CommandResult:
+        return git(args, env=self.env, repo=self.path, timeout_s=self.timeout_s, **options)
+
+    def refuse(self, message: str, reason: str = "sandbox_failed") -> None:
+        raise SandboxError(f"{message}; the sandbox is kept at {self.path}", reason, sandbox=self.path)
+
+    def recover(self) -> None:
+        """Undo what a killed call left half done; refuse what the agent left half done."""
+        if not os.path.isdir(self.git_dir):
+            self.refuse("it is no git repository any more")
+        _remove_stale_locks(self.git_dir)
+        if os.path.exists(self.rebase_marker):
+            self.undo_rebase()
+        for name, operation in UNFINISHED.items():
+            if os.path.exists(os.path.join(self.git_dir, name)):
+                self.refuse(f"the agent left a {operation} unfinished")
+
+    def commit_leftovers(self) -> None:
+        """Autocommit, if the build passes.  The marker means that the agent's changes are in the index or in HEAD, so
+        that what build and verify write into the tree is not taken for its work."""
+        mark = self.env.get(MARK, "") + "\n"
+        if _read_text(self.commit_marker) != mark:
+            self.step("commit")
+            skipped = _stage_all(self.path, self.env, self.timeout_s)
+            if skipped:
+                self.notes.append(f"not committed, being repositories of their own: {', '.join(skipped)}")
+            inside = self.git("diff", "--name-only", "--ignore-submodules=untracked", "--no-ext-diff").output
+            if inside:
+                self.refuse(f"there are uncommitted changes inside submodules ({', '.join(inside.splitlines())}), which "
+                            "must be committed and pushed there", "push_failed")
+            _write_text(self.commit_marker, mark)
+        if self.git("diff", "--cached", "--quiet", "--no-ext-diff", "--ignore-submodules=none").exit_code == 0:
+            return
+        command, directory = (self.build, self.workdir) if self.build else find_build(self.workdir, self.path, self.env)
+        if command:
+            self.step("build")
+            self.shell(command, "build", "build_failed", directory)
+        _commit(self.path, AUTOCOMMIT_SUBJECT, self.env, self.timeout_s)
+
+    def forget_commit(self) -> None:
+        try:
+            os.unlink(self.commit_marker)
+        except OSError:
+            pass
+
+    def shell(self, command: str, what: str, reason: str, directory: str) -> None:
+        _run_shell(command, what, reason, env=self.env, cwd=directory, timeout_s=self.timeout_s,
+                   log_path=self.log_path, sandbox=self.path)
+
+    def run_verify(self, what: str) -> None:
+        if self.verify:
+            self.step("verify")
+            self.shell(self.verify, what, "verify_failed", self.workdir)
+
+    def stray_work(self, has_commits: bool) -> str:
+        """A note on commits that only other branches (or the stash) have; an error where they are all there is."""
+        known = [*_known_commits(self.sandbox), *(["HEAD"] if has_commits or self.sandbox.start_head else [])]
+        refs = _must(self.git("for-each-ref", "--format=%(HEAD)%(refname)", "refs/heads", "refs/stash"), "git for-each-ref")
+        stray = [line[1:].removeprefix("refs/").removeprefix("heads/") for line in refs.splitlines() if line[0] != "*"
+                 and self.git("rev-list", "-n", "1", line[1:], "--not", *known, "--").output]
+        if stray and not has_commits:
+            self.refuse(f"the agent's commits are not where it stopped but on {', '.join(stray)}")
+        return f"not pushed: {', '.join(stray)}" if stray else ""
+
+    def push(self, attempts: int, pause_s: float) -> str:
+        """Push HEAD, never by force; returns the branch that has it now."""
+        import random
+        source, branch, beside = self.sandbox.source, self.sandbox.branch, fallback_branch(self.path)
+        local = [f"--receive-pack={RECEIVE_PACK}"] if _is_local(source) else []
+        lock, lost = _acquire_lock(self.path, source, lambda: self.step("waiting")), 0
+        try:
+            branch = beside if _is_checked_out(source, branch, self.env) else branch
+            while True:
+                self.step("push")
+                # With hooks: a pre-push hook is what carries the objects of git-lfs.
+                result = self.git("push", "--porcelain", "--recurse-submodules=check", *local, source,
+                                  f"HEAD:refs/heads/{branch}", settings=())
+                if result.exit_code == 0:
+                    return branch
+                lost += 1
+                if CHECKED_OUT in result.output and branch != beside:
+                    branch = beside
+                elif lost >= attempts or not any(text in result.output for text in LOST_RACE):
+                    _must(result, f"push to {branch} of {source} failed {self.way_on(branch)}", "push_failed",
+                          sandbox=self.path)
+                elif self.rebase(branch):
+                    return branch
+                time.sleep(pause_s * random.random() * lost)
+        finally:
+            os.close(lock)
+
+    def way_on(self, branch: str) -> str:
+        import shlex
+        return (f"(the sandbox is kept; to go on by hand: cd {shlex.quote(self.path)} && git fetch origin {branch} && "
+                f"git rebase FETCH_HEAD, mend the conflicts, git rebase --continue, then git push origin HEAD:{branch})")
+
+    def rebase(self, branch: str) -> bool:
+        """Fetch and rebase the task's own commits onto the branch, then verify; ``True`` where they are all there."""
+        self.step("rebase")
+        local = [f"--upload-pack={UPLOAD_PACK}"] if _is_local(self.sandbox.source) else []
+        _must(self.git("fetch", "--quiet", "--no-tags", "--no-recurse-submodules", *local, self.sandbox.source,
+                       f"+refs/heads/{branch}:{FETCHED_REF}"), f"fetch of {branch} failed {self.way_on(branch)}",
+              "push_failed", sandbox=self.path)
+        if self.git("merge-base", "--is-ancestor", "HEAD", FETCHED_REF).exit_code == 0:
+            return True
+        if self.git("merge-base", "--is-ancestor", FETCHED_REF, "HEAD").exit_code == 0:
+            return False
+        nearest, base = _nearest(self.sandbox, self.env), _head(self.path, self.env, FETCHED_REF)
+        merges = nearest and self.git("rev-list", "--merges", "-n", "1", f"{nearest}..HEAD", "--").output
+        # All that is uncommitted by now comes from build and verify, and would stand in the way.
+        _must(self.git("reset", "--quiet", "--hard"), "git reset", "push_failed")
+        _must(self.git("clean", "--quiet", "-d", "--force"), "git clean", "push_failed")
+        current = self.git("symbolic-ref", "--quiet", "--short", "HEAD").output.strip() or _head(self.path, self.env)
+        _write_text(self.base_file, base)
+        _write_text(self.rebase_marker, current)
+        result = git(["rebase", "--quiet", *(["--rebase-merges"] if merges else []), "--onto", base,
+                      nearest or "--root"], env={**self.env, **_identity_env(self.env, self.path)}, repo=self.path,
+                     timeout_s=self.timeout_s)
+        if result.exit_code != 0:
+            conflicts = self.git("diff", "--name-only", "-z", "--diff-filter=U").output.strip("\0").split("\0")
+            self.undo_rebase()
+            _must(result, f"rebase onto {branch} of {self.sandbox.source} failed, conflicts in {', '.join(conflicts)} "
+                  f"{self.way_on(branch)}", "push_failed", sandbox=self.path)
+        os.unlink(self.rebase_marker)
+        _update_submodules(self.path, "", self.env, self.timeout_s)
+        self.run_verify(f"verify after a rebase onto {branch}")
+        return False
+
+    def undo_rebase(self) -> None:
+        """Back to the branch as it was: git moves it only at a rebase's very end, so this works wherever it stopped."""
+        for name in ("rebase-merge", "rebase-apply"):
+            remove_sandbox(os.path.join(self.git_dir, name), self.git_dir)
+        name = _read_text(self.rebase_marker)
+        _must(self.git("checkout", "--quiet", "--force", name, "--"), "git checkout after a rebase", "push_failed")
+        os.unlink(self.rebase_marker)
+
+
+def _is_checked_out(source: str, branch: str, env: dict) -> bool:
+    """Whether a working tree of the source is on the branch, so that git would refuse a push to it (git-config(1),
+    receive.denyCurrentBranch: where its owner allows the push, it is allowed)."""
+    place = source.removeprefix("file://")
+    if not _is_local(source) or not os.path.isdir(place):
+        return False
+    trees = git(["worktree", "list", "--porcelain"], env=env, cwd=place).output.splitlines()
+    policy = git(["config", "receive.denyCurrentBranch"], env=env, cwd=place).output.strip().lower()
+    return f"branch refs/heads/{branch}" in trees and policy in ("", "true", "refuse")
+
+
+def find_build(workdir: str, path: str, env: dict) -> tuple[str, str]:
+    """(command, directory) of the build that the repository names, looking in ``workdir``, then at the clone's top.
+
+    ("", "") where it names none, or one whose tool is not installed.
+    """
+    import re
+    import shutil
+    target = re.compile(r"^(?:[^\s#:=]+ +)*build(?: +[^\s#:=]+)* *::?(?!=)", re.M)
+    tools = {name for name in ("make", "go") if shutil.which(name, path=env.get("PATH", os.defpath))}
+    for directory in dict.fromkeys((workdir, path)):
+        makefiles = (_read_text(os.path.join(directory, name)) for name in ("GNUmakefile", "makefile", "Makefile"))
+        if "make" in tools and any(target.search(text) for text in makefiles):
+            return "make build", directory
+        gradlew = os.path.join(directory, "gradlew")
+        if os.path.isfile(gradlew):
+            return "./gradlew build" if os.access(gradlew, os.X_OK) else "sh ./gradlew build", directory
+        if "go" in tools and os.path.isfile(os.path.join(directory, "go.mod")):
+            return "go build ./...", directory
+    return "", ""
+
+
+def _stage_all(repo: str, env: dict, timeout_s: float) -> list[str]:
+    """``git add --all``, except repositories inside this one, of which git would store no content; returns those."""
+    status = _must(git(["status", "--porcelain", "-z", "--untracked-files=all", "--ignore-submodules=none"], env=env,
+                       repo=repo, timeout_s=timeout_s), f"git status in {repo} failed")
+    conflicts = [entry[3:] for entry in status.split("\0") if entry.startswith(UNMERGED)]
+    if conflicts:
+        raise SandboxError(f"unresolved conflicts in {', '.join(conflicts)} of {repo}", sandbox=repo)
+    nested = [entry[3:-1] for entry in status.split("\0") if entry.startswith("?? ") and entry.endswith("/")]
+    _must(git(["add", "--all", "--", ":/", *(f":(top,exclude,literal){name}" for name in nested)], env=env, repo=repo,
+              timeout_s=timeout_s), f"git add in {repo} failed")
+    return nested
+
+
+def _commit(repo: str, subject: str, env: dict, timeout_s: float) -> None:
+    _must(git(["commit", "--quiet", "--allow-empty", "-m", subject], env={**env, **_identity_env(env, repo)}, repo=repo,
+              timeout_s=timeout_s), f"git commit in {repo} failed")
+
+
+def _remove_stale_locks(git_dir: str) -> None:
+    """Remove what a killed git left; the caller knows that no git runs there."""
+    for directory, _, files in (next(os.walk(git_dir), (git_dir, [], [])), *os.walk(os.path.join(git_dir, "refs"))):
+        for name in files:
+            if name.endswith(".lock"):
+                os.unlink(os.path.join(directory, name))
+
+
+def remove_sandbox(path: str, root: str) -> None:
+    """Delete the tree ``path``, which must lie below ``root``; nothing there is fine.
+
+    Read-only directories (Go's module cache) are opened first; a symbolic link is removed, never followed.
+    Raises ``SandboxError`` for a path outside ``root`` or a tree that cannot be deleted.
+    """
+    import shutil
+    path = os.path.abspath(path)
+    inside = os.path.realpath(root)
+    if not (os.path.realpath(os.path.dirname(path)) + "/").startswith(inside.rstrip("/") + "/"):
+        raise SandboxError(f"{path} is not below {root} and will not be removed")
+    if not os.path.lexists(path):
+        return
+    try:
+        if os.path.islink(path) or not os.path.isdir(path):
+            os.unlink(path)
+            return
+        try:
+            shutil.rmtree(path)
+        except OSError:
+            os.chmod(path, 0o700)
+            for directory, names, _ in os.walk(path):
+                for name in names:
+                    if not os.path.islink(os.path.join(directory, name)):
+                        os.chmod(os.path.join(directory, name), 0o700)
+            shutil.rmtree(path)
+    except OSError as error:
+        raise SandboxError(f"cannot remove {path}: {error}") from error
+
+
+# ---- 16 Bus ----------------------------------------------------------------------------------------------------
+# Watchers of the event log.  An event reaches them once it is on disk.  A watcher names the sequence number it has
+# seen; what it missed is read from the table page by page, then it follows live, so nothing is lost or doubled.
+
+EVENT_PAGE = 500
+
+
+class Bus:
+    """Fans events out to watchers; a watcher is a function that must not block."""
+
+    def __init__(self, store: Store):
+        self._store = store
+        self._watchers: set = set()
+        store.on_events = self.publish
+
+    def publish(self, events: list[dict]) -> None:
+        """Give durable events to every watcher."""
+        if events:
+            for watcher in tuple(self._watchers):
+                watcher(events)
+
+    def subscribe(self, watcher) -> None:
+        """Have ``watcher(events)`` called with each batch from now on."""
+        self._watchers.add(watcher)
+
+    def unsubscribe(self, watcher) -> None:
+        """Stop calling it; unknown watchers are ignored."""
+        self._watchers.discard(watcher)
+
+    async def follow(self, since: int | None, task_id: str | None = None):
+        """Yield batches of events after ``since`` (``None``: only new ones), for ever; of one task where given."""
+        import asyncio
+        arrived = asyncio.Event()
+
+        def wake(events: list) -> None:
+            arrived.set()
+
+        self.subscribe(wake)
+        try:
+            seq = self._store.last_event_seq() if since is None else since
+            while True:
+                arrived.clear()
+                batch = self._store.events_since(seq, EVENT_PAGE, task_id)
+                if batch:
+                    seq = batch[-1]["seq"]
+                    yield batch
+                else:
+                    await arrived.wait()
+        finally:
+            self.unsubscribe(wake)
+
+
+# ---- 17 Operations ---------------------------------------------------------------------------------------------
+# The one place that changes a task's state: the control socket, the command line and the pool all come here.  The first
+# half is the lifecycle (one method per move, each one transaction with its event); the second half is the table of
+# operations that every interface offers.  Methods return before the disk has the change; the edges await ``durable``.
+
+LOG_CHUNK = 1 << 16  # bytes of a log in one notification
+LOG_POLL_S = 0.2
+EDITABLE_STATES = frozenset({PENDING, QUEUED, READY, BLOCKED}) | FAILURE_STATES
+
+
+class Lifecycle:
+    """Every move of a task.  ``on_move(task, old_state)`` and ``on_change(task)`` tell the pool within the same tick."""
+
+    def __init__(self, store: Store, random_bytes=os.urandom):
+        self.store, self._random = store, random_bytes
+        self.on_move = lambda task, old_state: None
+        self.on_change = lambda task: None
+        self.on_delete = lambda task_id: None
+
+    def new_id(self) -> str:
+        """A fresh UUID."""
+        return format_uuid(self._random(16))
+
+    def jitter(self) -> float:
+        """A random number in [0, 1)."""
+        return int.from_bytes(self._random(4), "big") / 2 ** 32
+
+    def _move(self, task_id: str, new_state: str, *, only_from=None, event: dict | None = None, **columns) -> Task:
+        with self.store.atomic():
+            old = self.store.get_task(task_id)
+            task = self.store.move_task(task_id, new_state, only_from=only_from, **columns)
+            self.store.append_event("task.state", task_id, task.execution_id, **{
+                "from": old.state, "to": new_state, "name": task.name, **(event or {}),
+                **({"reason": task.reason, "detail": task.detail} if task.reason else {})})
+            self.store.after(lambda: self.on_move(task, old.state))
+            if new_state in ENDED_STATES and task.parent_task_id:
+                self._settle_parent(task.parent_task_id)
+        return task
+
+    # -- creation and editing
+
+    def create(self, specs: list[TaskSpec], *, queue: bool, config: Config, kinds) -> list[Task]:
+        """Store a batch, whole or not at all; a spec whose idempotency key is known yields the task that has it.
+
+        Raises ``InvalidInput`` for an unknown agent type, dependency, parent or project.
+        """
+        ids = {spec.name: self.new_id() for spec in specs}
+        tasks = []
+        with self.store.atomic():
+            for spec in specs:
+                known = self.store.task_by_key(spec.idempotency_key) if spec.idempotency_key else None
+                if known is None:
+                    spec = self._resolved(spec, ids, config, kinds)
+                    task = Task(**spec.__dict__, id=ids[spec.name])
+                    if any(other.id == task.id for other in tasks):  # two tasks of one name in a batch
+                        task = task.replace(id=self.new_id())
+                    known = self.store.insert_task(task)
+                    self.store.append_event("task.created", task.id, name=task.name, parent=task.parent_task_id or None)
+                tasks.append(known)
+        return [self.enqueue(task.id) if queue and task.state == PENDING else task for task in tasks]
+
+    def _resolved(self, spec: TaskSpec, ids: dict, config: Config, kinds) -> TaskSpec:
+        """The spec with names turned into ids, project and directory completed from the configuration."""
+        agent = spec.agent
+        if agent.type and agent.type not in kinds:
+            raise InvalidInput(f"task {spec.name!r}: agent.type: {agent.type!r} is not available here"
+                               f"{did_you_mean(agent.type, kinds)}; there are: {', '.join(kinds)}")
+        if agent.isolation == "container" or agent.repository_url:
+            raise InvalidInput(f"task {spec.name!r}: agent.isolation: this version runs no containers yet;"
+                               " give project_dir instead of repository_url")
+        if spec.acceptance_criteria:
+            raise InvalidInput(f"task {spec.name!r}: acceptance_criteria: this version has no checker yet; use verify")
+        depends_on = []
+        for dependency in spec.depends_on:
+            try:
+                found = ids.get(dependency.task) or self.store.resolve_task(dependency.task)
+            except NotFound as error:
+                raise InvalidInput(f"task {spec.name!r}: depends_on: {error}") from None
+            depends_on.append(dependency.replace(task=found))
+        if spec.parent_task_id:
+            spec = spec.replace(parent_task_id=self.store.resolve_task(spec.parent_task_id))
+        project = config.project_named(spec.project) if spec.project else config.project_for_dir(agent.project_dir)
+        if spec.project and project is None:
+            names = [known.name for known in config.projects]
+            raise InvalidInput(f"task {spec.name!r}: project: there is no project {spec.project!r} in the configuration"
+                               f"{did_you_mean(spec.project, names)}")
+        if project is not None:
+            agent = agent.replace(project_dir=agent.project_dir or project.dir)
+            spec = spec.replace(project=project.name, verify=spec.verify or project.verify)
+        return spec.replace(agent=agent, depends_on=tuple(depends_on))
+
+    def edit(self, task_id: str, changes: dict) -> Task:
+        """Change a task that is not running.  ``changes`` has the keys of a task file.  Raises ``InvalidInput``."""
+        task = self.store.get_task(task_id)
+        if task.state not in EDITABLE_STATES:
+            raise WrongState(f"a {task.state} task cannot be edited", state=task.state)
+        document = spec_to_json(task)
+        agent_changes = changes.get("agent", {})
+        if not isinstance(agent_changes, dict):
+            raise InvalidInput("agent: expected a mapping of the settings to change")
+        document.update({key: value for key, value in changes.items() if key != "agent"})
+        document["agent"] = {**document.get("agent", {}), **agent_changes}
+        spec = parse_tasks(document, f"task {task_id[:8]}", self.store.clock())[0]
+        fields = {name: value for name, value in spec.__dict__.items()
+                  if name not in ("idempotency_key", "parent_task_id") and value != task.__dict__[name]}
+        with self.store.atomic():
+            task = self.store.update_task(task_id, **fields)
+            self.store.append_event("task.edited", task_id, fields=sorted(fields))
+            self.store.after(lambda: self.on_change(task))
+        return task
+
+    def delete(self, task_id: str) -> list[Execution]:
+        """Delete a task that is not running; returns its executions, whose files the caller removes."""
+        task = self.store.get_task(task_id)
+        if task.state == RUNNING:
+            raise WrongState(f"task {task_id[:8]} is RUNNING; cancel it first", state=task.state)
+        open_subtasks = [child for child in self.store.subtasks(task_id) if child.state not in ENDED_STATES]
+        if open_subtasks:
+            raise WrongState(f"task {task_id[:8]} has {len(open_subtasks)} open subtasks; cancel them first",
+                             state=task.state)
+        executions = self.store.executions_of(task_id, limit=100_000)
+        with self.store.atomic():
+            self.store.delete_task(task_id)
+            self.store.append_event("task.deleted", task_id, name=task.name)
+            self.store.after(lambda: self.on_delete(task_id))
+        return executions
+
+    # -- moves that people make
+
+    def enqueue(self, task_id: str) -> Task:
+        """Run, or run again, from the beginning: fresh attempts, fresh session, fresh sandbox."""
+        task = self.store.get_task(task_id)
+        if task.state == BLOCKED:
+            raise WrongState(f"task {task_id[:8]} is BLOCKED; answer its question (ctl answer) or cancel it",
+                             state=task.state)
+        return self._move(task_id, QUEUED, only_from=(PENDING, *FAILURE_STATES), reason="", detail="", attempts=0,
+                          free_tries=0, round=1, resume=None, not_before=None, question=None)
+
+    def resume_session(self, task_id: str, message: str) -> Task:
+        """Run a failed or cancelled task again in its last session and sandbox."""
+        task = self.store.get_task(task_id)
+        continuation = continuation_of(self.store.last_execution(task))
+        if continuation is None:
+            raise WrongState(f"task {task_id[:8]} has no session to resume; ctl run starts it from the beginning",
+                             state=task.state)
+        continuation.update(kind="interrupted", text=message)
+        return self._move(task_id, QUEUED, only_from=FAILURE_STATES, reason="", detail="", attempts=0, free_tries=0,
+                          resume=continuation, not_before=None)
+
+    def accept(self, task_id: str) -> Task:
+        """READY to COMPLETED."""
+        return self._move(task_id, COMPLETED, only_from=(READY,))
+
+    def reject(self, task_id: str, comment: str) -> Task:
+        """READY to PENDING; the comment reaches the next run's prompt."""
+        return self._move(task_id, PENDING, only_from=(READY,), rejection_comment=comment, event={"comment": comment})
+
+    def answer(self, task_id: str, text: str) -> Task:
+        """BLOCKED to QUEUED with the operator's answer for the session that asked."""
+        task = self.store.get_task(task_id)
+        if task.state == BLOCKED and not task.question:
+            raise WrongState(f"task {task_id[:8]} asks nothing; it waits for its subtasks", state=task.state)
+        continuation = task.resume or continuation_of(self.store.last_execution(task)) or {}
+        resume = {**continuation, "kind": "answer", "question": (task.question or {}).get("text", ""), "text": text}
+        with self.store.atomic():
+            task = self._move(task_id, QUEUED, only_from=(BLOCKED,), resume=resume, question=None, reason="", detail="")
+            self.store.append_event("task.answer", task_id, task.execution_id, text=text)
+        return task
+
+    def cancel(self, task_id: str) -> Task:
+        """Cancel.  A task that runs is marked; the pool stops it, proves it stopped, and settles it."""
+        task = self.store.get_task(task_id)
+        if task.state == RUNNING:
+            with self.store.atomic():
+                self.store.update_execution(task.execution_id, stop_reason="cancelled")
+                self.store.append_event("task.cancel_requested", task_id, task.execution_id)
+                self.store.after(lambda: self.on_change(task))
+            return task
+        return self._move(task_id, CANCELLED, only_from=(PENDING, QUEUED, BLOCKED), reason="cancelled",
+                          detail="cancelled by the operator", question=None)
+
+    # -- moves that the pool makes
+
+    def claim(self, task: Task, kind: str, model: str, timeout_s: float) -> tuple[Task, Execution]:
+        """QUEUED to RUNNING and the execution's row, in one transaction."""
+        resume = task.resume or {}
+        execution_id = self.new_id()
+        with self.store.atomic():
+            moved = self.store.move_task(task.id, RUNNING, only_from=(QUEUED,), execution_id=execution_id,
+                                         not_before=None)
+            execution = self.store.insert_execution(Execution(
+                id=execution_id, task_id=task.id, start_time=self.store.clock(), agent=kind, model=model,
+                round=task.round, session_id=resume.get("session_id", ""), timeout_s=timeout_s,
+                sandbox_dir=resume.get("sandbox_dir", ""), branch=resume.get("branch", ""),
+                start_head=resume.get("start_head", ""), source=resume.get("source", "")))
+            self.store.append_event("task.state", task.id, execution_id, **{"from": QUEUED, "to": RUNNING}, name=task.name,
+                                    agent=kind, round=task.round)
+            self.store.after(lambda: self.on_move(moved, QUEUED))
+        return moved, execution
+
+    def settle(self, execution: Execution, verdict: Verdict, follow_up: FollowUp, **facts) -> Task:
+        """End an execution and move its task, in one transaction.  ``facts`` are further fields of the execution."""
+        state = follow_up.state
+        with self.store.atomic():
+            open_subtasks = [child for child in self.store.subtasks(execution.task_id) if child.state not in ENDED_STATES]
+            if state in (READY, COMPLETED) and open_subtasks:
+                state = BLOCKED
+            self.store.update_execution(execution.id, status=verdict.state, reason=verdict.reason, detail=verdict.detail,
+                                        end_time=self.store.clock(), summary=verdict.summary, **facts)
+            self.store.append_event("execution.ended", execution.task_id, execution.id, status=verdict.state,
+                                    **({"reason": verdict.reason} if verdict.reason else {}),
+                                    cost_usd=facts.get("cost_usd"), exit_code=facts.get("exit_code"))
+            if follow_up.park:
+                self.park(execution.agent, follow_up.park_until, verdict.reason, verdict.detail)
+            question = verdict.question_json() if verdict.state == BLOCKED else None
+            if question:
+                self.store.append_event("task.question", execution.task_id, execution.id, **question)
+            task = self._move(execution.task_id, state, only_from=(RUNNING,), reason=follow_up.reason,
+                              detail=follow_up.detail, not_before=follow_up.not_before, attempts=follow_up.attempts,
+                              free_tries=follow_up.free_tries, round=follow_up.round, resume=follow_up.resume,
+                              question=question, **({"summary": verdict.summary} if verdict.summary else {}),
+                              **({"rejection_comment": ""} if verdict.ok else {}))
+        return task
+
+    def requeue_unstarted(self, execution: Execution, detail: str) -> Task:
+        """A claimed execution whose agent never started: back to the queue as if it had not been claimed."""
+        with self.store.atomic():
+            self.store.update_execution(execution.id, status=FAILED, reason="lost", detail=detail,
+                                        end_time=self.store.clock())
+            self.store.append_event("execution.ended", execution.task_id, execution.id, status=FAILED, reason="lost")
+            return self._move(execution.task_id, QUEUED, only_from=(RUNNING,), event={"why": detail})
+
+    def fail_dependency(self, task_id: str, dependency: Task | None) -> Task:
+        """QUEUED to FAILED because a dependency cannot be met any more."""
+        what = f"{dependency.name!r} ({dependency.id[:8]}) is {dependency.state}" if dependency else "it was deleted"
+        return self._move(task_id, FAILED, only_from=(QUEUED,), reason="dependency_failed",
+                          detail=f"a task that this one depends on cannot be met any more: {what}")
+
+    def _settle_parent(self, parent_id: str) -> None:
+        """Move a parent that waits for its subtasks once the last of them has ended."""
+        parent = self.store.find_task(parent_id)
+        if parent is None or parent.state != BLOCKED or parent.question:
+            return
+        children = self.store.subtasks(parent_id)
+        failed = [child for child in children if child.state in FAILURE_STATES]
+        if any(child.state not in ENDED_STATES for child in children):
+            return
+        if failed:
+            names = ", ".join(repr(child.name) for child in failed[:3])
+            self._move(parent_id, FAILED, only_from=(BLOCKED,), reason="dependency_failed",
+                       detail=f"{len(failed)} of {len(children)} subtasks failed: {names}")
+            return
+        self._move(parent_id, READY, only_from=(BLOCKED,))
+        if parent.parent_task_id or parent.auto_accept:
+            self.accept(parent_id)
+
+    def park(self, kind: str, until: float | None, reason: str, detail: str) -> None:
+        """Start no agent of a kind until a time, or until it is unparked."""
+        with self.store.atomic():
+            self.store.park_agent(kind, until, reason, detail)
+            self.store.append_event("agent.parked", agent=kind, until=format_time(until), reason=reason, detail=detail)
+
+    def unpark(self, kind: str, why: str) -> None:
+        """Let a kind start again."""
+        with self.store.atomic():
+            self.store.park_agent(kind, None, "", "")
+            self.store.append_event("agent.unparked", agent=kind, why=why)
+
+
+class Core:
+    """What the operations work on.  ``pool`` and ``reload`` are set by the daemon; without one they stay ``None``."""
+
+    def __init__(self, config: Config, store: Store, log):
+        self.config, self.store, self.log = config, store, log
+        self.bus, self.life = Bus(store), Lifecycle(store)
+        self.kinds = tuple(RUNNERS)
+        self.pool = self.reload = None
+        self.started_at = store.clock()
+
+    def show(self, task: Task) -> dict:
+        """A task as JSON, with its last execution."""
+        return task_to_json(task, self.store.last_execution(task), self.config.default_timeout_s)
+
+    def select(self, ids) -> list[Task]:
+        """The tasks that ids or unique prefixes name, each once."""
+        found = dict.fromkeys(self.store.resolve_task(str(prefix)) for prefix in ids)
+        return [self.store.get_task(task_id) for task_id in found]
+
+
+class Param(Record):
+    """A parameter of an operation.  ``kind``: str, text, int, number, bool, ids, names, object, any."""
+
+    name: str
+    kind: str
+    help: str
+    required: bool = False
+    default: object = None
+
+
+class Final(Record):
+    """The result of a stream, after its last item."""
+
+    result: dict
+
+
+class Operation(Record):
+    """One thing a caller can ask for.  ``handler(core, params)`` is a coroutine function, or for a ``stream`` an async
+    generator: its items are sent as notifications, a ``Final`` ends it with the result."""
+
+    name: str
+    handler: object
+    help: str
+    params: tuple = ()
+    stream: bool = False
+
+
+PARAM_CHECKS = {  # kind: (what is expected, test)
+    "str": ("a string", lambda value: isinstance(value, str)),
+    "text": ("a string", lambda value: isinstance(value, str)),
+    "int": ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
+    "number": ("a number", lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "ids": ("a list of task ids", lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value)),
+    "names": ("a list of strings", lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value)),
+    "object": ("an object", lambda value: isinstance(value, dict)),
+    "any": ("any value", lambda value: True),
+}
+
+
+def check_params(operation: Operation, params: dict) -> dict:
+    """The parameters with defaults filled in.  Raises ``InvalidInput`` naming every fault."""
+    known = {param.name: param for param in operation.params}
+    problems = [f"{name}: unknown parameter{did_you_mean(name, known)}" for name in params if name not in known]
+    values = {}
+    for name, param in known.items():
+        value = params.get(name)
+        if value is None:
+            if param.required:
+                problems.append(f"{name}: is required ({param.help})")
+            values[name] = param.default
+        elif not PARAM_CHECKS[param.kind][1](value):
+            problems.append(f"{name}: expected {PARAM_CHECKS[param.kind][0]}, got {format_json(value)[:60]}")
+        else:
+            values[name] = value
+    if problems:
+        raise InvalidInput(f"{operation.name}: the parameters are not right", problems)
+    return values
+
+
+async def op_task_create(core: Core, params: dict) -> dict:
+    """Create tasks from a task document; with ``queue`` they run as soon as they can."""
+    specs = parse_tasks(params["tasks"], params["source"], core.store.clock())
+    if params["auto_accept"]:
+        specs = [spec.replace(auto_accept=True) for spec in specs]
+    tasks = core.life.create(specs, queue=params["queue"], config=core.config, kinds=core.kinds)
+    return {"tasks": [core.show(task) for task in tasks]}
+
+
+async def op_task_list(core: Core, params: dict) -> dict:
+    """Tasks, newest first."""
+    states = [state.upper() for state in params["states"] or []]
+    for state in states:
+        if state not in MOVES:
+            raise InvalidInput(f"states: there is no state {state!r}{did_you_mean(state, MOVES)}")
+    limit = max(1, min(params["limit"], 1000))
+    parent = core.store.resolve_task(params["parent"]) if params["parent"] else ""
+    tasks = core.store.list_tasks(
+        states=states, tag=params["tag"], project=params["project"], agent=params["agent"], parent=parent,
+        limit=limit + 1, before_seq=params["before"])
+    shown = [{**core.show(task), "seq": task.seq, "why": core.pool.explain(task) if core.pool else ""}
+             for task in tasks[:limit]]
+    return {"tasks": shown, "next": tasks[limit - 1].seq if len(tasks) > limit else None}
+
+
+async def op_task_get(core: Core, params: dict) -> dict:
+    """One task with its executions."""
+    task = core.select([params["id"]])[0]
+    return {"task": {**core.show(task), "why": core.pool.explain(task) if core.pool else ""},
+            "executions": [execution_to_json(run) for run in core.store.executions_of(task.id)],
+            "subtasks": [core.show(child) for child in core.store.subtasks(task.id)]}
+
+
+def _each(core: Core, ids: list, change) -> dict:
+    """Apply a change to each task; all or none, so that a wrong id in a list does not leave half of it done."""
+    with core.store.atomic():
+        return {"tasks": [core.show(change(task)) for task in core.select(ids)]}
+
+
+async def op_task_run(core: Core, params: dict) -> dict:
+    """Queue PENDING tasks, or run ended ones again from the beginning."""
+    return _each(core, params["ids"], lambda task: core.life.enqueue(task.id))
+
+
+async def op_task_start_next(core: Core, params: dict) -> dict:
+    """Queue the oldest PENDING task, if there is one."""
+    task = core.store.oldest_pending()
+    return {"task": core.show(core.life.enqueue(task.id)) if task else None}
+
+
+async def op_task_cancel(core: Core, params: dict) -> dict:
+    """Cancel tasks; answers once nothing of them runs any more."""
+    tasks = [core.life.cancel(task.id) for task in core.select(params["ids"])]
+    stopping = [task.id for task in tasks if task.state == RUNNING]
+    if stopping and core.pool:
+        await core.pool.wait_stopped(stopping)
+    return {"tasks": [core.show(core.store.get_task(task.id)) for task in tasks]}
+
+
+async def op_task_accept(core: Core, params: dict) -> dict:
+    """Accept READY work: the task is COMPLETED."""
+    return _each(core, params["ids"], lambda task: core.life.accept(task.id))
+
+
+async def op_task_reject(core: Core, params: dict) -> dict:
+    """Send READY work back: the task is PENDING, and the comment reaches the next run."""
+    return _each(core, params["ids"], lambda task: core.life.reject(task.id, params["comment"]))
+
+
+async def op_task_answer(core: Core, params: dict) -> dict:
+    """Answer a BLOCKED task's question; its session goes on with the answer."""
+    task = core.select([params["id"]])[0]
+    return {"task": core.show(core.life.answer(task.id, params["text"]))}
+
+
+async def op_task_resume(core: Core, params: dict) -> dict:
+    """Run ended tasks again in their last session and sandbox."""
+    return _each(core, params["ids"], lambda task: core.life.resume_session(task.id, params["message"]))
+
+
+async def op_task_edit(core: Core, params: dict) -> dict:
+    """Change a task that is not running; ``changes`` has the keys of a task file."""
+    task = core.select([params["id"]])[0]
+    return {"task": core.show(core.life.edit(task.id, params["changes"]))}
+
+
+async def op_task_delete(core: Core, params: dict) -> dict:
+    """Delete tasks with their executions, logs and sandboxes."""
+    tasks = core.select(params["ids"])
+    with core.store.atomic():
+        executions = [run for task in tasks for run in core.life.delete(task.id)]
+    await core.store.durable()
+    for run in executions:
+        await in_thread(remove_execution_files, run, core.config)
+    return {"deleted": [task.id for task in tasks]}
+
+
+async def op_task_subtasks(core: Core, params: dict) -> dict:
+    """The direct subtasks of a task."""
+    return {"tasks": [core.show(child) for child in core.store.subtasks(core.select([params["id"]])[0].id)]}
+
+
+def wait_is_over(task: Task, parked: bool) -> bool:
+    """Whether a waiter has nothing more to wait for: the task ended, is READY, asks something, or is parked."""
+    return task.state in SETTLED_STATES or task.state == BLOCKED and bool(task.question) \
+        or parked and task.state == QUEUED
+
+
+async def op_task_wait(core: Core, params: dict) -> dict:
+    """Wait until all the tasks (or any of them) have ended, are READY or ask a question."""
+    import asyncio
+    ids = [task.id for task in core.select(params["ids"])]
+    changed = asyncio.Event()
+
+    def wake(events: list) -> None:
+        changed.set()
+
+    def over(task: Task) -> bool:
+        parked = params["parked_ends"] and core.pool is not None and core.pool.is_parked(task)
+        return wait_is_over(task, parked)
+
+    core.bus.subscribe(wake)
+    try:
+        deadline = None if params["timeout_s"] is None else time.monotonic() + params["timeout_s"]
+        while True:
+            changed.clear()
+            done = [over(core.store.get_task(task_id)) for task_id in ids]
+            timed_out = deadline is not None and time.monotonic() >= deadline
+            if (any if params["any"] else all)(done) or timed_out:
+                return {"tasks": [core.show(core.store.get_task(task_id)) for task_id in ids],
+                        "timed_out": timed_out and not (any if params["any"] else all)(done)}
+            try:
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                await asyncio.wait_for(changed.wait(), left)
+            except asyncio.TimeoutError:
+                pass
+    finally:
+        core.bus.unsubscribe(wake)
+
+
+async def op_task_diff(core: Core, params: dict) -> dict:
+    """What a task changed: the diff of its kept sandbox, or of the pushed commits in the project's repository."""
+    task = core.select([params["id"]])[0]
+    run = core.store.last_execution(task)
+    if run is None:
+        raise NotFound(f"task {task.id[:8]} has not run yet")
+    diff = ""
+    if run.sandbox_dir and os.path.isdir(run.sandbox_dir):
+        diff = await in_thread(sandbox_diff, run.sandbox_dir, run.start_head, dict(os.environ), 1 << 20)
+    elif run.commits and task.agent.project_dir:
+        diff = await in_thread(commits_diff, task.agent.project_dir, run.source, [c["hash"] for c in run.commits],
+                               dict(os.environ), 1 << 20)
+    return {"task_id": task.id, "execution_id": run.id, "commits": list(run.commits), "diff": diff}
+
+
+async def op_execution_list(core: Core, params: dict) -> dict:
+    """The executions of a task, newest first."""
+    task = core.select([params["id"]])[0]
+    return {"executions": [execution_to_json(run) for run in core.store.executions_of(task.id)]}
+
+
+async def op_execution_get(core: Core, params: dict) -> dict:
+    """One execution."""
+    return {"execution": execution_to_json(core.store.get_execution(core.store.resolve_execution(params["id"])))}
+
+
+def _log_target(core: Core, params: dict) -> Execution:
+    if params["execution"]:
+        return core.store.get_execution(core.store.resolve_execution(params["execution"]))
+    if not params["id"]:
+        raise InvalidInput("execution.log: give id (a task) or execution")
+    task = core.select([params["id"]])[0]
+    run = core.store.last_execution(task)
+    if run is None:
+        raise NotFound(f"task {task.id[:8]} has not run yet; it has no log")
+    return run
+
+
+def tail_offset(path: str, lines: int) -> int:
+    """Byte offset at which the last ``lines`` lines of a file begin."""
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        at, found = end, 0
+        while at > 0:
+            step = min(LOG_CHUNK, at)
+            at -= step
+            file.seek(at)
+            block = file.read(step)
+            if at + step == end and block.endswith(b"\n"):
+                block = block[:-1]
+            cut = len(block)
+            while (cut := block.rfind(b"\n", 0, cut)) >= 0:
+                found += 1
+                if found == lines:
+                    return at + cut + 1
+    return 0
+
+
+def read_log(path: str, offset: int, limit: int = LOG_CHUNK) -> tuple[str, int]:
+    """(text, next offset) of a piece of a log, cut after a line where there is one, never inside a character."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            block = file.read(limit)
+    except FileNotFoundError:
+        return "", offset
+    cut = block.rfind(b"\n") + 1
+    if not cut:
+        cut = len(block)
+        for back in range(1, min(4, cut) + 1):
+            lead = block[-back]
+            if lead & 0xC0 == 0xC0:  # the lead byte of a character that may not be whole yet
+                cut -= back if back < (2 if lead < 0xE0 else 3 if lead < 0xF0 else 4) else 0
+                break
+            if lead & 0x80 == 0:
+                break
+    return block[:cut].decode("utf-8", "replace"), offset + cut
+
+
+async def op_execution_log(core: Core, params: dict):
+    """Stream a log: {"offset", "next", "text"} pieces, with ``follow`` until the execution has ended."""
+    import asyncio
+    run = _log_target(core, params)
+    path = os.path.join(core.config.executions_dir, run.id, f"{params['stream']}.log")
+    if not os.path.exists(path) and run.status != RUNNING:
+        stored = run.stderr_path if params["stream"] == "stderr" else run.stdout_path  # the Go server's paths
+        if not (stored and os.path.exists(stored)):
+            raise NotFound(f"the log of execution {run.id[:8]} is gone (keep_logs = "
+                           f"{format_duration(core.config.keep_logs_s)})" if run.end_time else
+                           f"execution {run.id[:8]} has no log")
+        path = stored
+    offset = params["offset"]
+    if params["tail"] is not None and os.path.exists(path):
+        offset = await in_thread(tail_offset, path, params["tail"])
+    yield {"execution_id": run.id, "agent": run.agent, "offset": offset, "next": offset, "text": ""}
+    while True:
+        ended = core.store.get_execution(run.id).status != RUNNING
+        while True:
+            text, following = read_log(path, offset)
+            if following == offset:
+                break
+            yield {"execution_id": run.id, "offset": offset, "next": following, "text": text}
+            offset = following
+        if ended or not params["follow"]:
+            break
+        await asyncio.sleep(LOG_POLL_S)
+    run = core.store.get_execution(run.id)
+    yield Final({"execution": execution_to_json(run), "task": core.show(core.store.get_task(run.task_id)), "next": offset})
+
+
+async def op_events_watch(core: Core, params: dict):
+    """Stream events after ``since`` for as long as the connection lasts; without ``since`` only new ones."""
+    task_id = core.store.resolve_task(params["task"]) if params["task"] else None
+    async for batch in core.bus.follow(params["since"], task_id):
+        for event in batch:
+            yield event
+
+
+async def op_agent_status(core: Core, params: dict) -> dict:
+    """The agent kinds: running, bounds, parking, and whether their program is installed."""
+    return {"agents": core.pool.agents() if core.pool else []}
+
+
+def _check_kind(core: Core, kind: str) -> None:
+    if kind not in core.kinds:
+        raise NotFound(f"there is no agent kind {kind!r}{did_you_mean(kind, core.kinds)}; there are: {', '.join(core.kinds)}")
+
+
+async def op_agent_park(core: Core, params: dict) -> dict:
+    """Start no agent of a kind until a time (RFC 3339 or a delay), or until it is unparked."""
+    _check_kind(core, params["agent"])
+    until = None
+    if params["until"]:
+        try:
+            until = core.store.clock() + parse_duration(params["until"])
+        except ValueError:
+            try:
+                until = parse_time(params["until"])
+            except ValueError:
+                raise InvalidInput(f"until: {params['until']!r} is neither a delay like 2h nor a time like"
+                                   " 2026-12-01T22:00:00Z") from None
+    core.life.park(params["agent"], until, "operator", "parked by the operator")
+    core.pool.wake()
+    return {"agents": core.pool.agents()}
+
+
+async def op_agent_unpark(core: Core, params: dict) -> dict:
+    """Let a kind start again."""
+    _check_kind(core, params["agent"])
+    core.life.unpark(params["agent"], "operator")
+    core.pool.wake()
+    return {"agents": core.pool.agents()}
+
+
+async def op_pool_status(core: Core, params: dict) -> dict:
+    """What ``ctl`` shows: the daemon, agent kinds, counts, and the tasks that matter now."""
+    tasks: list[Task] = []
+    for state, limit in ((RUNNING, 100), (BLOCKED, 50), (QUEUED, 50), (READY, 50), (PENDING, 20)):
+        tasks += core.store.queued_page(limit=limit) if state == QUEUED else core.store.list_tasks(states=(state,), limit=limit)
+    ended = core.store.list_tasks(states=tuple(sorted(ENDED_STATES)), limit=params["ended"])
+    tasks += sorted(ended, key=lambda task: -task.updated_at)
+    return {"daemon": daemon_facts(core), "agents": core.pool.agents(), "counts": core.store.counts(),
+            "tasks": [{**core.show(task), "why": core.pool.explain(task)} for task in tasks]}
+
+
+def daemon_facts(core: Core) -> dict:
+    """The daemon's own state."""
+    return {"version": __version__, "pid": os.getpid(), "started_at": format_time(core.started_at),
+            "data_dir": core.config.data_dir, "max_concurrent": core.config.max_concurrent,
+            "running": core.pool.running_count() if core.pool else 0, **(core.pool.holds() if core.pool else {}),
+            "last_event": core.store.last_event_seq()}
+
+
+def _hold(core: Core, params: dict, held: bool) -> dict:
+    target = {"agent": params["agent"], "project": params["project"]}
+    if params["agent"]:
+        _check_kind(core, params["agent"])
+    core.pool.hold(held, **target)
+    return daemon_facts(core)
+
+
+async def op_pool_pause(core: Core, params: dict) -> dict:
+    """Start nothing new: at all, of one agent kind, or of one project.  What runs goes on."""
+    return _hold(core, params, True)
+
+
+async def op_pool_resume(core: Core, params: dict) -> dict:
+    """End a pause or a drain."""
+    return _hold(core, params, False)
+
+
+async def op_pool_drain(core: Core, params: dict) -> dict:
+    """Start nothing new and, with ``wait``, answer when nothing runs any more."""
+    core.pool.drain()
+    if params["wait"]:
+        await core.pool.wait_idle()
+    return daemon_facts(core)
+
+
+async def op_project_list(core: Core, params: dict) -> dict:
+    """The projects of the configuration."""
+    return {"projects": [dict(project.__dict__) for project in core.config.projects]}
+
+
+async def op_sandbox_list(core: Core, params: dict) -> dict:
+    """The sandboxes that are kept, newest first."""
+    found = []
+    for run in core.store.kept_sandboxes():
+        if os.path.isdir(run.sandbox_dir) and run.sandbox_dir not in {item["path"] for item in found}:
+            found.append({"path": run.sandbox_dir, "task_id": run.task_id, "execution_id": run.id, "status": run.status,
+                          "reason": run.reason or None, "end_time": format_time(run.end_time),
+                          **await in_thread(sandbox_summary, run.sandbox_dir, dict(os.environ))})
+    return {"sandboxes": found}
+
+
+async def op_sandbox_rm(core: Core, params: dict) -> dict:
+    """Delete the kept sandboxes of tasks that neither run nor wait for an answer."""
+    removed = []
+    for task in core.select(params["ids"]):
+        if task.state in (RUNNING, BLOCKED, QUEUED) and task.resume is not None or task.state == RUNNING:
+            raise WrongState(f"task {task.id[:8]} is {task.state} and still needs its sandbox", state=task.state)
+        for run in core.store.executions_of(task.id, limit=1000):
+            if run.sandbox_dir:
+                await in_thread(remove_sandbox, run.sandbox_dir, core.config.sandboxes_dir)
+                core.store.update_execution(run.id, sandbox_dir="")
+                removed.append(run.sandbox_dir)
+    return {"removed": removed}
+
+
+async def op_daemon_status(core: Core, params: dict) -> dict:
+    """Version, pid, uptime, holds, counts."""
+    return {**daemon_facts(core), "counts": core.store.counts()}
+
+
+async def op_daemon_reload(core: Core, params: dict) -> dict:
+    """Read the configuration file again; a bad one is refused and the present one stays."""
+    return core.reload()
+
+
+async def op_daemon_backup(core: Core, params: dict) -> dict:
+    """Copy the database to a file while the daemon works."""
+    path = os.path.abspath(params["path"])
+    return {"path": path, "bytes": await in_thread(core.store.backup, path)}
+
+
+def remove_execution_files(execution: Execution, config: Config) -> None:
+    """Delete an execution's directory and sandbox; what lies outside their roots is never touched."""
+    for path, root in ((execution.sandbox_dir, config.sandboxes_dir),
+                       (os.path.join(config.executions_dir, execution.id), config.executions_dir)):
+        if path and os.path.isdir(path):
+            remove_sandbox(path, root)
+
+
+IDS = Param("ids", "ids", "task ids or unique beginnings of them", required=True)
+ONE_ID = Param("id", "str", "a task id or a unique beginning of it", required=True)
+HOLD_PARAMS = (Param("agent", "str", "only this agent kind", default=""), Param("project", "str", "only this project", default=""))
+
+OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in (
+    Operation("task.create", op_task_create, "create tasks from a task document", (
+        Param("tasks", "any", "a task, or an object with a list under `tasks`, as in a task file", required=True),
+        Param("source", "str", "what errors call the document", default="request"),
+        Param("queue", "bool", "queue them at once", default=False),
+        Param("auto_accept", "bool", "go to COMPLETED without a person's accept", default=False))),
+    Operation("task.list", op_task_list, "list tasks, newest first", (
+        Param("states", "names", "only these states"), Param("tag", "str", "only with this tag", default=""),
+        Param("project", "str", "only of this project", default=""),
+        Param("agent", "str", "only of this agent kind", default=""),
+        Param("parent", "str", "only subtasks of this task", default=""),
+        Param("limit", "int", "at most so many, up to 1000", default=50),
+        Param("before", "int", "continue after a list: its `next`"))),
+    Operation("task.get", op_task_get, "one task with its executions and subtasks", (ONE_ID,)),
+    Operation("task.run", op_task_run, "queue tasks, or run ended ones again", (IDS,)),
+    Operation("task.start_next", op_task_start_next, "queue the oldest PENDING task"),
+    Operation("task.cancel", op_task_cancel, "cancel tasks; answers when they are proven stopped", (IDS,)),
+    Operation("task.accept", op_task_accept, "accept READY tasks", (IDS,)),
+    Operation("task.reject", op_task_reject, "send READY tasks back", (
+        IDS, Param("comment", "text", "what the next run must know", required=True))),
+    Operation("task.answer", op_task_answer, "answer a BLOCKED task's question", (
+        ONE_ID, Param("text", "text", "the answer", required=True))),
+    Operation("task.resume", op_task_resume, "run ended tasks again in their last session", (
+        IDS, Param("message", "text", "what to tell the agent", default=""))),
+    Operation("task.edit", op_task_edit, "change a task that is not running", (
+        ONE_ID, Param("changes", "object", "keys of a task file with their new values", required=True))),
+    Operation("task.delete", op_task_delete, "delete tasks with their logs and sandboxes", (IDS,)),
+    Operation("task.subtasks", op_task_subtasks, "the subtasks of a task", (ONE_ID,)),
+    Operation("task.wait", op_task_wait, "wait until tasks have ended, are READY or ask something", (
+        IDS, Param("any", "bool", "one of them is enough", default=False),
+        Param("timeout_s", "number", "give up after so many seconds"),
+        Param("parked_ends", "bool", "a task whose agent kind is parked ends the wait too", default=False))),
+    Operation("task.diff", op_task_diff, "what a task changed", (ONE_ID,)),
+    Operation("execution.list", op_execution_list, "the executions of a task", (ONE_ID,)),
+    Operation("execution.get", op_execution_get, "one execution", (Param("id", "str", "an execution id", required=True),)),
+    Operation("execution.log", op_execution_log, "stream a log", (
+        Param("id", "str", "a task: its newest execution", default=""),
+        Param("execution", "str", "or an execution id", default=""),
+        Param("stream", "str", "stdout or stderr", default="stdout"),
+        Param("offset", "int", "start at this byte", default=0),
+        Param("tail", "int", "or at the last so many lines"),
+        Param("follow", "bool", "go on until the execution has ended", default=False)), stream=True),
+    Operation("events.watch", op_events_watch, "stream events", (
+        Param("since", "int", "all after this sequence number; absent: only new ones"),
+        Param("task", "str", "only of this task", default="")), stream=True),
+    Operation("agent.status", op_agent_status, "the agent kinds"),
+    Operation("agent.park", op_agent_park, "start no agent of a kind for a while", (
+        Param("agent", "str", "the kind", required=True), Param("until", "str", "a time or a delay", default=""))),
+    Operation("agent.unpark", op_agent_unpark, "let a kind start again", (Param("agent", "str", "the kind", required=True),)),
+    Operation("pool.status", op_pool_status, "daemon, agents, counts and the tasks that matter now", (
+        Param("ended", "int", "so many ended tasks", default=10),)),
+    Operation("pool.pause", op_pool_pause, "start nothing new", HOLD_PARAMS),
+    Operation("pool.resume", op_pool_resume, "end a pause or a drain", HOLD_PARAMS),
+    Operation("pool.drain", op_pool_drain, "start nothing new and wait until nothing runs", (
+        Param("wait", "bool", "answer when nothing runs any more", default=False),)),
+    Operation("project.list", op_project_list, "the configured projects"),
+    Operation("sandbox.list", op_sandbox_list, "the kept sandboxes"),
+    Operation("sandbox.rm", op_sandbox_rm, "delete the kept sandboxes of tasks", (IDS,)),
+    Operation("daemon.status", op_daemon_status, "the daemon's own state"),
+    Operation("daemon.reload", op_daemon_reload, "read the configuration again"),
+    Operation("daemon.backup", op_daemon_backup, "copy the database to a file", (
+        Param("path", "str", "where to; absolute, on the daemon's machine", required=True),)),
+)}
+
+
+# ---- 18 Pool ---------------------------------------------------------------------------------------------------
+# The pool keeps the queue in memory, asks ``plan`` what may start, and drives each execution through its phases:
+# prepare (sandbox), start (supervisor), follow (log), finish (judge, verify, push), settle.  A ``Run`` can begin at any
+# phase, so adopting an execution after a restart is the same code as starting one.  Every phase may be repeated: a daemon
+# that dies in the middle leaves the row RUNNING, and the next one goes on from what is on disk.
+
+LOG_BLOCK = 1 << 18  # bytes read from a log at once
+FOLLOW_S = 0.5  # how often a running agent's log is looked at
+STOP_MARGIN_S = 4.0  # beyond the grace: then the supervisor itself is presumed dead and everything marked is killed
+SETTLE_RETRY_S = 5.0  # how long to wait before the end of an execution is written again to a full disk
+ENDING_S = 3.0  # how long a stopping daemon waits for executions whose agents have already ended
+RECONCILE_S = 60.0
+RETENTION_S = 3600.0
+
+
+class LogReader:
+    """Feeds an execution's stdout into its stream parser, from the beginning and then as it grows."""
+
+    def __init__(self, path: str, stream):
+        self.path, self.stream = path, stream
+        self._splitter, self._offset = LineSplitter(), 0
+
+    def read_more(self) -> tuple[bool, list[dict]]:
+        """(whether a whole block came, so that there may be more; notable events in it)."""
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(self._offset)
+                block = file.read(LOG_BLOCK)
+        except OSError:
+            return False, []
+        self._offset += len(block)
+        events = [event for line in self._splitter.feed(block) for event in self.stream.feed_line(line)]
+        return len(block) == LOG_BLOCK, events
+
+    def finish(self) -> None:
+        """Take an unfinished last line into account: an agent that was killed may not have ended it."""
+        line = self._splitter.finish()
+        if line is not None:
+            self.stream.feed_line(line)
+
+
+class Run:
+    """One execution on its way.  ``drive`` is its whole life; ``stop`` makes it end early."""
+
+    def __init__(self, pool: Pool, task: Task, execution: Execution):
+        self.pool, self.core, self.task, self.execution = pool, pool.core, task, execution
+        self.runner = RUNNERS.get(execution.agent)
+        self.directory = os.path.join(self.core.config.executions_dir, execution.id)
+        self.log = LogReader(os.path.join(self.directory, "stdout.log"),
+                             STREAMS[self.runner.format if self.runner else "text"]())
+        self.sandbox: Sandbox | None = None
+        self.resumed = False
+        self.stop_reason = execution.stop_reason
+        self._stop_task = None
+        self.job = None
+
+    def is_alive(self) -> bool:
+        """Whether its supervisor still runs."""
+        return is_same_process(self.execution.pid, self.execution.pid_start, self.execution.boot_id)
+
+    # -- stopping
+
+    def stop(self, reason: str) -> None:
+        """End the run for ``cancelled`` or ``stalled``: now, in whatever phase it is."""
+        if not self.stop_reason:
+            self.stop_reason = reason
+        if self._stop_task is None:
+            import asyncio
+            self._stop_task = asyncio.get_running_loop().create_task(self._stop())
+
+    async def _stop(self) -> None:
+        """SIGTERM to the supervisor, which passes it on, waits and kills; if it does not, do it from here."""
+        import asyncio
+        import signal
+        execution = self.execution
+        if execution.pid is not None and signal_process(execution.pid, execution.pid_start, signal.SIGTERM):
+            deadline = time.monotonic() + STOP_GRACE_S + STOP_MARGIN_S
+            while time.monotonic() < deadline and process_start(execution.pid) == execution.pid_start:
+                await asyncio.sleep(0.05)
+            signal_process(execution.pid, execution.pid_start, signal.SIGKILL)
+        while self in self.pool.runs.values():  # clone, build, verify or push: they carry the mark too
+            await sweep([execution.id])
+            await asyncio.sleep(0.2)
+
+    # -- life
+
+    async def drive(self, phase: str) -> None:
+        """Go through the phases from ``new``, ``attached`` (the agent runs) or ``ended`` (its end must be settled)."""
+        import asyncio
+        try:
+            verdict, facts = await self._work(phase)
+        except asyncio.CancelledError:
+            return  # the daemon stops; the agent goes on without it
+        except (SandboxError, SpawnError, StorageError, OSError, InvalidInput) as error:
+            reason = error.reason if isinstance(error, SandboxError) else \
+                "spawn_failed" if isinstance(error, SpawnError) else "sandbox_failed"
+            verdict, facts = failed_verdict(reason, str(error)), {}
+        except Exception as error:  # a fault of ours must not hold a slot for ever
+            import traceback
+            self.core.log("error", f"execution {self.execution.id[:8]}: {traceback.format_exc()}")
+            verdict, facts = failed_verdict("sandbox_failed", f"internal error: {error!r}"), {}
+        if verdict is not None:
+            await self._settle(verdict, facts)
+
+    async def _work(self, phase: str):
+        if phase == "new":
+            await self.core.store.durable()
+            await self._prepare()
+            if self.stop_reason:
+                return failed_verdict("cancelled", "cancelled before the agent started"), {}
+            await self._start()
+        elif self.execution.sandbox_dir and self.execution.pid is not None:
+            self.sandbox = open_sandbox(self.execution.sandbox_dir)
+        if phase != "ended":
+            await self._follow()
+        return await self._finish()
+
+    def _environment(self) -> dict:
+        """For git, setup, build and verify: the daemon's own, with the mark so that a stop reaches them."""
+        return {**os.environ, MARK: self.execution.id}
+
+    # -- prepare and start
+
+    async def _prepare(self) -> None:
+        """Make the execution's directory and its sandbox, or take the sandbox of the run that this one continues."""
+        os.makedirs(self.directory, mode=0o700, exist_ok=True)
+        agent, execution, config = self.task.agent, self.execution, self.core.config
+        resume = self.task.resume or {}
+        isolation = agent.isolation or ("sandbox" if agent.project_dir else "none")
+        if isolation == "sandbox" and not agent.project_dir:
+            raise SandboxError("isolation is sandbox, but there is no project_dir to clone", "bad_task")
+        keeps_sandbox = bool(execution.sandbox_dir) and os.path.isdir(execution.sandbox_dir)
+        self.resumed = bool(resume.get("session_id")) and self.runner.resumable and resume.get("agent") == execution.agent \
+            and (keeps_sandbox or isolation == "none")
+        if isolation == "sandbox":
+            if keeps_sandbox:
+                self.sandbox = open_sandbox(execution.sandbox_dir)
+            else:
+                await self._clone()
+        self.execution = self.core.store.update_execution(
+            execution.id, session_id=execution.session_id if self.resumed else execution.id,
+            artifact_dir=self.directory, stdout_path=os.path.join(self.directory, "stdout.log"),
+            stderr_path=os.path.join(self.directory, "stderr.log"),
+            **({"sandbox_dir": self.sandbox.path, "branch": self.sandbox.branch, "source": self.sandbox.source,
+                "start_head": self.sandbox.start_head} if self.sandbox else {}))
+
+    async def _clone(self) -> None:
+        path = os.path.join(self.core.config.sandboxes_dir, self.execution.id)
+        os.makedirs(self.core.config.sandboxes_dir, mode=0o700, exist_ok=True)
+        self.core.store.update_execution(self.execution.id, sandbox_dir=path)
+        await self.core.store.durable()
+        project = self.core.config.project_named(self.task.project) if self.task.project else None
+        self.sandbox = await in_thread(create_sandbox, self.task.agent.project_dir, path, env=self._environment(),
+                                       setup=project.setup if project else "", timeout_s=self.execution.timeout_s,
+                                       log_path=os.path.join(self.directory, "prepare.log"))
+
+    def _working_directory(self) -> str:
+        if self.sandbox:
+            return self.sandbox.workdir
+        if self.task.agent.project_dir:
+            return self.task.agent.project_dir
+        scratch = os.path.join(self.directory, "work")
+        os.makedirs(scratch, mode=0o700, exist_ok=True)
+        return scratch
+
+    def _launch(self) -> tuple[Launch, str]:
+        """(what to start, its working directory); writes nothing."""
+        resume, cwd = self.task.resume or {}, self._working_directory()
+        feedback = feedback_text(resume)
+        context = RunContext(
+            execution_id=self.execution.id, execution_dir=self.directory, cwd=cwd,
+            project_dir=self.task.agent.project_dir, sandboxed=self.sandbox is not None,
+            session_id=self.execution.session_id, resume=self.resumed, feedback=feedback,
+            answer=resume.get("text", "") if resume.get("kind") == "answer" else "", round=self.execution.round,
+            is_root=os.geteuid() == 0)
+        launch = self.runner.build(self.task, context, self.core.config, dict(os.environ))
+        if self.sandbox:
+            launch = launch.replace(env={**launch.env, **agent_git_env(launch.env, cwd)})
+        if feedback or self.task.rejection_comment:
+            write_private(os.path.join(self.directory, "feedback.txt"), feedback or self.task.rejection_comment)
+        return launch, cwd
+
+    async def _start(self) -> None:
+        launch, cwd = self._launch()
+        program = find_program(launch.argv[0], launch.env.get("PATH", ""))
+        if program is None:
+            raise SpawnError(f"{launch.argv[0]} is not installed, or not on the daemon's PATH; install it or set"
+                             f" {self.execution.agent}_binary_path in the configuration")
+        if not os.path.isdir(cwd):
+            raise SandboxError(f"the working directory {cwd} does not exist", "bad_task")
+        prompt = os.path.join(self.directory, "prompt.txt")
+        write_private(prompt, launch.stdin or "")
+        supervisor = spawn_supervisor(
+            self.directory, self.execution.id, (program, *launch.argv[1:]), env=launch.env, cwd=cwd,
+            stdin_path=prompt if self.runner.reads_stdin else "/dev/null", timeout_s=self.execution.timeout_s)
+        try:
+            with self.core.store.atomic():
+                self.execution = self.core.store.update_execution(
+                    self.execution.id, pid=supervisor.pid, pid_start=supervisor.start, boot_id=boot_id(),
+                    start_time=self.core.store.clock())
+                self.core.store.append_event("execution.started", self.task.id, self.execution.id,
+                                             agent=self.execution.agent, round=self.execution.round)
+            await self.core.store.durable()
+        except BaseException:
+            supervisor.abandon()
+            raise
+        supervisor.open_gate()
+        if self.stop_reason:  # a stop that came while the pid was being written
+            self._stop_task = None
+            self.stop(self.stop_reason)
+
+    # -- follow
+
+    async def _follow(self) -> None:
+        """Read the log as it grows until the supervisor has ended; stop an agent that is silent for too long."""
+        import asyncio
+        ended = asyncio.ensure_future(wait_for_exit(self.execution.pid, self.execution.pid_start))
+        limit_s = self._stall_limit_s()
+        last_sizes, last_growth = None, time.monotonic()
+        try:
+            while not ended.done():
+                await asyncio.wait((ended,), timeout=FOLLOW_S)
+                await self._read_log()
+                sizes = tuple(file_size(os.path.join(self.directory, name)) for name in ("stdout.log", "stderr.log"))
+                if sizes != last_sizes:
+                    last_sizes, last_growth = sizes, time.monotonic()
+                elif limit_s and time.monotonic() - last_growth > limit_s and not self.stop_reason:
+                    self.core.store.update_execution(self.execution.id, stop_reason="stalled")
+                    self.stop("stalled")
+        finally:
+            ended.cancel()
+
+    def _stall_limit_s(self) -> float:
+        own = self.task.stall_timeout_s
+        return self.core.config.stall_timeout_s if own is None else own
+
+    async def _read_log(self) -> None:
+        import asyncio
+        more = True
+        while more:
+            more, events = self.log.read_more()
+            for event in events:
+                kind = event.pop("kind")
+                self.core.store.append_event(f"agent.{kind}", self.task.id, self.execution.id, **event)
+            if more:
+                await asyncio.sleep(0)  # a log of gigabytes must not hold up the loop
+
+    # -- finish
+
+    async def _finish(self):
+        """Judge the ended agent; verify and push what it made.  Returns (verdict, facts of the execution)."""
+        await self._read_log()
+        self.log.finish()
+        await self.pool.sweeps.clean(self.execution.id)
+        exit_code = read_exit_status(self.directory)
+        if exit_code is None and not self.stop_reason:
+            return self._lost()
+        agent = self.log.stream.facts()
+        stop_reason = self._stop_cause(exit_code)
+        verdict = judge(
+            agent=agent, exit_code=exit_code, format=self.runner.format, kind=self.execution.agent,
+            stop_reason=stop_reason, limit_s=self._stall_limit_s() if stop_reason == "stalled" else self.execution.timeout_s,
+            stderr_tail=read_tail(os.path.join(self.directory, "stderr.log"), 8192), resumed=self.resumed,
+            disallowed_tools=self.task.agent.disallowed_tools,
+            question=parse_question(read_head(os.path.join(self.directory, "question.json"), QUESTION_LIMIT)),
+            summary_file=read_head(os.path.join(self.directory, "summary.txt"), QUESTION_LIMIT))
+        facts = {"exit_code": exit_code, "cost_usd": agent.cost_usd, "tokens_in": agent.tokens_in,
+                 "tokens_out": agent.tokens_out}
+        if agent.session_id:
+            facts["session_id"] = agent.session_id
+        if agent.model:
+            facts["model"] = agent.model
+        if verdict.ok:
+            verdict, more = await self._deliver(verdict)
+            facts.update(more)
+        return verdict, facts
+
+    def _stop_cause(self, exit_code: int | None) -> str:
+        """Why the agent was stopped: what was asked for, or the time limit (coreutils ``timeout`` says 124, or 137)."""
+        if self.stop_reason or exit_code not in (124, 137) or not self.execution.timeout_s:
+            return self.stop_reason
+        ended, started = exit_time(self.directory), self.execution.start_time
+        return "timed_out" if ended and started and ended - started >= self.execution.timeout_s - 0.05 else ""
+
+    def _lost(self):
+        """The supervisor is gone and left no status: nobody can know how the agent ended."""
+        if not os.path.exists(os.path.join(self.directory, "stdout.log")):
+            self.core.life.requeue_unstarted(self.execution, "the daemon stopped before the agent started")
+            self._leave()
+            return None, {}
+        agent = self.log.stream.facts()
+        facts = {"cost_usd": agent.cost_usd, "tokens_in": agent.tokens_in, "tokens_out": agent.tokens_out}
+        verdict = failed_verdict("lost", "its supervisor vanished without an exit status (killed, or the machine restarted)")
+        return verdict.replace(resume=bool(agent.session_id) and self.runner.resumable), facts
+
+    async def _deliver(self, verdict: Verdict):
+        """Autocommit, build, verify and push; a failure replaces the verdict.  Returns (verdict, facts)."""
+        project = self.core.config.project_named(self.task.project) if self.task.project else None
+        if self.sandbox is None:
+            if self.task.verify:
+                result = await in_thread(run_command, ["/bin/sh", "-c", self.task.verify], env=self._environment(),
+                                         cwd=self._working_directory(), timeout_s=self.execution.timeout_s)
+                if result.exit_code != 0:
+                    return self._undelivered("verify_failed", f"verify failed: {self.task.verify}", result.output), {}
+            return verdict, {}
+        try:
+            result = await in_thread(
+                finish_sandbox, self.sandbox, env=self._environment(), build=project.build if project else "",
+                verify=self.task.verify, timeout_s=self.execution.timeout_s,
+                log_path=os.path.join(self.directory, "deliver.log"))
+        except SandboxError as error:
+            return self._undelivered(error.reason, str(error), error.data.get("output", "")), {}
+        if result.commits:
+            self.core.store.append_event("sandbox.pushed", self.task.id, self.execution.id, branch=result.pushed_branch,
+                                         commits=len(result.commits), rebased=result.rebased)
+        facts = {"commits": tuple(result.commits), "changestats": result.changestats, "pushed_branch": result.pushed_branch}
+        return verdict.replace(detail=result.note), facts
+
+    def _undelivered(self, reason: str, message: str, output: str) -> Verdict:
+        if self.stop_reason:
+            return failed_verdict("cancelled", "cancelled while its work was being checked")
+        self.feedback = {"kind": reason, "text": (output or message)[-FEEDBACK_OUTPUT_LIMIT:],
+                         "command": self.task.verify}
+        return failed_verdict(reason, message)
+
+    feedback: dict | None = None
+
+    # -- settle
+
+    async def _settle(self, verdict: Verdict, facts: dict) -> None:
+        """Write the end, and again until the disk takes it; only then is the slot free."""
+        import asyncio
+        if self.stop_reason == "cancelled" and not verdict.ok and verdict.reason != "cancelled":
+            verdict = failed_verdict("cancelled", "cancelled by the operator")
+        while True:
+            try:
+                await self._settle_once(verdict, facts)
+                break
+            except StorageError as error:
+                self.core.log("error", f"execution {self.execution.id[:8]} has ended but cannot be recorded: {error}")
+                await asyncio.sleep(SETTLE_RETRY_S)
+            except (NotFound, WrongState) as error:
+                self.core.log("error", f"execution {self.execution.id[:8]}: {error}")
+                break
+        self._leave()
+
+    async def _settle_once(self, verdict: Verdict, facts: dict) -> None:
+        store, life = self.core.store, self.core.life
+        task = store.get_task(self.task.id)
+        sandbox_dir = "" if verdict.ok else self.execution.sandbox_dir
+        if sandbox_dir and not os.path.isdir(sandbox_dir):
+            sandbox_dir = ""
+        execution = self.execution.replace(session_id=facts.get("session_id", self.execution.session_id),
+                                           sandbox_dir=sandbox_dir)
+        continuation = continuation_of(execution) if self.runner and (self.runner.resumable or sandbox_dir) else None
+        if continuation is not None and self.feedback:
+            continuation.update(self.feedback)
+        follow_up = decide_follow_up(task, verdict, continuation, store.clock(), life.jitter())
+        life.settle(self.execution, verdict, follow_up, **{"sandbox_dir": sandbox_dir, **facts})
+        keep = self.core.config.keep_executions
+        pruned = store.prune_executions(task.id, keep) if keep else []
+        await store.durable()
+        if verdict.ok and self.sandbox:  # only now: a daemon that dies before this line finds the sandbox again
+            await in_thread(remove_sandbox, self.sandbox.path, self.core.config.sandboxes_dir)
+        for old in pruned:
+            await in_thread(remove_execution_files, old, self.core.config)
+
+    def _leave(self) -> None:
+        if self._stop_task:
+            self._stop_task.cancel()
+        self.pool.leave(self)
+
+
+def remove_orphans(root: str, before: float, in_use: set[str]) -> int:
+    """Delete sandboxes that no execution records any more; returns how many there were."""
+    count = 0
+    for entry in os.scandir(root) if os.path.isdir(root) else ():
+        if entry.is_dir(follow_symlinks=False) and entry.path not in in_use and entry.stat().st_mtime < before:
+            remove_sandbox(entry.path, root)
+            count += 1
+    return count
+
+
+def feedback_text(resume: dict) -> str:
+    """What a run that continues another is told, from the task's ``resume`` record."""
+    kind, text = resume.get("kind", ""), resume.get("text", "")
+    if kind == "answer":
+        return build_feedback_prompt("answer", question=resume.get("question", ""), answer=text)
+    if kind == "verify_failed":
+        return build_feedback_prompt("verify", command=resume.get("command", ""), output=text)
+    if kind == "interrupted":
+        return build_feedback_prompt("interrupted", text=text)
+    return ""
+
+
+def write_private(path: str, text: str) -> None:
+    """Write a file that only its owner may read."""
+    with open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w", encoding="utf-8",
+              errors="surrogateescape") as file:
+        file.write(text)
+
+
+def file_size(path: str) -> int:
+    """The size of a file in bytes, 0 where there is none."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def read_head(path: str, limit: int) -> str:
+    """The first ``limit`` bytes of a file as text, empty where there is none."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(limit).decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def read_tail(path: str, limit: int) -> str:
+    """The last ``limit`` bytes of a file as text, empty where there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - limit))
+            return file.read(limit).decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def find_program(name: str, path: str) -> str | None:
+    """The absolute path of a program: ``name`` itself if it has a slash, else the first hit on ``path``."""
+    if "/" in name:
+        full = os.path.expanduser(name)
+        return full if os.path.isfile(full) and os.access(full, os.X_OK) else None
+    for directory in path.split(":"):
+        full = os.path.join(directory or ".", name)
+        if os.path.isfile(full) and os.access(full, os.X_OK):
+            return full
+    return None
+
+
+class Pool:
+    """Starts what may start, adopts what runs, and knows why the rest waits."""
+
+    def __init__(self, core: Core):
+        self.core, self.queue, self.runs = core, Queue(), {}
+        self.sweeps = SweepQueue()
+        self.stopping = False
+        self.draining = False
+        self.after_seq = 0  # ``run`` without a daemon starts only what it created itself
+        self._holds = core.store.get_setting("holds", {"paused": False, "kinds": [], "projects": []})
+        self._wake_handle = self._timer = None
+        self._idle_waiters: list = []
+        self._loop = None
+        core.pool = self
+        core.life.on_move, core.life.on_change, core.life.on_delete = self._moved, self._changed, self._deleted
+        core.store.on_rollback = self._rolled_back
+
+    # -- what the lifecycle tells
+
+    def _moved(self, task: Task, old_state: str) -> None:
+        if task.state == QUEUED:
+            self._enqueue(task)
+        elif old_state == QUEUED:
+            self.queue.discard(task.id)
+        self._settle_dependents(task, task.state)
+        self.wake()
+
+    def _changed(self, task: Task) -> None:
+        if task.state == QUEUED:
+            self._enqueue(task)
+            self.wake()
+        elif task.state == RUNNING and task.execution_id in self.runs:
+            execution = self.core.store.get_execution(task.execution_id)
+            if execution.stop_reason:
+                self.runs[task.execution_id].stop(execution.stop_reason)
+
+    def _deleted(self, task_id: str) -> None:
+        self.queue.discard(task_id)
+        for waiting in self.queue.settle(task_id, "DELETED")[1]:
+            self.core.life.fail_dependency(waiting, None)
+        self.wake()
+
+    def _settle_dependents(self, task: Task, state: str) -> None:
+        for waiting in self.queue.settle(task.id, state)[1]:
+            if self.queue.entry(waiting):
+                self.core.life.fail_dependency(waiting, task)
+
+    def _rolled_back(self) -> None:
+        """The disk refused a tick's transaction: what is stored decides, so read the queue again."""
+        if self._loop is not None and not self.stopping:
+            self._loop.call_soon(self.load_queue)
+
+    def load_queue(self) -> None:
+        """Fill the queue with the stored QUEUED tasks."""
+        self.queue = Queue()
+        after = (-1, -1)
+        while page := self.core.store.queued_page(after):
+            for task in page:
+                self._enqueue(task)
+            after = (PRIORITY_RANK[page[-1].priority], page[-1].seq)
+        self.wake()
+
+    def _enqueue(self, task: Task) -> None:
+        if task.seq <= self.after_seq:
+            return
+        open_dependencies, impossible = {}, None
+        if task.depends_on:
+            states = self.core.store.task_states(dependency.task for dependency in task.depends_on)
+            for dependency in task.depends_on:
+                verdict = dependency_verdict(dependency.on, states.get(dependency.task, "DELETED"))
+                if verdict == "open":
+                    open_dependencies[dependency.task] = dependency.on
+                elif verdict == "impossible":
+                    impossible = dependency.task
+        times = [at for at in (task.start_at, task.not_before) if at is not None]
+        self.queue.add(task.id, kind=task.agent.type, project=task.project, rank=PRIORITY_RANK[task.priority], seq=task.seq,
+                       not_before=max(times) if times else None, waits_for=open_dependencies,
+                       retrying=task.not_before is not None)
+        if impossible is not None:
+            self.core.life.fail_dependency(task.id, self.core.store.find_task(impossible))
+
+    # -- dispatch
+
+    def start(self, loop) -> None:
+        """Reconcile what runs, load the queue, and begin to dispatch."""
+        self._loop = loop
+        os.makedirs(self.core.config.executions_dir, mode=0o700, exist_ok=True)
+        self.reconcile()
+        self.load_queue()
+        loop.call_later(RETENTION_S, self._keep_house)
+
+    def wake(self) -> None:
+        """Look at the queue once, later in this tick."""
+        if self._loop is not None and self._wake_handle is None and not self.stopping:
+            self._wake_handle = self._loop.call_soon(self._dispatch)
+
+    def _dispatch(self) -> None:
+        self._wake_handle = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self.stopping:
+            return
+        now = self.core.store.clock()
+        self._unpark_due(now)
+        decision = plan(self.queue, self._running(), self._limits(), now)
+        for start in decision.starts:
+            try:
+                self._claim(start)
+            except (NotFound, WrongState) as error:  # somebody else was faster; what is stored decides
+                self.queue.discard(start.task_id)
+                self.core.log("info", f"task {start.task_id[:8]} was not started: {error}")
+            except StorageError as error:
+                self.core.log("error", f"nothing can be started: {error}")
+                self._timer = self._loop.call_later(SETTLE_RETRY_S, self.wake)
+                return
+        if decision.wake_at is not None:
+            self._timer = self._loop.call_later(min(max(0.0, decision.wake_at - now), 3600.0), self.wake)
+
+    def _claim(self, start: Start) -> None:
+        task = self.core.store.get_task(start.task_id)
+        model = task.agent.model or self.core.config.agent_settings(start.kind).model
+        timeout_s = task.timeout_s or self.core.config.default_timeout_s
+        task, execution = self.core.life.claim(task, start.kind, model, timeout_s)
+        self._drive(Run(self, task, execution), "new")
+
+    def _drive(self, run: Run, phase: str) -> None:
+        self.runs[run.execution.id] = run
+        run.job = self._loop.create_task(run.drive(phase))
+
+    def leave(self, run: Run) -> None:
+        """A run's slot is free."""
+        self.runs.pop(run.execution.id, None)
+        if not self.runs:
+            waiters, self._idle_waiters = self._idle_waiters, []
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+        self.wake()
+
+    def _running(self) -> Running:
+        by_kind: dict[str, int] = {}
+        for run in self.runs.values():
+            by_kind[run.execution.agent] = by_kind.get(run.execution.agent, 0) + 1
+        return Running(total=len(self.runs), by_kind=by_kind)
+
+    def _limits(self) -> Limits:
+        config = self.core.config
+        bounds = {kind: config.agent_settings(kind).max_concurrent for kind in self.core.kinds}
+        parked = {kind: float("inf") if info["until"] is None else info["until"]
+                  for kind, info in self.core.store.parked_agents().items()}
+        path = os.environ.get("PATH", "")
+        return Limits(
+            max_concurrent=config.max_concurrent, per_kind={kind: n for kind, n in bounds.items() if n is not None},
+            paused=self._holds["paused"], draining=self.draining, paused_kinds=frozenset(self._holds["kinds"]),
+            paused_projects=frozenset(self._holds["projects"]), parked=parked,
+            available_kinds=tuple(kind for kind in self.core.kinds if RUNNERS[kind].chosen
+                                  and find_program(runner_binary(kind, config), path)))
+
+    def _unpark_due(self, now: float) -> None:
+        for kind, info in self.core.store.parked_agents().items():
+            if info["until"] is not None and info["until"] <= now:
+                self.core.life.unpark(kind, "its time has come")
+
+    # -- reconciliation
+
+    def reconcile(self) -> None:
+        """Look at every RUNNING execution that nobody drives: adopt it, finish it, or settle it as lost."""
+        for execution in self.core.store.running_executions():
+            if execution.id in self.runs:
+                continue
+            task = self.core.store.find_task(execution.task_id)
+            if task is None or task.state != RUNNING or task.execution_id != execution.id or execution.agent not in RUNNERS:
+                self.core.store.update_execution(execution.id, status=FAILED, reason="lost", end_time=self.core.store.clock(),
+                                                 detail="its task went on without it")
+                continue
+            run = Run(self, task, execution)
+            if run.is_alive():
+                self.core.log("info", f"adopted execution {execution.id[:8]} (pid {execution.pid}) of {task.name!r}")
+                self._drive(run, "attached")
+                if run.stop_reason:
+                    run.stop(run.stop_reason)
+            else:
+                self._drive(run, "ended")
+        if self._loop is not None and self.runs:
+            self._loop.call_later(RECONCILE_S, self.reconcile)
+
+    def _keep_house(self) -> None:
+        """Delete logs and sandboxes that are older than the configuration keeps, a few at a time."""
+        if not self.stopping:
+            self._loop.create_task(self.prune())
+            self._loop.call_later(RETENTION_S, self._keep_house)
+
+    async def prune(self, step: int = 50) -> int:
+        """One pass of the retention; returns how many executions' files were deleted."""
+        store, config, now, count = self.core.store, self.core.config, self.core.store.clock(), 0
+        if config.keep_logs_s:
+            for execution in store.executions_before(now - config.keep_logs_s, step):
+                await in_thread(remove_execution_files, execution.replace(sandbox_dir=""), config)
+                store.update_execution(execution.id, artifact_dir="")
+                count += 1
+            store.prune_events(now - config.keep_logs_s, 1000)
+        if config.keep_sandboxes_s:
+            for execution in store.kept_sandboxes():
+                task = store.find_task(execution.task_id)
+                waits = task is not None and task.state in (BLOCKED, QUEUED, RUNNING)
+                if (execution.end_time or now) < now - config.keep_sandboxes_s and not waits:
+                    if os.path.isdir(execution.sandbox_dir):
+                        await in_thread(remove_sandbox, execution.sandbox_dir, config.sandboxes_dir)
+                    store.update_execution(execution.id, sandbox_dir="")
+                    count += 1
+        return count + await in_thread(remove_orphans, config.sandboxes_dir, now - RETENTION_S, self._sandboxes_in_use())
+
+    def _sandboxes_in_use(self) -> set[str]:
+        kept = {execution.sandbox_dir for execution in self.core.store.kept_sandboxes(limit=100_000)}
+        return kept | {os.path.join(self.core.config.sandboxes_dir, run.execution.id) for run in self.runs.values()}
+
+    # -- what people ask for
+
+    def hold(self, held: bool, agent: str = "", project: str = "") -> None:
+        """Pause or resume everything, one agent kind or one project; kept across restarts."""
+        kinds, projects = set(self._holds["kinds"]), set(self._holds["projects"])
+        if agent:
+            (kinds.add if held else kinds.discard)(agent)
+        elif project:
+            (projects.add if held else projects.discard)(project)
+        else:
+            self._holds["paused"] = held
+            self.draining = self.draining and held
+        self._holds = {"paused": self._holds["paused"], "kinds": sorted(kinds), "projects": sorted(projects)}
+        with self.core.store.atomic():
+            self.core.store.put_setting("holds", self._holds)
+            self.core.store.append_event("pool.paused" if held else "pool.resumed", agent=agent, project=project)
+        self.wake()
+
+    def drain(self) -> None:
+        """Start nothing new until ``hold(False)`` or a restart."""
+        self.draining = True
+        self.core.store.append_event("pool.draining")
+
+    def holds(self) -> dict:
+        """What is paused."""
+        return {"paused": self._holds["paused"], "draining": self.draining, "paused_kinds": self._holds["kinds"],
+                "paused_projects": self._holds["projects"]}
+
+    def running_count(self) -> int:
+        """How many executions hold a slot."""
+        return len(self.runs)
+
+    def agents(self) -> list[dict]:
+        """The agent kinds for ``ctl agent``."""
+        running, parked, config = self._running(), self.core.store.parked_agents(), self.core.config
+        path = os.environ.get("PATH", "")
+        return [{"kind": kind, "running": running.by_kind.get(kind, 0),
+                 "max_concurrent": config.agent_settings(kind).max_concurrent,
+                 "installed": find_program(runner_binary(kind, config), path) is not None,
+                 "parked": kind in parked, "parked_until": format_time(parked[kind]["until"]) if kind in parked else None,
+                 "park_reason": parked[kind]["reason"] if kind in parked else "",
+                 "park_detail": parked[kind]["detail"] if kind in parked else ""} for kind in self.core.kinds]
+
+    def is_parked(self, task: Task) -> bool:
+        """Whether a queued task waits for its agent kind to be unparked."""
+        parked = self.core.store.parked_agents()
+        return task.state == QUEUED and task.agent.type in parked
+
+    def explain(self, task: Task) -> str:
+        """Why a task is where it is, in a few words."""
+        if task.state == QUEUED and self.queue.entry(task.id):
+            def name_of(task_id: str) -> str:
+                return self.core.store.task_names([task_id]).get(task_id, task_id[:8])
+            return explain(self.queue, task.id, self._running(), self._limits(), self.core.store.clock(), name_of,
+                           local_offset_s(self.core.store.clock()))
+        if task.state == RUNNING and task.execution_id in self.runs:
+            run = self.runs[task.execution_id]
+            return f"stopping ({run.stop_reason})" if run.stop_reason else f"round {task.round}" if task.round > 1 else ""
+        if task.state == BLOCKED:
+            return f"asks: {task.question.get('text', '')}" if task.question else "waits for its subtasks"
+        if task.state == READY:
+            return "waits for accept or reject"
+        return f"{task.reason}: {task.detail}" if task.reason and task.state in FAILURE_STATES else ""
+
+    async def wait_stopped(self, task_ids: list[str]) -> None:
+        """Return once none of the tasks runs any more."""
+        import asyncio
+        jobs = [run.job for run in self.runs.values() if run.task.id in task_ids and run.job]
+        if jobs:
+            await asyncio.wait(jobs)
+
+    async def wait_idle(self) -> None:
+        """Return once nothing runs."""
+        if self.runs:
+            waiter = self._loop.create_future()
+            self._idle_waiters.append(waiter)
+            await waiter
+
+    async def shut_down(self, drain_s: float) -> None:
+        """Stop dispatching; wait up to ``drain_s`` for what runs, then leave it running for the next daemon."""
+        import asyncio
+        self.stopping = True
+        jobs = [run.job for run in self.runs.values()]
+        if jobs and drain_s > 0:
+            await asyncio.wait(jobs, timeout=drain_s)
+        ending = [run.job for run in self.runs.values() if run.execution.pid is not None and not run.is_alive()]
+        if ending:  # their agents have ended: a moment now saves the next daemon the work
+            await asyncio.wait(ending, timeout=ENDING_S)
+        jobs = [run.job for run in self.runs.values()]
+        for job in jobs:
+            job.cancel()
+        if jobs:
+            await asyncio.wait(jobs, timeout=5)
+
+    def left_alive(self) -> int:
+        """How many agents are still at work."""
+        return sum(run.is_alive() for run in self.runs.values())
+
+
+def local_offset_s(now: float) -> int:
+    """Seconds east of UTC of this machine's time zone."""
+    return time.localtime(now).tm_gmtoff or 0
+
+
+# ---- 19 Control server -----------------------------------------------------------------------------------------
+# The operations on a Unix socket: a protocol of its own, because streams cost twice as much per line.  A client can only
+# hurt itself: lines are bounded, requests under way are bounded, and one that does not read is not read from either.
+
+MAX_CONNECTIONS = 512
+MAX_PENDING = 64  # requests under way on one connection; beyond that its bytes wait in the kernel
+WRITE_HIGH = 1 << 18  # bytes of unsent answers before a client must read
+
+
+class ControlConnection:
+    """One client (an asyncio protocol).  Answers come in the order in which the requests end."""
+
+    def __init__(self, server: ControlServer):
+        import asyncio
+        self._server, self._core = server, server.core
+        self._splitter, self._transport = RequestSplitter(), None
+        self._tasks: dict = {}
+        self._count = 0
+        self._eof = self._reading_paused = False
+        self._can_write = asyncio.Event()
+        self._can_write.set()
+
+    def connection_made(self, transport) -> None:
+        """Check who it is (SO_PEERCRED): the daemon's own user and root, nobody else."""
+        import struct
+        self._transport = transport
+        transport.set_write_buffer_limits(high=WRITE_HIGH)
+        peer = transport.get_extra_info("socket")
+        uid = struct.unpack("3i", peer.getsockopt(1, 17, 12))[1]  # SOL_SOCKET, SO_PEERCRED
+        refusal = None
+        if uid not in (0, os.geteuid()):
+            refusal = Forbidden(f"user {uid} may not use the control socket of user {os.geteuid()}")
+        elif len(self._server.connections) >= MAX_CONNECTIONS:
+            refusal = Forbidden(f"there are {MAX_CONNECTIONS} connections already; close some")
+        self._server.connections.add(self)
+        if refusal is not None:
+            self._send(encode_error(None, refusal))
+            transport.close()
+
+    def connection_lost(self, error) -> None:
+        """Forget the client and end what it asked for; tasks go on, only the telling ends."""
+        self._server.connections.discard(self)
+        self._can_write.set()
+        for task in self._tasks.values():
+            task.cancel()
+
+    def pause_writing(self) -> None:
+        """The client does not read: take no more of its requests until it does."""
+        self._can_write.clear()
+        self._update_reading()
+
+    def resume_writing(self) -> None:
+        """The client reads again."""
+        self._can_write.set()
+        self._update_reading()
+
+    def eof_received(self) -> bool:
+        """The client has said everything; it may still want its answers."""
+        self._eof = True
+        self.data_received(b"\n")
+        self._close_when_done()
+        return True
+
+    def _close_when_done(self) -> None:
+        if self._eof and not self._tasks:
+            self._transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        """Take requests out of the bytes and start each."""
+        for line in self._splitter.feed(data):
+            try:
+                if isinstance(line, WireError):
+                    raise line
+                self._start(parse_request(line))
+            except WireError as error:
+                self._send(encode_error(error.request_id, error))
+        self._update_reading()
+
+    def _update_reading(self) -> None:
+        pause = len(self._tasks) >= MAX_PENDING or not self._can_write.is_set()
+        if pause != self._reading_paused and not self._transport.is_closing():
+            self._reading_paused = pause
+            (self._transport.pause_reading if pause else self._transport.resume_reading)()
+
+    def _start(self, request: Request) -> None:
+        if request.method == "stream.cancel":
+            task = self._tasks.get(("stream", request.params.get("stream")))
+            if task:
+                task.cancel()
+            if request.id is not None:
+                self._send(encode_result(request.id, {"cancelled": task is not None}))
+            return
+        operation = OPERATIONS.get(request.method)
+        if operation is None:
+            raise WireError(METHOD_NOT_FOUND, f"there is no method {request.method!r}"
+                            f"{did_you_mean(request.method, OPERATIONS)}", request.id)
+        self._count += 1
+        key = ("stream", request.id) if operation.stream else ("call", self._count)
+        if key in self._tasks:
+            raise WireError(INVALID_REQUEST, f"a stream with id {request.id!r} is already open", request.id)
+        task = self._server.loop.create_task(self._serve(operation, request))
+        self._tasks[key] = task
+        task.add_done_callback(lambda done: self._ended(key))
+
+    def _ended(self, key) -> None:
+        self._tasks.pop(key, None)
+        self._update_reading()
+        self._close_when_done()
+
+    async def _serve(self, operation: Operation, request: Request) -> None:
+        import asyncio
+        try:
+            params = check_params(operation, request.params)
+            if operation.stream:
+                result = await self._stream(operation, params, request)
+            else:
+                result = await operation.handler(self._core, params)
+            await self._core.store.durable()
+            answer = encode_result(request.id, result)
+        except asyncio.CancelledError:
+            return
+        except ClaudomatorError as error:
+            answer = encode_error(request.id, error)
+        except Exception as error:
+            import traceback
+            self._core.log("error", f"{operation.name}: {traceback.format_exc()}")
+            answer = encode_error(request.id, ClaudomatorError(f"internal error: {error!r}; the daemon's log has more"))
+        if request.id is not None:
+            self._send(answer)
+
+    async def _stream(self, operation: Operation, params: dict, request: Request) -> dict:
+        items = operation.handler(self._core, params)
+        try:
+            async for item in items:
+                if isinstance(item, Final):
+                    return item.result
+                await self._can_write.wait()
+                if self._transport.is_closing():
+                    break
+                self._send(encode_notification(operation.name, {"stream": request.id, "item": item}))
+        finally:
+            await items.aclose()
+        return {}
+
+    def _send(self, data: bytes) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(data)
+
+
+class ControlServer:
+    """Listens on the control socket.  The caller holds the data directory's lock, so an old socket file is stale."""
+
+    def __init__(self, core: Core):
+        self.core, self.connections = core, set()
+        self.loop = self._server = self._path = None
+
+    async def listen(self, path: str) -> None:
+        """Bind and listen; the socket is 0600 in a 0700 directory.  Raises ``StorageError`` where it cannot."""
+        import asyncio
+        import socket
+        self.loop = asyncio.get_running_loop()
+        try:
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            listener.setblocking(False)
+            if os.path.lexists(path):
+                os.unlink(path)
+            with short_socket_path(path) as address:
+                listener.bind(address)
+            os.chmod(path, 0o600)
+        except OSError as error:
+            raise StorageError(f"cannot listen on the control socket {path}: {error}") from error
+        self._path = path
+        self._server = await self.loop.create_unix_server(lambda: ControlConnection(self), sock=listener, backlog=128)
+
+    def close(self) -> None:
+        """Stop listening and drop the clients; they reconnect to the next daemon."""
+        if self._server is not None:
+            self._server.close()
+            for connection in tuple(self.connections):
+                connection._transport.abort() if connection._transport.is_closing() else connection._transport.close()
+            try:
+                os.unlink(self._path)
+            except OSError:
+                pass
+
+
+class short_socket_path:
+    """``with short_socket_path(path) as address``: an address for the same socket that fits into ``sun_path``.
+
+    A Unix socket's address has 108 bytes (unix(7)); a longer path goes through its directory's descriptor.
+    """
+
+    def __init__(self, path: str):
+        self._path, self._directory = path, -1
+
+    def __enter__(self) -> str:
+        if len(os.fsencode(self._path)) < 104:
+            return self._path
+        self._directory = os.open(os.path.dirname(self._path), os.O_PATH | os.O_DIRECTORY)
+        return f"/proc/self/fd/{self._directory}/{os.path.basename(self._path)}"
+
+    def __exit__(self, *error) -> None:
+        if self._directory >= 0:
+            os.close(self._directory)
+
+
+# ---- 20 Daemon -------------------------------------------------------------------------------------------------
+# Puts the parts together and owns the process: the data directory's lock, signals, reload, the way down.
+
+
+def import_asyncio():
+    """asyncio without ``ssl``: nothing here speaks TLS by asyncio, and ssl is a fifth of the start and of the memory."""
+    absent = "ssl" not in sys.modules
+    if absent:
+        sys.modules["ssl"] = None
+    try:
+        import asyncio
+    finally:
+        if absent:
+            del sys.modules["ssl"]
+    return asyncio
+
+
+def lock_data_dir(config: Config) -> int:
+    """Take the data directory's lock; the descriptor holds it until the process ends.
+
+    Raises ``WrongState`` where another daemon has it, ``StorageError`` where the directory cannot be made.
+    """
+    import fcntl
+    try:
+        os.makedirs(config.data_dir, mode=0o700, exist_ok=True)
+        descriptor = os.open(config.lock_path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StorageError(f"cannot use the data directory {config.data_dir}: {error}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.read(descriptor, 32).decode("ascii", "replace").strip()
+        os.close(descriptor)
+        raise WrongState(f"another daemon (pid {holder or 'unknown'}) already works on {config.data_dir};"
+                         " use `claudomator ctl`, or stop it first") from None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"{os.getpid()}\n".encode())
+    return descriptor
+
+
+def stderr_log(level: str, message: str) -> None:
+    """One line on stderr, where systemd's journal or a person reads it."""
+    sys.stderr.write(f"{format_time(time.time())} {level}: {message}\n")
+    sys.stderr.flush()
+
+
+class Daemon:
+    """One daemon on one data directory.  ``load_config()`` reads the configuration again for a reload."""
+
+    def __init__(self, config: Config, load_config=None, log=stderr_log):
+        self.config, self._load_config, self.log = config, load_config, log
+        self.core = self.pool = self.server = None
+        self._lock = -1
+        self._stop = None
+
+    async def start(self, only_new: bool = False) -> None:
+        """Lock, open, adopt, listen, dispatch; with ``only_new`` start no task that was queued before.
+
+        Raises ``ClaudomatorError``.
+        """
+        import asyncio
+        os.umask(0o077)
+        loop = asyncio.get_running_loop()
+        self._stop = loop.create_future()
+        self._lock = lock_data_dir(self.config)
+        store = Store(self.config.db_path)
+        store.attach(loop)
+        self.core = Core(self.config, store, self.log)
+        self.core.reload = self.reload
+        self.pool = Pool(self.core)
+        if only_new:
+            self.pool.after_seq = store.last_task_seq()
+        self.server = ControlServer(self.core)
+        for warning in self.config.warnings:
+            self.log("warning", warning)
+        self.pool.start(loop)
+        store.append_event("daemon.started", version=__version__, pid=os.getpid())
+        await self.server.listen(self.config.socket_path)
+
+    def stop(self) -> None:
+        """Begin to stop; ``run`` returns soon after."""
+        if self._stop is not None and not self._stop.done():
+            self._stop.set_result(None)
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT; SIGHUP reads the configuration again."""
+        import asyncio
+        import gc
+        import signal
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        loop.add_signal_handler(signal.SIGHUP, self._reload_logged)
+        try:
+            await self.start()
+            gc.collect()
+            gc.freeze()
+            self.log("info", f"claudomator {__version__} serves {self.config.data_dir}"
+                             f" (socket {self.config.socket_path}, pid {os.getpid()})")
+            await self._stop
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """Stop in order: no new clients, no new starts, drain if configured, leave agents running, close the store."""
+        if self.server is not None:
+            self.server.close()
+        if self.pool is not None:
+            drain_s = self.config.shutdown_timeout_s if self.config.on_shutdown == "drain" else 0
+            await self.pool.shut_down(drain_s)
+            left = self.pool.left_alive()
+            if left:
+                self.log("info", f"{left} agent{'s'[:left > 1]} at work without the daemon; the next one adopts them")
+        if self.core is not None:
+            self.core.store.append_event("daemon.stopped", pid=os.getpid())
+            self.core.store.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+
+    def reload(self) -> dict:
+        """Read the configuration again.  Raises ``InvalidInput`` and keeps the present one where it is bad."""
+        if self._load_config is None:
+            raise WrongState("this daemon was started without a configuration file")
+        new = self._load_config()
+        changed = config_differences(self.config, new)
+        if new.data_dir != self.config.data_dir or new.socket_path != self.config.socket_path:
+            self.log("warning", "data_dir or socket_path changed: that needs a restart of the daemon")
+            new = new.replace(data_dir=self.config.data_dir, own_socket_path=self.config.own_socket_path)
+        self.config = self.core.config = new
+        self.core.store.append_event("daemon.reloaded", changed=changed)
+        for warning in new.warnings:
+            self.log("warning", warning)
+        self.pool.wake()
+        return {"changed": changed, "warnings": list(new.warnings)}
+
+    def _reload_logged(self) -> None:
+        try:
+            result = self.reload()
+            self.log("info", f"configuration read again; changed: {', '.join(result['changed']) or 'nothing'}")
+        except ClaudomatorError as error:
+            self.log("error", f"the configuration was not changed, the present one stays: {error}")
+
+
+def run_daemon(config: Config, load_config) -> None:
+    """``claudomator serve``: run a daemon in the foreground until it is told to stop."""
+    asyncio = import_asyncio()
+    asyncio.run(Daemon(config, load_config).run())
+
+
+# ---- 21 Control client -----------------------------------------------------------------------------------------
+# The synchronous client of the control socket, as the command line uses it.
+
+CONNECT_TIMEOUT_S = 10.0
+
+
+def _socket_module():
+    """``_socket`` is ``socket`` without selectors and enums: a third of the client's imports."""
+    try:
+        import _socket as module
+    except ImportError:
+        import socket as module
+    return module
+
+
+class ControlClient:
+    """A connection to the daemon.  Raises ``Unreachable`` where there is none, and what the daemon raised."""
+
+    def __init__(self, path: str):
+        self.path, self._socket, self._buffer, self._next_id = path, None, b"", 0
+
+    def connect(self) -> None:
+        """Connect, if that has not happened yet."""
+        if self._socket is not None:
+            return
+        module = _socket_module()
+        connection = module.socket(module.AF_UNIX, module.SOCK_STREAM)
+        connection.settimeout(CONNECT_TIMEOUT_S)
+        try:
+            with short_socket_path(self.path) as address:
+                connection.connect(address)
+        except OSError as error:
+            connection.close()
+            raise Unreachable(f"no daemon answers on {self.path} ({error.strerror or error}); start one with"
+                              " `claudomator serve`, or name its socket with --socket or --data-dir") from None
+        connection.settimeout(None)
+        self._socket = connection
+
+    def close(self) -> None:
+        """Close the connection; the next call opens another."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket, self._buffer = None, b""
+
+    def _send(self, method: str, params: dict) -> int:
+        self.connect()
+        self._next_id += 1
+        line = format_json({"jsonrpc": "2.0", "id": self._next_id, "method": method, "params": params}).encode() + b"\n"
+        try:
+            self._socket.sendall(line)
+        except OSError as error:
+            self._lost(error)
+        return self._next_id
+
+    def _lost(self, error) -> None:
+        self.close()
+        raise Unreachable(f"the daemon on {self.path} closed the connection"
+                          f"{f' ({error})' if error else ''}; is it restarting?") from None
+
+    def _receive(self) -> dict:
+        while b"\n" not in self._buffer:
+            try:
+                data = self._socket.recv(1 << 18)
+            except OSError as error:
+                self._lost(error)
+            if not data:
+                self._lost(None)
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return parse_json(line)
+
+    def call(self, method: str, **params) -> dict:
+        """The result of an operation."""
+        request_id = self._send(method, {name: value for name, value in params.items() if value is not None})
+        while True:
+            message = self._receive()
+            if message.get("id") == request_id:
+                if "error" in message:
+                    raise error_from_wire(message["error"])
+                return message["result"]
+            if message.get("id") is None and "error" in message:
+                raise error_from_wire(message["error"])
+
+    def stream(self, method: str, **params):
+        """Yield a stream's items; the generator's return value is its result."""
+        request_id = self._send(method, {name: value for name, value in params.items() if value is not None})
+        while True:
+            message = self._receive()
+            if message.get("method") == method and message["params"].get("stream") == request_id:
+                yield message["params"]["item"]
+            elif message.get("id") == request_id:
+                if "error" in message:
+                    raise error_from_wire(message["error"])
+                return message["result"]
+
+
+# ---- 22 Command line -------------------------------------------------------------------------------------------
+# The third edge: errors become sentences on stderr (or one JSON document with --json) and exit codes, here alone.  stdout
+# is data, stderr is talk.  One table of commands serves parsing, help and docs/cli.md; argparse would double the time of
+# a short command.
+
+
+class Option(Record):
+    """``names``: spellings, the first names the value.  ``kind``: flag, str, int, number, list (may be repeated)."""
+
+    names: tuple
+    kind: str
+    help: str
+    metavar: str = "X"
+
+    def key(self) -> str:
+        """The name of its value."""
+        return self.names[0].lstrip("-").replace("-", "_")
+
+
+class Command(Record):
+    """A command: ``run(cli)`` does it and returns the exit code; ``least``/``most`` bound the positional arguments."""
+
+    run: object
+    usage: str
+    help: str
+    options: tuple = ()
+    least: int = 0
+    most: int = 0
+
+
+GLOBAL_OPTIONS = (
+    Option(("--config",), "str", "the configuration file (CLAUDOMATOR_CONFIG)", "FILE"),
+    Option(("--data-dir",), "str", "the data directory (CLAUDOMATOR_DATA_DIR)", "DIR"),
+    Option(("--socket",), "str", "the control socket (CLAUDOMATOR_SOCKET)", "PATH"),
+    Option(("--color",), "str", "auto, always or never (NO_COLOR)", "WHEN"),
+    Option(("--json",), "flag", "one JSON document on stdout; lines of JSON for streams"),
+    Option(("--help", "-h"), "flag", "show help"),
+    Option(("--version",), "flag", "show the version"),
+)
+SELECTORS = (
+    Option(("--tag",), "str", "tasks with this tag", "TAG"), Option(("--project",), "str", "tasks of this project", "NAME"),
+    Option(("--state",), "list", "tasks in this state; may be repeated", "STATE"),
+    Option(("--agent",), "str", "tasks of this agent kind", "KIND"), Option(("--all",), "flag", "all tasks"),
+)
+WAITING = (Option(("--wait",), "flag", "wait for the end; the exit code tells it"),
+           Option(("--follow",), "flag", "show the log meanwhile"),
+           Option(("--timeout-wait",), "str", "give up waiting after this long", "D"))
+EXIT_CODES = (
+    (EXIT_OK, "ok"), (EXIT_FAILED, "the task failed"), (EXIT_USAGE, "wrong usage or a bad file"),
+    (EXIT_NOT_FOUND, "not found, or in the wrong state"), (EXIT_UNREACHABLE, "no daemon answers"),
+    (EXIT_BLOCKED, "blocked: a question waits"), (EXIT_PARKED, "parked: try later"), (EXIT_TIMEOUT, "timed out"),
+    (EXIT_INTERRUPTED, "interrupted"),
+)
+
+
+def parse_arguments(argv: list[str], options: tuple, command: str) -> tuple[dict, list[str]]:
+    """(values of options, positional arguments).  Options may stand anywhere; ``--`` ends them.
+
+    Raises ``UsageError`` naming what is wrong and the nearest known option.
+    """
+    known = {name: option for option in options for name in option.names}
+    values: dict = {option.key(): [] if option.kind == "list" else None for option in options}
+    positionals, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            return values, positionals + rest
+        if not word.startswith("-") or word == "-":
+            positionals.append(word)
+            continue
+        name, equals, value = word.partition("=") if word.startswith("--") else (word, "", "")
+        option = known.get(name)
+        if option is None:
+            raise UsageError(f"{command}: unknown option {name}{did_you_mean(name, known)}; try `claudomator {command} --help`")
+        if option.kind == "flag":
+            if equals:
+                raise UsageError(f"{command}: {name} takes no value")
+            values[option.key()] = True
+            continue
+        if not equals:
+            if not rest:
+                raise UsageError(f"{command}: {name} needs a value ({option.metavar}: {option.help})")
+            value = rest.pop(0)
+        _set_option(values, option, value, f"{command}: {name}")
+    return values, positionals
+
+
+def _set_option(values: dict, option: Option, value: str, where: str) -> None:
+    if option.kind == "list":
+        values[option.key()].append(value)
+    elif option.kind in ("int", "number"):
+        try:
+            values[option.key()] = int(value) if option.kind == "int" else float(value)
+        except ValueError:
+            raise UsageError(f"{where}: expected a number, got {value!r}") from None
+    else:
+        values[option.key()] = value
+
+
+def quick_paths(text: str) -> dict | None:
+    """``data_dir`` and ``socket_path`` of a configuration, or ``None`` where only a TOML parser can tell.
+
+    Importing ``tomllib`` costs more than a whole ``ctl list``; the two keys are usually absent or plain strings.
+    """
+    if '"""' in text or "'''" in text:
+        return None
+    found = {}
+    for line in text.split("\n"):
+        line = line.strip()
+        if line.startswith("["):
+            break
+        if line.startswith(('"', "'")):
+            return None
+        key, equals, value = line.partition("=")
+        if equals and key.strip() in ("data_dir", "socket_path"):
+            value = value.strip()
+            plain = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" and value.count(value[0]) == 2
+            if not plain or "\\" in value:
+                return None
+            found[key.strip()] = value[1:-1]
+    return found
+
+
+class Cli:
+    """One run of the program: its options, its configuration, its terminal."""
+
+    def __init__(self, command: str, options: dict, arguments: list[str], environ: dict):
+        self.command, self.options, self.arguments, self.environ = command, options, arguments, environ
+        self.json = bool(options.get("json"))
+        self.home = environ.get("HOME") or os.path.expanduser("~")
+        self._client: ControlClient | None = None
+
+    def __getattr__(self, name: str):
+        try:
+            return self.__dict__["options"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    # -- configuration
+
+    def config_path(self) -> str:
+        """The configuration file that counts."""
+        return os.path.expanduser(self.options.get("config") or self.environ.get("CLAUDOMATOR_CONFIG")
+                                  or os.path.join(self.home, ".claudomator", "config.toml"))
+
+    def config_text(self) -> str:
+        """The configuration file's text, empty where there is none and none was named."""
+        path = self.config_path()
+        try:
+            with open(path, encoding="utf-8") as file:
+                return file.read()
+        except FileNotFoundError:
+            if self.options.get("config") or self.environ.get("CLAUDOMATOR_CONFIG"):
+                raise NotFound(f"there is no configuration file {path}; `claudomator init` writes one") from None
+            return ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidInput(f"the configuration file {path} cannot be read: {error}") from None
+
+    def load_config(self) -> Config:
+        """The configuration with what the command line overrides."""
+        text = self.config_text()
+        config = parse_config_text(text, self.config_path(), self.home) if text.strip() else \
+            parse_config({}, self.config_path(), self.home)
+        overrides = self._path_overrides()
+        return config.replace(**overrides) if overrides else config
+
+    def _path_overrides(self) -> dict:
+        data_dir = self.options.get("data_dir") or self.environ.get("CLAUDOMATOR_DATA_DIR")
+        socket_path = self.options.get("socket") or self.environ.get("CLAUDOMATOR_SOCKET")
+        overrides = {}
+        if data_dir:
+            overrides["data_dir"] = os.path.abspath(os.path.expanduser(data_dir))
+        if socket_path:
+            overrides["own_socket_path"] = os.path.abspath(os.path.expanduser(socket_path))
+        elif data_dir:
+            overrides["own_socket_path"] = ""
+        return overrides
+
+    def client(self) -> ControlClient:
+        """The client of the daemon that the options name."""
+        if self._client is None:
+            self._client = ControlClient(self._socket_path())
+        return self._client
+
+    def _socket_path(self) -> str:
+        """The control socket, without a TOML parser where the configuration allows."""
+        overrides = self._path_overrides()
+        if overrides.get("own_socket_path"):
+            return overrides["own_socket_path"]
+        if "data_dir" in overrides:
+            return os.path.join(overrides["data_dir"], "claudomator.sock")
+        paths = quick_paths(self.config_text())
+        if paths is None:
+            return self.load_config().socket_path
+        path = paths.get("socket_path") or os.path.join(paths.get("data_dir") or "~/.claudomator", "claudomator.sock")
+        return os.path.join(self.home, path[2:]) if path.startswith("~/") else path
+
+    def call(self, method: str, **params) -> dict:
+        """Call an operation."""
+        return self.client().call(method, **params)
+
+    # -- terminal
+
+    def color(self) -> bool:
+        """Whether stdout gets colours."""
+        when = self.options.get("color") or "auto"
+        if when not in ("auto", "always", "never"):
+            raise UsageError(f"--color: expected auto, always or never, got {when!r}")
+        return when == "always" or when == "auto" and sys.stdout.isatty() and not self.environ.get("NO_COLOR") \
+            and self.environ.get("TERM") != "dumb"
+
+    def width(self) -> int:
+        """The terminal's width, 120 where there is none."""
+        if self.environ.get("COLUMNS", "").isdigit():
+            return max(40, int(self.environ["COLUMNS"]))
+        try:
+            return os.get_terminal_size(sys.stdout.fileno()).columns or 120
+        except (OSError, ValueError):
+            return 120
+
+    def say(self, text: str) -> None:
+        """Talk: stderr, and only where people read."""
+        if not self.json:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+    def out(self, text: str) -> None:
+        """Data: stdout."""
+        sys.stdout.write(text + "\n")
+
+    def document(self, value, text=None) -> None:
+        """The command's result: JSON with --json, else ``text()``."""
+        if self.json:
+            self.out(format_json(value))
+        elif text is not None:
+            shown = text()
+            if shown:
+                self.out(shown.rstrip("\n"))
+
+    # -- selecting
+
+    def selected(self) -> list[str]:
+        """The task ids that arguments and selectors name.  Raises ``UsageError`` where nothing was named."""
+        filters = self.filters()
+        if self.arguments and filters:
+            raise UsageError(f"{self.command}: give ids or selectors, not both")
+        if self.arguments:
+            return self.arguments
+        if not filters and not self.options.get("all"):
+            raise UsageError(f"{self.command}: which tasks? Give ids, or --tag, --project, --state, --agent or --all")
+        found = [task["id"] for task in self.all_tasks(**filters)]
+        if not found:
+            raise NotFound("no task matches " + (" ".join(f"{key}={value}" for key, value in filters.items()) or "--all"))
+        return found
+
+    def filters(self) -> dict:
+        """The selectors as parameters of ``task.list``."""
+        filters = {"tag": self.options.get("tag"), "project": self.options.get("project"),
+                   "agent": self.options.get("agent"), "states": self.options.get("state") or None}
+        return {name: value for name, value in filters.items() if value}
+
+    def all_tasks(self, **filters) -> list[dict]:
+        """Every task that matches, page by page."""
+        tasks, before = [], None
+        while True:
+            page = self.call("task.list", limit=1000, before=before, **filters)
+            tasks += page["tasks"]
+            before = page["next"]
+            if before is None:
+                return tasks
+
+
+def exit_code_of(task: dict) -> int:
+    """What a task's end means as an exit code."""
+    if task["state"] in FAILURE_STATES:
+        return EXIT_FAILED
+    if task["state"] == BLOCKED:
+        return EXIT_BLOCKED
+    if task["state"] in (QUEUED, RUNNING, PENDING):
+        return EXIT_PARKED
+    return EXIT_OK
+
+
+def worst_exit_code(tasks: list[dict]) -> int:
+    """One exit code for several tasks: a failure counts most, then a question, then parking."""
+    codes = {exit_code_of(task) for task in tasks}
+    return next((code for code in (EXIT_FAILED, EXIT_BLOCKED, EXIT_PARKED) if code in codes), EXIT_OK)
+
+
+def next_step(task: dict) -> str:
+    """What a person can do about a task that failed, with its own id and agent kind in the commands."""
+    kind = (task["execution"] or {}).get("agent") or task["agent"].get("type") or "KIND"
+    return REASONS[task["reason"]]["next"].replace("KIND", kind).replace(" ID", " " + task["id"][:8])
+
+
+def task_line(task: dict, color: bool) -> str:
+    """One line on what became of a task."""
+    run = task["execution"] or {}
+    parts = [paint_state(task["state"], color), task["id"][:8], task["name"]]
+    if run.get("cost_usd") is not None and run.get("agent") != "shell":
+        parts.append(format_cost(run["cost_usd"]))
+    if run.get("commits"):
+        parts.append(f"{len(run['commits'])} commit{'s'[:len(run['commits']) > 1]} pushed to {run['pushed_branch']}")
+    line = "  ".join(parts)
+    if task["state"] == BLOCKED and task["question"]:
+        line += f"\n    asks: {task['question'].get('text', '')}"
+        if task["question"].get("options"):
+            line += f" [{' | '.join(map(str, task['question']['options']))}]"
+        line += f"\n    answer with: claudomator ctl answer {task['id'][:8]} \"...\""
+    elif task["reason"]:
+        line += f"\n    {task['reason']}: {task['detail']}\n    next: {next_step(task)}"
+    elif task["summary"]:
+        line += "\n    " + task["summary"].strip().replace("\n", "\n    ")
+    return line
+
+
+# -- reading task files
+
+
+def read_document(cli: Cli, path: str) -> tuple[object, str]:
+    """(task document, source name) of a file, ``-`` for stdin, checked here so that errors name the file's keys."""
+    source = "stdin" if path == "-" else path
+    try:
+        if path == "-":
+            text = sys.stdin.buffer.read().decode("utf-8")
+        else:
+            with open(path, "rb") as file:
+                text = file.read().decode("utf-8")
+    except FileNotFoundError:
+        raise NotFound(f"there is no file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{source} cannot be read: {error}") from None
+    specs = parse_task_text(text, source, time.time())
+    base = os.getcwd()
+    specs = [spec.replace(agent=spec.agent.replace(project_dir=os.path.normpath(os.path.join(base, spec.agent.project_dir))
+                                                   if spec.agent.project_dir else "")) for spec in specs]
+    return {"tasks": [spec_to_json(spec) for spec in specs]}, source
+
+
+# -- commands without a daemon
+
+
+def cmd_serve(cli: Cli) -> int:
+    """``serve``: the daemon in the foreground."""
+    run_daemon(cli.load_config(), cli.load_config)
+    return EXIT_OK
+
+
+def open_readonly(cli: Cli) -> Core:
+    """What the database says, for ``list`` and ``status`` while no daemon runs."""
+    config = cli.load_config()
+    return Core(config, Store(config.db_path, readonly=True), stderr_log)
+
+
+def run_operation(core: Core, name: str, **params) -> dict:
+    """Run an operation that awaits nothing, without a loop."""
+    operation = OPERATIONS[name]
+    coroutine = operation.handler(core, check_params(operation, params))
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return done.value
+    coroutine.close()
+    raise WrongState(f"{name} needs the daemon; start it with `claudomator serve`")
+
+
+def reading_call(cli: Cli, name: str, **params) -> dict:
+    """Ask the daemon, or the database where none runs."""
+    try:
+        return cli.call(name, **params)
+    except Unreachable:
+        cli.say("(no daemon runs; this is what the database says)")
+        return run_operation(open_readonly(cli), name, **params)
+
+
+def cmd_list(cli: Cli) -> int:
+    """``list``: tasks, newest first, also without a daemon."""
+    limit = 1000 if cli.options.get("all") else cli.limit or 50
+    result = reading_call(cli, "task.list", limit=limit, **cli.filters())
+    if cli.options.get("all") and result["next"]:
+        tasks, page = result["tasks"], result
+        while page["next"]:
+            page = reading_call(cli, "task.list", limit=limit, before=page["next"], **cli.filters())
+            tasks += page["tasks"]
+        result = {"tasks": tasks, "next": None}
+    cli.document(result, lambda: render_tasks(result["tasks"], time.time(), cli.width(), cli.color())
+                 or "no tasks yet; `claudomator ctl add \"...\"` makes one")
+    return EXIT_OK
+
+
+def cmd_status(cli: Cli) -> int:
+    """``status ID``: one task in full, also without a daemon."""
+    result = reading_call(cli, "task.get", id=cli.arguments[0])
+    cli.document(result, lambda: render_task(result["task"], result["executions"], cli.color()))
+    return EXIT_OK
+
+
+def program_version(program: str) -> str | None:
+    """The first line of ``program --version``, or ``None`` where it is not installed."""
+    import subprocess
+    try:
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL)
+        return (done.stdout or done.stderr).strip().split("\n")[0] or "installed"
+    except FileNotFoundError:
+        return None
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"found, but it does not answer: {error}"
+
+
+def cmd_init(cli: Cli) -> int:
+    """``init``: a commented configuration file, the data directory, and a word on what is here."""
+    path = cli.config_path()
+    written = not os.path.exists(path)
+    if written:
+        os.makedirs(os.path.dirname(path) or ".", mode=0o700, exist_ok=True)
+        write_private(path, config_template())
+    config = cli.load_config()
+    os.makedirs(config.data_dir, mode=0o700, exist_ok=True)
+    Store(config.db_path).close()
+    found = {"python": sys.version.split()[0], "git": program_version("git"),
+             "claude": program_version(config.claude_binary_path)}
+    try:
+        import yaml
+        found["pyyaml"] = yaml.__version__
+    except ImportError:
+        found["pyyaml"] = None
+    hints = []
+    if found["git"] is None:
+        hints.append("git is not installed: sandboxes need it (apt-get install git)")
+    if found["claude"] is None:
+        hints.append(f"{config.claude_binary_path} is not installed: tasks of type claude need it"
+                     " (npm install -g @anthropic-ai/claude-code), tasks of type shell do not")
+    if found["pyyaml"] is None:
+        hints.append("PyYAML is not installed: write task files as JSON, or: pip install pyyaml")
+    result = {"config": path, "written": written, "data_dir": config.data_dir, "found": found, "hints": hints,
+              "warnings": list(config.warnings)}
+
+    def text() -> str:
+        lines = [f"configuration  {path}  ({'written' if written else 'was there; left as it is'})",
+                 f"data           {config.data_dir}"]
+        lines += [f"{name:14} {version or 'not found'}" for name, version in found.items()]
+        lines += ["", *(f"note: {hint}" for hint in (*hints, *config.warnings))]
+        lines += ["", "next: claudomator serve      then, in another terminal: claudomator ctl add \"...\" --dir REPOSITORY",
+                  "      claudomator demo       shows the whole way without any account"]
+        return "\n".join(lines)
+    cli.document(result, text)
+    return EXIT_OK
+
+
+def cmd_run(cli: Cli) -> int:
+    """``run FILE``: a task file to its end, by the daemon if one runs, else by a pool in this process."""
+    document, source = read_document(cli, cli.arguments[0])
+    if cli.dry_run:
+        return _dry_run(cli, document)
+    try:
+        cli.client().connect()
+        cli.say("handed to the daemon; it goes on even if this command ends")
+        return _run_with_daemon(cli, document, source)
+    except Unreachable:
+        pass
+    return _run_in_process(cli, document, source)
+
+
+def _dry_run(cli: Cli, document: dict) -> int:
+    config = cli.load_config()
+    for task in document["tasks"]:
+        kind = task.get("agent", {}).get("type", "")
+        if kind and kind not in RUNNERS:
+            raise InvalidInput(f"task {task['name']!r}: agent.type: {kind!r} is not available here"
+                               f"{did_you_mean(kind, RUNNERS)}; there are: {', '.join(RUNNERS)}")
+
+    def text() -> str:
+        rows = [[task["name"], task["agent"].get("type") or "chosen at start",
+                 task["agent"].get("project_dir") or "none", task.get("timeout") or format_duration(config.default_timeout_s),
+                 ", ".join(dep if isinstance(dep, str) else dep["task"] for dep in task.get("depends_on", []))]
+                for task in document["tasks"]]
+        return render_table(rows, ["NAME", "AGENT", "PROJECT", "TIMEOUT", "AFTER"], cli.width(), cli.color())
+    cli.document(document, text)
+    cli.say(f"{len(document['tasks'])} tasks, all well-formed; nothing was started")
+    return EXIT_OK
+
+
+def _report_run(cli: Cli, tasks: list[dict]) -> int:
+    cli.document({"tasks": tasks}, lambda: "\n".join(task_line(task, cli.color()) for task in tasks))
+    return worst_exit_code(tasks)
+
+
+def _run_with_daemon(cli: Cli, document: dict, source: str) -> int:
+    created = cli.call("task.create", tasks=document, source=source, queue=True, auto_accept=True)["tasks"]
+    ids = [task["id"] for task in created]
+    for task in created:
+        cli.say(f"{task['id'][:8]}  {task['name']}")
+    result = wait_through_restarts(cli, ids, None, False, parked_ends=True)
+    return _report_run(cli, result["tasks"])
+
+
+def _run_in_process(cli: Cli, document: dict, source: str) -> int:
+    asyncio = import_asyncio()
+    config = cli.load_config()
+    if cli.parallel is not None:
+        if cli.parallel < 1:
+            raise UsageError("run: --parallel must be at least 1")
+        config = config.replace(max_concurrent=cli.parallel)
+
+    def log(level: str, message: str) -> None:
+        cli.say(f"{level}: {message}")
+
+    async def work() -> list[dict]:
+        import signal
+        daemon = Daemon(config, None, log)
+        loop = asyncio.get_running_loop()
+        main = asyncio.current_task()
+        loop.add_signal_handler(signal.SIGINT, main.cancel)
+        loop.add_signal_handler(signal.SIGTERM, main.cancel)
+        try:
+            await daemon.start(only_new=True)
+            for kind, info in daemon.core.store.parked_agents().items():
+                if info["reason"] == "auth":  # a person is here, and may have logged in: one try costs nothing
+                    daemon.core.life.unpark(kind, "run")
+            daemon.core.bus.subscribe(lambda events: [cli.say(line) for event in events
+                                                      if (line := render_event(event, sys.stderr.isatty()))])
+            tasks = parse_tasks(document, source, time.time())
+            tasks = daemon.core.life.create([spec.replace(auto_accept=True) for spec in tasks], queue=True, config=config,
+                                            kinds=daemon.core.kinds)
+            wait = OPERATIONS["task.wait"]
+            result = await wait.handler(daemon.core, check_params(wait, {"ids": [task.id for task in tasks],
+                                                                         "parked_ends": True}))
+            await daemon.core.store.durable()
+            return result["tasks"]
+        finally:
+            await daemon.close()
+
+    try:
+        tasks = asyncio.run(work())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+    return _report_run(cli, tasks)
+
+
+# -- commands of ctl
+
+
+def cmd_ctl(cli: Cli) -> int:
+    """``ctl``: the status table."""
+    status = cli.call("pool.status")
+    cli.document(status, lambda: render_status(status, time.time(), cli.width(), cli.color(), local_offset_s(time.time())))
+    return EXIT_OK
+
+
+def patiently(cli: Cli, attempt, give_up_s: float = 60.0):
+    """``attempt()`` again and again while the daemon restarts, at most ``give_up_s`` at a stretch."""
+    deadline = None
+    while True:
+        try:
+            return attempt()
+        except Unreachable:
+            now = time.monotonic()
+            if deadline is None:
+                cli.say("the daemon is gone; waiting for it to come back")
+                deadline = now + give_up_s
+            if now > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def wait_through_restarts(cli: Cli, ids: list[str], timeout_s: float | None, any_one: bool, parked_ends=False) -> dict:
+    """``task.wait`` that survives a restart of the daemon."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+
+    def attempt() -> dict:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        return cli.call("task.wait", ids=ids, any=any_one, timeout_s=left, parked_ends=parked_ends)
+    return patiently(cli, attempt)
+
+
+def _finish_waiting(cli: Cli, ids: list[str], timeout: str | None, any_one: bool = False) -> int:
+    timeout_s = None
+    if timeout:
+        try:
+            timeout_s = parse_duration(timeout)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    result = wait_through_restarts(cli, ids, timeout_s, any_one)
+    cli.document(result, lambda: "\n".join(task_line(task, cli.color()) for task in result["tasks"]))
+    if result["timed_out"]:
+        cli.say(f"gave up after {timeout}; the tasks go on")
+        return EXIT_TIMEOUT
+    done = [task for task in result["tasks"] if not any_one or task["state"] not in (QUEUED, RUNNING, PENDING)]
+    return worst_exit_code(done)
+
+
+def _created(cli: Cli, tasks: list[dict]) -> int:
+    """Print what was created; wait or follow as asked."""
+    ids = [task["id"] for task in tasks]
+    if cli.options.get("follow"):
+        codes = [follow_task(cli, task_id) for task_id in ids]
+        return max(codes)
+    if cli.options.get("wait"):
+        if not cli.json:
+            for task_id in ids:
+                cli.say(task_id)
+        return _finish_waiting(cli, ids, cli.options.get("timeout_wait"))
+    cli.document({"tasks": tasks}, lambda: "\n".join(ids))
+    return EXIT_OK
+
+
+def cmd_create(cli: Cli) -> int:
+    """``ctl create`` and ``ctl submit``: tasks from a file."""
+    document, source = read_document(cli, cli.arguments[0])
+    result = cli.call("task.create", tasks=document, source=source, queue=cli.command == "ctl submit")
+    return _created(cli, result["tasks"])
+
+
+def cmd_add(cli: Cli) -> int:
+    """``ctl add``: a task from the command line."""
+    text = sys.stdin.read() if cli.arguments[0] == "-" else cli.arguments[0]
+    agent = {"type": cli.agent, "model": cli.model, "instructions": text, "max_budget_usd": cli.budget,
+             "project_dir": os.path.abspath(os.path.expanduser(cli.dir)) if cli.dir else None}
+    name = cli.name or (text.strip().split("\n")[0][:60].strip() or "task")
+    task = {"name": name, "agent": {key: value for key, value in agent.items() if value is not None},
+            "project": cli.project, "timeout": cli.timeout, "verify": cli.verify, "tags": cli.tag or None,
+            "depends_on": cli.after or None, "start_at": cli.at, "priority": cli.priority}
+    document = {key: value for key, value in task.items() if value is not None}
+    result = cli.call("task.create", tasks=document, source="ctl add", queue=True)
+    return _created(cli, result["tasks"])
+
+
+def cmd_show(cli: Cli) -> int:
+    """``ctl show``: tasks in full."""
+    results = [cli.call("task.get", id=task_id) for task_id in cli.selected()]
+    cli.document(results[0] if len(results) == 1 else results,
+                 lambda: "\n\n".join(render_task(r["task"], r["executions"], cli.color()) for r in results))
+    return EXIT_OK
+
+
+def cmd_verb(cli: Cli) -> int:
+    """``ctl run|cancel|accept|reject|resume|delete``: one operation on the selected tasks."""
+    verb = cli.command.split()[1]
+    params: dict = {"ids": cli.selected()}
+    if verb == "reject":
+        if not cli.message:
+            raise UsageError('ctl reject: say why with -m "comment"; it reaches the next run')
+        params["comment"] = cli.message
+    elif verb == "resume" and cli.message:
+        params["message"] = cli.message
+    result = cli.call(f"task.{verb}", **params)
+    if verb in ("run", "resume") and (cli.wait or cli.follow):
+        return _created(cli, result["tasks"])
+    if verb == "delete":
+        cli.document(result, lambda: "\n".join(f"deleted {task_id}" for task_id in result["deleted"]))
+    else:
+        cli.document(result, lambda: "\n".join(task_line(task, cli.color()) for task in result["tasks"]))
+    return EXIT_OK
+
+
+def cmd_answer(cli: Cli) -> int:
+    """``ctl answer ID TEXT``."""
+    text = sys.stdin.read() if cli.arguments[1] == "-" else " ".join(cli.arguments[1:])
+    task = cli.call("task.answer", id=cli.arguments[0], text=text)["task"]
+    if cli.wait or cli.follow:
+        return _created(cli, [task])
+    cli.document({"task": task}, lambda: task_line(task, cli.color()))
+    return EXIT_OK
+
+
+def cmd_edit(cli: Cli) -> int:
+    """``ctl edit ID --set KEY=VALUE``."""
+    changes: dict = {}
+    for setting in cli.set:
+        path, equals, text = setting.partition("=")
+        if not equals:
+            raise UsageError(f"ctl edit: --set {setting}: write it like --set timeout=30m or --set agent.model=opus")
+        try:
+            value = parse_json(text)
+        except ValueError:
+            value = text
+        target = changes
+        *parents, last = path.split(".")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[last] = value
+    if not changes:
+        raise UsageError("ctl edit: what shall change? --set KEY=VALUE, with the keys of a task file")
+    tasks = [cli.call("task.edit", id=task_id, changes=changes)["task"] for task_id in cli.selected()]
+    cli.document({"tasks": tasks}, lambda: "\n".join(task_line(task, cli.color()) for task in tasks))
+    return EXIT_OK
+
+
+def cmd_wait(cli: Cli) -> int:
+    """``ctl wait``."""
+    return _finish_waiting(cli, cli.selected(), cli.timeout, bool(cli.any))
+
+
+def cmd_executions(cli: Cli) -> int:
+    """``ctl executions ID``."""
+    results = [run for task_id in cli.selected() for run in cli.call("execution.list", id=task_id)["executions"]]
+    cli.document({"executions": results}, lambda: render_executions(results, time.time(), cli.width(), cli.color()))
+    return EXIT_OK
+
+
+def cmd_diff(cli: Cli) -> int:
+    """``ctl diff ID``."""
+    result = cli.call("task.diff", id=cli.arguments[0])
+    cli.document(result, lambda: result["diff"] or "no changes")
+    return EXIT_OK
+
+
+def cmd_watch(cli: Cli) -> int:
+    """``ctl watch``: events as they come, across restarts of the daemon."""
+    seen = [cli.since]
+
+    def attempt() -> None:
+        if seen[0] is None:
+            seen[0] = cli.call("daemon.status")["last_event"]
+        for event in cli.client().stream("events.watch", since=seen[0]):
+            seen[0] = event["seq"]
+            cli.out(format_json(event) if cli.json else render_event(event, cli.color()) or "")
+            sys.stdout.flush()
+    while True:
+        patiently(cli, attempt)
+
+
+class LogPrinter:
+    """Prints pieces of a log as they come: readable lines, raw with --raw, one JSON object a piece with --json."""
+
+    def __init__(self, cli: Cli, agent: str):
+        self._cli, self._splitter = cli, LineSplitter()
+        self._format = RUNNERS[agent].format if agent in RUNNERS else "claude"
+
+    def show(self, item: dict) -> None:
+        """Print what is whole of a piece."""
+        if self._cli.json:
+            self._cli.out(format_json(item))
+        elif self._cli.raw:
+            sys.stdout.write(item["text"])
+        else:
+            for line in self._splitter.feed(item["text"].encode()):
+                self._line(line)
+        sys.stdout.flush()
+
+    def finish(self) -> None:
+        """Print an unfinished last line."""
+        line = self._splitter.finish()
+        if line is not None and not self._cli.json and not self._cli.raw:
+            self._line(line)
+
+    def _line(self, line: bytes) -> None:
+        text = render_log_line(line, self._format, self._cli.color())
+        if text is not None:
+            self._cli.out(text)
+
+
+def follow_log(cli: Cli, params: dict) -> dict:
+    """Print a log, from where it broke off if the daemon restarts; returns the stream's result."""
+    state: dict = {"offset": params.get("offset", 0), "printer": None}
+
+    def attempt() -> dict:
+        now = {**params, "offset": state["offset"], "tail": None if state["printer"] else params.get("tail")}
+        stream = cli.client().stream("execution.log", **now)
+        try:
+            while True:
+                item = next(stream)
+                if state["printer"] is None:
+                    state["printer"] = LogPrinter(cli, item["agent"])
+                    params["execution"] = item["execution_id"]  # after a restart: this one, not a newer one
+                state["printer"].show(item)
+                state["offset"] = item["next"]
+        except StopIteration as done:
+            return done.value
+    result = patiently(cli, attempt)
+    if state["printer"]:
+        state["printer"].finish()
+    return result
+
+
+def follow_task(cli: Cli, task_id: str) -> int:
+    """Follow a task's executions, one after the other, until it has ended; its outcome is the exit code."""
+    seen: set = set()
+    while True:
+        task = patiently(cli, lambda: cli.call("task.get", id=task_id))["task"]
+        run = task["execution"]
+        if run and run["id"] not in seen:
+            seen.add(run["id"])
+            if len(seen) > 1:
+                cli.say(f"— round {run['round']}, execution {run['id'][:8]}")
+            follow_log(cli, {"execution": run["id"], "follow": True})
+        elif task["state"] in (QUEUED, RUNNING, PENDING) or task["state"] == BLOCKED and not task["question"]:
+            since = patiently(cli, lambda: cli.call("daemon.status"))["last_event"]
+            again = patiently(cli, lambda: cli.call("task.get", id=task_id))["task"]
+            if again["updated_at"] == task["updated_at"]:
+                patiently(cli, lambda: _next_event(cli, task_id, since))
+        else:
+            if not cli.json:
+                cli.say(task_line(task, sys.stderr.isatty()))
+            return exit_code_of(task)
+
+
+def _next_event(cli: Cli, task_id: str, since: int) -> None:
+    for _ in cli.client().stream("events.watch", since=since, task=task_id):
+        cli.client().close()
+        return
+
+
+def cmd_logs(cli: Cli) -> int:
+    """``ctl logs ID``."""
+    params: dict = {"id": cli.arguments[0] if cli.arguments else "", "execution": cli.execution or "",
+                    "stream": "stderr" if cli.stderr else "stdout", "tail": cli.lines, "follow": bool(cli.f)}
+    if not params["id"] and not params["execution"]:
+        raise UsageError("ctl logs: whose log? Give a task's id, or --execution ID")
+    if params["id"] and not params["execution"] and cli.f:
+        task = cli.call("task.get", id=params["id"])["task"]
+        if cli.lines is None and not cli.stderr:
+            return follow_task(cli, task["id"])
+    result = follow_log(cli, params)
+    if not cli.f:
+        return EXIT_OK
+    if not cli.json:
+        cli.say(task_line(result["task"], sys.stderr.isatty()))
+    return exit_code_of(result["task"])
+
+
+def cmd_agent(cli: Cli) -> int:
+    """``ctl agent [park|unpark KIND]``."""
+    verb = cli.arguments[0] if cli.arguments else "status"
+    if verb not in ("status", "park", "unpark") or verb != "status" and len(cli.arguments) != 2:
+        raise UsageError("ctl agent: expected nothing, `park KIND [--until T]` or `unpark KIND`")
+    params = {} if verb == "status" else {"agent": cli.arguments[1]}
+    if verb == "park" and cli.until:
+        params["until"] = cli.until
+    result = cli.call(f"agent.{verb}", **params)
+    if verb == "unpark":
+        result = cli.call("agent.status")
+    cli.document(result, lambda: render_agents(result["agents"], cli.width(), cli.color()))
+    return EXIT_OK
+
+
+def cmd_pool(cli: Cli) -> int:
+    """``ctl pool [pause|resume|drain]``."""
+    verb = cli.arguments[0] if cli.arguments else "status"
+    if verb not in ("status", "pause", "resume", "drain"):
+        raise UsageError(f"ctl pool: expected pause, resume or drain, got {verb!r}")
+    if verb == "status":
+        result = cli.call("daemon.status")
+    elif verb == "drain":
+        result = cli.call("pool.drain", wait=bool(cli.wait))
+    else:
+        result = cli.call(f"pool.{verb}", agent=cli.agent, project=cli.project)
+
+    def text() -> str:
+        held = ["paused"] if result["paused"] else []
+        held += ["draining"] if result["draining"] else []
+        held += [f"agent {kind} paused" for kind in result["paused_kinds"]]
+        held += [f"project {name} paused" for name in result["paused_projects"]]
+        return f"{result['running']} of {result['max_concurrent']} slots busy; {', '.join(held) or 'open'}"
+    cli.document(result, text)
+    return EXIT_OK
+
+
+def cmd_project(cli: Cli) -> int:
+    """``ctl project``."""
+    result = cli.call("project.list")
+    cli.document(result, lambda: render_table(
+        [[project["name"], project["dir"], project["verify"]] for project in result["projects"]],
+        ["NAME", "DIR", "VERIFY"], cli.width(), cli.color()) if result["projects"]
+        else "no projects; [[projects]] in the configuration names them")
+    return EXIT_OK
+
+
+def cmd_sandbox(cli: Cli) -> int:
+    """``ctl sandbox [list|rm ID...]``."""
+    verb = cli.arguments.pop(0) if cli.arguments else "list"
+    if verb == "rm":
+        result = cli.call("sandbox.rm", ids=cli.selected())
+        cli.document(result, lambda: "\n".join(f"removed {path}" for path in result["removed"]) or "nothing to remove")
+        return EXIT_OK
+    if verb != "list":
+        raise UsageError(f"ctl sandbox: expected list or rm, got {verb!r}")
+    result = cli.call("sandbox.list")
+    cli.document(result, lambda: render_table(
+        [[box["task_id"][:8], box["status"], box["reason"] or "", "" if box["ahead"] is None else str(box["ahead"]), box["path"]]
+         for box in result["sandboxes"]], ["TASK", "STATUS", "REASON", "COMMITS", "PATH"], cli.width(), cli.color())
+        if result["sandboxes"] else "no sandboxes are kept")
+    return EXIT_OK
+
+
+def cmd_backup(cli: Cli) -> int:
+    """``ctl backup FILE``."""
+    result = cli.call("daemon.backup", path=os.path.abspath(cli.arguments[0]))
+    cli.document(result, lambda: f"{result['path']}  ({result['bytes']} bytes)")
+    return EXIT_OK
+
+
+def cmd_reload(cli: Cli) -> int:
+    """``ctl reload``."""
+    result = cli.call("daemon.reload")
+    cli.document(result, lambda: f"changed: {', '.join(result['changed']) or 'nothing'}")
+    return EXIT_OK
+
+
+def cmd_call(cli: Cli) -> int:
+    """``ctl call METHOD [JSON]``: any operation, raw."""
+    method = cli.arguments[0]
+    try:
+        params = parse_json(cli.arguments[1]) if len(cli.arguments) > 1 else {}
+    except ValueError as error:
+        raise UsageError(f"ctl call: the parameters are not JSON: {error}") from None
+    if not isinstance(params, dict):
+        raise UsageError("ctl call: the parameters must be a JSON object")
+    if method in OPERATIONS and OPERATIONS[method].stream:
+        stream = cli.client().stream(method, **params)
+        try:
+            while True:
+                cli.out(format_json(next(stream)))
+                sys.stdout.flush()
+        except StopIteration as done:
+            cli.out(format_json(done.value))
+    else:
+        cli.out(format_json(cli.call(method, **params)))
+    return EXIT_OK
+
+
+# ---- 23 Demo ---------------------------------------------------------------------------------------------------
+# The whole way without any account: a real daemon on a temporary data directory, a scratch repository with a bug, and
+# five shell agents.  It is also the first thing that a newcomer sees, so it explains itself.
+
+DEMO_PROGRAM = '''\
+def mean(values):
+    """The arithmetic mean of a list of numbers."""
+    return sum(values) / (len(values) - 1)
+
+
+if __name__ == "__main__":
+    assert mean([2, 4, 6]) == 4, f"mean([2, 4, 6]) is {mean([2, 4, 6])}, it should be 4"
+    print("ok")
+'''
+DEMO_CHECK = f"{{python}} mean.py"
+DEMO_FIX = """\
+sed -i 's/ (len(values) - 1)/ len(values)/' mean.py
+git commit -qam 'fix: mean divides by the number of values'
+printf 'The divisor was one too small; mean.py checks itself and passes now.' > "$CLAUDOMATOR_SUMMARY_FILE"
+"""
+DEMO_DOCUMENT = """\
+printf '# mean\\n\\nThe arithmetic mean of a list of numbers. `python mean.py` checks it.\\n' > README.md
+git add README.md
+git commit -qm 'docs: say what mean.py is'
+"""
+DEMO_ASK = """\
+if [ -z "$CLAUDOMATOR_ANSWER" ]; then
+  printf '{"text": "Which licence shall it have?", "options": ["MIT", "Apache-2.0"]}' > "$CLAUDOMATOR_QUESTION_FILE"
+  exit 0
+fi
+echo "$CLAUDOMATOR_ANSWER" > LICENSE
+git add LICENSE
+git commit -qm "docs: $CLAUDOMATOR_ANSWER licence"
+"""
+DEMO_ROUNDS = """\
+if [ "$CLAUDOMATOR_ROUND" = 1 ]; then
+  echo 'def median(values): return sorted(values)[1]' > median.py
+else
+  echo "the check said:"; tail -n 1 "$CLAUDOMATOR_FEEDBACK_FILE"
+  echo 'def median(values): return sorted(values)[len(values) // 2]' > median.py
+fi
+git add median.py
+git commit -qm "feat: median (round $CLAUDOMATOR_ROUND)"
+"""
+DEMO_MEDIAN_CHECK = "{python} -c 'from median import median; assert median([1, 2, 3, 4, 9]) == 3, \"median is wrong\"'"
+
+
+def demo_tasks(repository: str, python: str) -> dict:
+    """The batch as a task document."""
+    def task(name: str, script: str, **more) -> dict:
+        return {"name": name, "agent": {"type": "shell", "project_dir": repository, "instructions": script},
+                "timeout": "60s", "auto_accept": True, **more}
+    return {"tasks": [
+        task("fix the mean", DEMO_FIX, verify=DEMO_CHECK.replace("{python}", python), priority="high"),
+        task("write a README", DEMO_DOCUMENT, depends_on=["fix the mean"]),
+        task("choose a licence", DEMO_ASK),
+        task("add a median", DEMO_ROUNDS, verify=DEMO_MEDIAN_CHECK.replace("{python}", python)),
+        task("watch paint dry", "echo 'watching ...'; sleep 600", tags=["endless"]),
+    ]}
+
+
+def demo_repository(root: str) -> str:
+    """A bare repository with the failing program, and a working copy whose ``origin`` it is; returns the copy."""
+    bare, copy, env = os.path.join(root, "mean.git"), os.path.join(root, "mean"), dict(os.environ)
+    os.makedirs(copy)
+    git(["init", "-q", "--bare", "-b", "main", bare], env=env)
+    git(["init", "-q", "-b", "main"], env=env, cwd=copy)
+    write_private(os.path.join(copy, "mean.py"), DEMO_PROGRAM)
+    env.update(agent_git_env(env, copy))
+    for args in (["add", "mean.py"], ["commit", "-qm", "feat: the mean of a list (with a bug)"],
+                 ["remote", "add", "origin", bare], ["push", "-q", "-u", "origin", "main"]):
+        git(args, env=env, cwd=copy)
+    return copy
+
+
+def own_command() -> list[str]:
+    """How to run this program again, with the same isolation flags."""
+    flags = [flag for flag, on in (("-I", sys.flags.isolated), ("-S", sys.flags.no_site)) if on]
+    return [sys.executable, *flags, os.path.abspath(__file__)]
+
+
+class DemoScreen:
+    """The live status table: redrawn in place on a terminal, event lines elsewhere."""
+
+    def __init__(self, cli: Cli):
+        self._cli, self._live, self._height = cli, sys.stdout.isatty() and not cli.json, 0
+
+    def draw(self) -> dict:
+        """Fetch the status and show it; returns it."""
+        status = self._cli.call("pool.status")
+        if self._live:
+            text = render_status(status, time.time(), self._cli.width(), self._cli.color(), local_offset_s(time.time()))
+            up = f"\033[{self._height}A\033[J" if self._height else ""
+            sys.stdout.write(up + text.rstrip("\n") + "\n")
+            sys.stdout.flush()
+            self._height = text.rstrip("\n").count("\n") + 1
+        return status
+
+
+def demo_story(cli: Cli, ids: dict) -> list[dict]:
+    """Watch the batch, answer the question, cancel the endless task; returns the tasks as they ended."""
+    screen, answered, cancelled = DemoScreen(cli), False, False
+    deadline = time.monotonic() + 60
+    while True:
+        tasks = {task["name"]: task for task in screen.draw()["tasks"]}
+        asking, endless = tasks["choose a licence"], tasks["watch paint dry"]
+        if asking["state"] == BLOCKED and not answered:
+            answered = True
+            cli.call("task.answer", id=asking["id"], text="MIT")
+        others = [task for name, task in tasks.items() if name != "watch paint dry"]
+        if not cancelled and endless["state"] == RUNNING and all(task["state"] in ENDED_STATES for task in others):
+            cancelled = True
+            cli.call("task.cancel", ids=[endless["id"]])
+        if all(tasks[name]["state"] in ENDED_STATES for name in ids):
+            screen.draw()
+            return [tasks[name] for name in ids]
+        if time.monotonic() > deadline:
+            raise WaitTimeout("the demo did not end within a minute; what is shown above is where it stands")
+        time.sleep(0.15)
+
+
+def cmd_demo(cli: Cli) -> int:
+    """``demo``: see the head of this section."""
+    import shutil
+    import subprocess
+    import tempfile
+    if program_version("git") is None:
+        raise NotFound("the demo needs git; install it first (apt-get install git)")
+    root = tempfile.mkdtemp(prefix="claudomator-demo-")
+    data_dir = os.path.join(root, "data")
+    repository = demo_repository(root)
+    cli.options.update(data_dir=data_dir, socket=None, config=None)
+    cli.environ = {**cli.environ, "CLAUDOMATOR_CONFIG": "", "CLAUDOMATOR_SOCKET": "", "HOME": root}
+    cli.home = root
+    with open(os.path.join(root, "daemon.log"), "wb") as log:
+        daemon = subprocess.Popen([*own_command(), "serve", "--data-dir", data_dir], stdin=subprocess.DEVNULL, stdout=log,
+                                  stderr=log, env={**os.environ, "CLAUDOMATOR_CONFIG": "", "HOME": root})
+    try:
+        cli.say("A daemon on a scratch data directory, a repository with a bug in it, five tasks for shell agents:\n")
+        for _ in range(200):
+            try:
+                cli.client().connect()
+                break
+            except Unreachable:
+                if daemon.poll() is not None:
+                    with open(os.path.join(root, "daemon.log"), encoding="utf-8", errors="replace") as log:
+                        raise Unreachable("the demo's daemon did not start: " + log.read()[-2000:]) from None
+                time.sleep(0.05)
+        created = cli.call("task.create", tasks=demo_tasks(repository, sys.executable), source="demo", queue=True)["tasks"]
+        tasks = demo_story(cli, {task["name"]: task["id"] for task in created})
+        history = git(["log", "--format=%h %s", "main"], env=dict(os.environ), cwd=os.path.join(root, "mean.git"))
+        pushed = history.output.strip().split("\n")
+
+        def text() -> str:
+            lines = ["", *(task_line(task, cli.color()) for task in tasks), "",
+                     "What was pushed (git log main):", *("  " + line for line in pushed), "",
+                     "Next: claudomator init, then claudomator serve; README.md shows a real task."]
+            return "\n".join(lines)
+        cli.document({"tasks": tasks, "log": pushed}, text)
+        expected = [COMPLETED, COMPLETED, COMPLETED, COMPLETED, CANCELLED]
+        return EXIT_OK if [task["state"] for task in tasks] == expected else EXIT_FAILED
+    finally:
+        daemon.terminate()
+        try:
+            daemon.wait(10)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+        shutil.rmtree(root, ignore_errors=True)
+
+
+# ---- 24 Commands -----------------------------------------------------------------------------------------------
+# The table of commands and ``main``.
+
+MESSAGE = Option(("--message", "-m"), "str", "a comment for the agent", "TEXT")
+COMMANDS: dict[str, Command] = {
+    "init": Command(cmd_init, "", "write a commented configuration file and say what is installed"),
+    "serve": Command(cmd_serve, "", "run the daemon in the foreground"),
+    "demo": Command(cmd_demo, "", "see the whole way in half a minute, without any account"),
+    "run": Command(cmd_run, "FILE|-", "run a task file to its end and print the result", (
+        Option(("--parallel",), "int", "at most so many at once (without a daemon)", "N"),
+        Option(("--dry-run",), "flag", "check the file and show what would run")), 1, 1),
+    "list": Command(cmd_list, "[SELECTORS]", "tasks, newest first; also without a daemon", (
+        *SELECTORS, Option(("--limit",), "int", "at most so many", "N"))),
+    "status": Command(cmd_status, "ID", "one task in full; also without a daemon", (), 1, 1),
+    "ctl": Command(cmd_ctl, "", "the status table"),
+    "ctl watch": Command(cmd_watch, "", "events as they come", (
+        Option(("--since",), "int", "all after this sequence number", "SEQ"),)),
+    "ctl create": Command(cmd_create, "FILE|-", "create tasks, leave them PENDING", WAITING, 1, 1),
+    "ctl submit": Command(cmd_create, "FILE|-", "create tasks and queue them", WAITING, 1, 1),
+    "ctl add": Command(cmd_add, '"instructions"|-', "create and queue one task", (
+        Option(("--name",), "str", "its name; else the first line", "NAME"),
+        Option(("--agent",), "str", "agent kind", "KIND"), Option(("--model",), "str", "model", "MODEL"),
+        Option(("--dir",), "str", "the repository to work on", "DIR"),
+        Option(("--project",), "str", "a project of the configuration", "NAME"),
+        Option(("--budget",), "number", "USD for this run", "USD"), Option(("--timeout",), "str", "time limit", "D"),
+        Option(("--verify",), "str", "command that must pass", "CMD"), Option(("--tag",), "list", "tag; may be repeated", "TAG"),
+        Option(("--after",), "list", "start after this task; may be repeated", "ID"),
+        Option(("--at",), "str", "start at this time, or after this delay", "TIME"),
+        Option(("--priority",), "str", "high, normal or low", "P"), *WAITING), 1, 1),
+    "ctl show": Command(cmd_show, "ID... | SELECTORS", "tasks in full", SELECTORS, 0, 1000),
+    "ctl run": Command(cmd_verb, "ID... | SELECTORS", "queue tasks, or run ended ones again", (*SELECTORS, *WAITING), 0, 1000),
+    "ctl cancel": Command(cmd_verb, "ID... | SELECTORS", "cancel tasks; returns when they are proven stopped", SELECTORS, 0, 1000),
+    "ctl accept": Command(cmd_verb, "ID... | SELECTORS", "accept READY tasks", SELECTORS, 0, 1000),
+    "ctl reject": Command(cmd_verb, "ID... | SELECTORS -m TEXT", "send READY tasks back", (*SELECTORS, MESSAGE), 0, 1000),
+    "ctl resume": Command(cmd_verb, "ID... | SELECTORS [-m TEXT]", "run ended tasks again in their last session",
+                          (*SELECTORS, MESSAGE, *WAITING), 0, 1000),
+    "ctl edit": Command(cmd_edit, "ID... | SELECTORS --set KEY=VALUE", "change tasks that do not run", (
+        *SELECTORS, Option(("--set",), "list", "a key of a task file and its new value", "KEY=VALUE")), 0, 1000),
+    "ctl delete": Command(cmd_verb, "ID... | SELECTORS", "delete tasks with their logs and sandboxes", SELECTORS, 0, 1000),
+    "ctl answer": Command(cmd_answer, "ID TEXT|-", "answer a BLOCKED task's question", WAITING, 2, 1000),
+    "ctl list": Command(cmd_list, "[SELECTORS]", "tasks, newest first", (
+        *SELECTORS, Option(("--limit",), "int", "at most so many", "N"))),
+    "ctl wait": Command(cmd_wait, "ID... | SELECTORS", "wait for the end; the exit code tells it", (
+        *SELECTORS, Option(("--timeout",), "str", "give up after this long", "D"),
+        Option(("--any",), "flag", "one of them is enough")), 0, 1000),
+    "ctl logs": Command(cmd_logs, "ID", "a task's log, readable", (
+        Option(("-f", "--follow"), "flag", "follow it to the end of the task; the exit code tells it"),
+        Option(("--lines", "-n"), "int", "only the last so many lines", "N"),
+        Option(("--raw",), "flag", "as the agent printed it"), Option(("--stderr",), "flag", "stderr instead of stdout"),
+        Option(("--execution",), "str", "this execution instead of the newest", "ID")), 0, 1),
+    "ctl diff": Command(cmd_diff, "ID", "what a task changed", (), 1, 1),
+    "ctl executions": Command(cmd_executions, "ID... | SELECTORS", "the runs of tasks", SELECTORS, 0, 1000),
+    "ctl agent": Command(cmd_agent, "[park|unpark KIND]", "agent kinds, and parking them", (
+        Option(("--until",), "str", "park until this time, or for this long", "T"),), 0, 2),
+    "ctl pool": Command(cmd_pool, "[pause|resume|drain]", "hold the queue, or let it go", (
+        Option(("--agent",), "str", "only this agent kind", "KIND"), Option(("--project",), "str", "only this project", "NAME"),
+        Option(("--wait",), "flag", "drain: return when nothing runs")), 0, 1),
+    "ctl project": Command(cmd_project, "", "the configured projects"),
+    "ctl sandbox": Command(cmd_sandbox, "[list|rm ID...]", "the kept sandboxes", SELECTORS, 0, 1000),
+    "ctl backup": Command(cmd_backup, "FILE", "copy the database while the daemon works", (), 1, 1),
+    "ctl reload": Command(cmd_reload, "", "read the configuration again"),
+    "ctl call": Command(cmd_call, "METHOD [JSON]", "any operation, raw", (), 1, 2),
+}
+
+
+def find_command(argv: list[str]) -> tuple[str, list[str]]:
+    """(name of the command, the other arguments).  Global options may come first."""
+    takes_value = {name for option in GLOBAL_OPTIONS if option.kind != "flag" for name in option.names}
+    words, at = [], 0
+    while at < len(argv) and len(words) < 2:
+        if argv[at] in takes_value:
+            at += 2
+        elif argv[at].startswith("-"):
+            at += 1
+        else:
+            words.append(at)
+            at += 1
+            if argv[words[0]] != "ctl":
+                break
+    if not words:
+        return "", argv
+    two = f"{argv[words[0]]} {argv[words[1]]}" if len(words) > 1 else ""
+    taken = words if two in COMMANDS else words[:1]
+    name = two if two in COMMANDS else argv[words[0]]
+    if name not in COMMANDS:
+        raise UsageError(f"there is no command {name!r}{did_you_mean(name, COMMANDS)}; try `claudomator --help`")
+    if name == "ctl" and len(words) > 1:
+        verb = argv[words[1]]
+        verbs = [known.split()[1] for known in COMMANDS if known.startswith("ctl ")]
+        raise UsageError(f"ctl has no command {verb!r}{did_you_mean(verb, verbs)}; try `claudomator ctl --help`")
+    return name, [word for index, word in enumerate(argv) if index not in taken]
+
+
+def help_text(name: str) -> str:
+    """Help on a command, or on all of them."""
+    if name and name != "ctl":
+        command = COMMANDS[name]
+        lines = [f"usage: claudomator {name} {command.usage}".rstrip(), "", f"  {command.help}"]
+        options = (*command.options, *GLOBAL_OPTIONS)
+    else:
+        shown = {n: c for n, c in COMMANDS.items() if not name or n.startswith("ctl")}
+        width = max(len(f"{n} {c.usage}") for n, c in shown.items()) + 2
+        lines = ["usage: claudomator COMMAND [OPTIONS]", ""]
+        lines += [f"  {f'{n} {c.usage}':{width}}{c.help}" for n, c in shown.items()]
+        options = GLOBAL_OPTIONS
+    lines += ["", "options:"]
+    for option in options:
+        spelled = ", ".join(option.names) + ("" if option.kind == "flag" else f" {option.metavar}")
+        lines.append(f"  {spelled:24} {option.help}")
+    lines += ["", "exit codes: " + ", ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES)]
+    return "\n".join(lines)
+
+
+def dispatch(argv: list[str], environ: dict) -> int:
+    """Run one command line; returns the exit code.  Raises ``ClaudomatorError``."""
+    name, rest = find_command(argv)
+    command = COMMANDS.get(name)
+    options, arguments = parse_arguments(rest, (*(command.options if command else ()), *GLOBAL_OPTIONS), name or "claudomator")
+    if options["version"]:
+        sys.stdout.write(f"claudomator {__version__}\n")
+        return EXIT_OK
+    if options["help"] or command is None:
+        stream = sys.stdout if options["help"] else sys.stderr
+        stream.write(help_text(name) + "\n")
+        return EXIT_OK if options["help"] else EXIT_USAGE
+    if not command.least <= len(arguments) <= command.most:
+        raise UsageError(f"usage: claudomator {name} {command.usage}".rstrip()
+                         + (f" (got {len(arguments)} arguments)" if arguments else ""))
+    return command.run(Cli(name, options, arguments, environ))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program: ``claudomator ...``; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        code = dispatch(argv, dict(os.environ))
+        sys.stdout.flush()
+        return code
+    except ClaudomatorError as error:
+        if "--json" in argv:
+            body = {"code": error.code, "message": str(error), **error.data}
+            sys.stdout.write(format_json({"error": body}) + "\n")
+        else:
+            sys.stderr.write(f"claudomator: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
