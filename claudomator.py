@@ -146,12 +146,14 @@ class Record:
     """
 
     _fields: tuple = ()
+    _names: frozenset = frozenset()
     _defaults: dict = {}
     _secret: frozenset = frozenset()
 
     def __init_subclass__(cls) -> None:
         own = [name for name in cls.__annotations__ if not name.startswith("_")]
         cls._fields = tuple(dict.fromkeys((*cls._fields, *own)))
+        cls._names = frozenset(cls._fields)
         cls._defaults = {**cls._defaults, **{name: cls.__dict__[name] for name in own if name in cls.__dict__}}
 
     def __init__(self, *args, **kwargs):
@@ -159,8 +161,8 @@ class Record:
         values.update(self._defaults)
         values.update(zip(self._fields, args))
         values.update(kwargs)
-        if len(values) != len(self._fields) or len(args) > len(self._fields) or not values.keys() <= set(self._fields):
-            unknown = sorted(values.keys() - set(self._fields))
+        if len(values) != len(self._fields) or len(args) > len(self._fields) or not values.keys() <= self._names:
+            unknown = sorted(values.keys() - self._names)
             missing = [name for name in self._fields if name not in values]
             raise TypeError(f"{type(self).__name__}: unknown fields {unknown}, missing fields {missing}")
 
@@ -374,6 +376,9 @@ def parse_db_time(text: str | None) -> float | None:
     if not text or text.startswith("0001-01-01"):
         return None
     try:
+        if len(text) == 32 and text.endswith("+00:00"):  # our own form, many times a second
+            days = days_from_civil(int(text[:4]), int(text[5:7]), int(text[8:10]))
+            return days * 86400 + int(text[11:13]) * 3600 + int(text[14:16]) * 60 + float(text[17:26])
         return parse_time(text)
     except ValueError:
         return None
@@ -423,7 +428,8 @@ class Key(Record):
     """One row of a key table.
 
     ``name`` is dotted, with ``*`` for any name and ``[]`` for each element; ``kind`` is a word of ``KIND_WORDS`` and
-    maybe a bound (``integer >= 1``, ``number 0..2``, ``choice leave|drain``); ``default`` is written as in the file.
+    maybe a bound (``integer >= 1``, ``number 0..2``, ``choice leave|drain``); ``default`` is written as in the file;
+    ``field`` is a record's name for it: the last word, with ``_s`` where it is a duration.
     """
 
     name: str
@@ -434,6 +440,11 @@ class Key(Record):
     secret: bool = False
     required: bool = False
     example: object = None
+    field: str = ""
+
+    def __init__(self, name: str, kind: str, *args, **more) -> None:
+        more.setdefault("field", name.rpartition(".")[2] + ("_s" if kind.startswith("duration") else ""))
+        super().__init__(name, kind, *args, **more)
 
 
 def key_groups(keys: tuple[Key, ...]) -> dict[str, dict[str, Key]]:
@@ -445,6 +456,28 @@ def key_groups(keys: tuple[Key, ...]) -> dict[str, dict[str, Key]]:
     return groups
 
 
+def _top_name(path: str) -> str:
+    """``projects`` of ``projects[0].dir``."""
+    return path.partition(".")[0].partition("[")[0]
+
+
+class KeyedRecord(Record):
+    """A record with a field for each row of ``keys`` and each keyword of its class, beside those that it annotates.
+
+    A row's default is the field's, but where the key is required without one or the default must be converted first.
+    """
+
+    def __init_subclass__(cls, keys: dict[str, Key] | None = None, **defaults) -> None:
+        rows = (keys or {}).values()
+        cls.__annotations__ = {key.field: key.kind for key in rows} | dict.fromkeys(defaults, "") | cls.__annotations__
+        cls._secret |= {key.field for key in rows if key.secret}
+        for key in rows:
+            if not (key.required and key.default is None or key.default and key.kind.startswith(("duration", "path"))):
+                defaults[key.field] = key.default
+        cls._defaults = {**cls._defaults, **defaults}
+        super().__init_subclass__()
+
+
 def kind_words(kind: str) -> str:
     """What a person reads for a kind: ``an integer (>= 1)``, ``one of leave, drain``."""
     word, _, bound = kind.partition(" ")
@@ -454,21 +487,31 @@ def kind_words(kind: str) -> str:
 
 def describe_value(value, secret: bool = False) -> str:
     """A short rendering of a wrong value for an error message; of a secret only its type."""
-    for kind, words in ((type(None), "nothing"), (dict, "a table"), ((list, tuple), "a list")):
-        if isinstance(value, kind):
-            return words
-    if secret:
-        return f"a value of type {type(value).__name__}"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int) and abs(value) > MAX_INTEGER:  # repr of a huge one raises ValueError
-        return "a huge number"
+    words = {type(None): "nothing", dict: "a table", list: "a list", tuple: "a list"}.get(type(value))
+    if words or secret:
+        return words or f"a value of type {type(value).__name__}"
     if isinstance(value, (str, bytes)):
         return repr(value) if len(value) <= 60 else repr(value[:57]) + "..."
-    return str(value) if hasattr(value, "isoformat") else repr(value)[:60]
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:  # str of a huge one raises ValueError
+        return "a huge number"
+    return str(value).lower() if isinstance(value, bool) else str(value)[:60]
 
 
-def within(number: float, bound: str) -> bool:
+def _require(condition: object, hint: str = "") -> None:
+    if not condition:
+        raise ValueError(hint)
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """(host, port) of ``HOST:PORT``, ``[::1]:8484`` or ``:8484``.  Raises ``ValueError``."""
+    host, colon, port = text.rpartition(":")
+    _require(colon and port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535)
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    _require(bare != host or ":" not in host and not any(map(str.isspace, host)))
+    return bare, int(port)
+
+
+def _within(number: float, bound: str) -> bool:
     """Whether a number keeps a kind's bound: ``>= 1``, ``> 0``, ``0..2`` or none."""
     low, dots, high = bound.partition("..")
     if dots:
@@ -477,92 +520,44 @@ def within(number: float, bound: str) -> bool:
     return not sign or (number > float(limit) if sign == ">" else number >= float(limit))
 
 
-def is_word(text: str) -> bool:
-    """Whether ``text`` is one or more of a-z, 0-9, ``_`` and ``-``: a safe name of an agent kind."""
-    return bool(text) and not text.strip("abcdefghijklmnopqrstuvwxyz0123456789_-")
-
-
-def split_address(text: str) -> tuple[str, int]:
-    """(host, port) of ``HOST:PORT``, ``[::1]:8484`` or ``:8484``.  Raises ``ValueError``."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not (port.isascii() and port.isdigit() and len(port) <= 5) or int(port) > 65535:
-        raise ValueError
-    if host.startswith("[") and host.endswith("]"):
-        return host[1:-1], int(port)
-    if ":" in host or any(char.isspace() for char in host):
-        raise ValueError
-    return host, int(port)
-
-
-def _convert_number(word: str, bound: str, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, int if word == "integer" else (int, float)):
-        raise ValueError
-    if not -MAX_INTEGER <= value <= MAX_INTEGER or not within(value, bound):  # NaN fails the first
-        raise ValueError
-    return value if word == "integer" else float(value)
-
-
-def _check_text(word: str, value) -> None:
-    """Raises ``ValueError`` with a hint unless ``value`` is a string that argv, paths and SQLite can hold."""
-    if not isinstance(value, str):
-        scalar = isinstance(value, (int, float)) or hasattr(value, "isoformat")
-        raise ValueError("" if not scalar else "write it like 90s" if word == "duration" else "put it in quotes")
-    if "\0" in value:
-        raise ValueError("it holds a NUL character")
-    try:
-        value.isascii() or value.encode()
-    except UnicodeEncodeError:
-        raise ValueError("it holds half a surrogate pair") from None
-
-
-def _convert_duration(text: str, bound: str) -> float:
-    try:
-        seconds = round(parse_duration(text), 9)
-    except (ValueError, OverflowError):
-        raise ValueError from None
-    if not seconds <= MAX_DURATION_S:
-        raise ValueError(f"at most {format_duration(MAX_DURATION_S)}")
-    if not within(seconds, bound):
-        raise ValueError
-    return seconds
-
-
-def _convert_path(word: str, text: str, home: str) -> str:
-    from posixpath import normpath
-    if text == "~" or text.startswith("~/"):
-        if not home:
-            raise ValueError("~ means nothing here: no home directory is known")
-        text = home + text[1:]
-    if word == "program" and text and "/" not in text:
-        return text
-    if not text.startswith("/"):
-        raise ValueError
-    return "/" + normpath(text).lstrip("/")  # POSIX lets two leading slashes stand
-
-
 def convert_value(kind: str, value, home: str = "") -> object:
     """``value`` as the program uses it: durations in seconds, paths absolute.  Raises ``ValueError(hint)``."""
     word, _, bound = kind.partition(" ")
-    if word == "bool":
-        if not isinstance(value, bool):
-            raise ValueError
-        return value
-    if word in ("integer", "number"):
-        return _convert_number(word, bound, value)
-    if word == "duration" and type(value) is int and value == 0:
-        value = "0"
-    _check_text(word, value)
+    types = {"bool": (bool,), "integer": (int,), "number": (int, float)}.get(word)
+    if types:  # NaN is in no range
+        _require(type(value) in types and -MAX_INTEGER <= value <= MAX_INTEGER and _within(value, bound))
+        return float(value) if word == "number" else value
+    if word in ("strings", "table"):  # the caller takes these apart
+        short = word == "strings" and isinstance(value, str) and len(value) < 40
+        raise ValueError(f"write [{value}]" if short else "")
+    value = "0" if word == "duration" and type(value) is int and value == 0 else value
+    if not isinstance(value, str):
+        scalar = isinstance(value, (int, float)) or hasattr(value, "isoformat")
+        raise ValueError("" if not scalar else "write it like 90s" if word == "duration" else "put it in quotes")
+    _require("\0" not in value, "it holds a NUL character")  # neither argv nor SQLite can hold these two
+    _require(value.isascii() or value.encode("utf-8", "ignore").decode() == value, "it holds half a surrogate pair")
     if word == "duration":
-        return _convert_duration(value, bound)
-    if word in ("path", "program"):
-        return _convert_path(word, value, home)
+        try:
+            seconds = round(parse_duration(value), 9)
+        except ValueError:
+            raise ValueError from None
+        _require(seconds <= MAX_DURATION_S, f"at most {format_duration(MAX_DURATION_S)}")
+        _require(_within(seconds, bound))
+        return seconds
+    if word == "path" or word == "program" and ("/" in value or value in ("", "~")):
+        from posixpath import normpath
+        tilde = value == "~" or value.startswith("~/")
+        _require(home or not tilde, "~ means nothing here: no home directory is known")
+        value = home + value[1:] if tilde else value
+        _require(value.startswith("/"))
+        return "/" + normpath(value).lstrip("/")  # POSIX lets two leading slashes stand
     if word == "choice" and value not in bound.split("|"):
         raise ValueError(did_you_mean(value, bound.split("|")).strip(" ()"))
-    if word == "word" and not is_word(value):
-        raise ValueError
-    if word == "url" and (not value.startswith(("http://", "https://")) or any(char.isspace() for char in value)):
-        raise ValueError
-    if word == "address" and value:
+    if word == "word":
+        _require(value and not value.strip("abcdefghijklmnopqrstuvwxyz0123456789_-"))
+    elif word == "url":
+        _require(value.startswith(("http://", "https://")) and not any(map(str.isspace, value)))
+    elif word == "address" and value:
         split_address(value)
     return value
 
@@ -584,61 +579,50 @@ class Checker:
         """Notes that something else was expected than ``value``."""
         self.problem(path, f"expected {expected}, got {describe_value(value, secret)}{hint and f' ({hint})'}")
 
-    def value(self, key: Key, value, path: str) -> object:
-        """The converted value of one key; ``None`` where it is not acceptable."""
-        word = key.kind.partition(" ")[0]
-        if value == "" == key.default or value is None:
-            return key.default
-        if word == "strings" and isinstance(value, (list, tuple)):
-            return tuple(self._scalar("string", item, f"{path}[{i}]", key.secret) for i, item in enumerate(value))
-        if word == "table" and isinstance(value, dict):
-            return {str(name): self._scalar("string", item, f"{path}.{name}", key.secret)
-                    for name, item in value.items()}
-        if word in ("strings", "table"):
-            hint = f"write [{value}]" if word == "strings" and isinstance(value, str) and len(value) < 40 else ""
-            return self.wrong(path, kind_words(key.kind), value, hint, key.secret)
-        return self._scalar(key.kind, value, path, key.secret)
-
-    def _scalar(self, kind: str, value, path: str, secret: bool) -> object:
+    def scalar(self, kind: str, value, path: str, secret: bool = False) -> object:
+        """The converted value, or ``None`` where it is not acceptable."""
         try:
             return convert_value(kind, value, self.home)
         except ValueError as error:
             return self.wrong(path, kind_words(kind), value, str(error), secret)
 
+    def value(self, key: Key, value, path: str) -> object:
+        """The converted value of one key; ``None`` where it is not acceptable."""
+        if value == "" == key.default or value is None:
+            return key.default
+        if key.kind == "strings" and isinstance(value, (list, tuple)):
+            return tuple(self.scalar("string", item, f"{path}[{i}]", key.secret) for i, item in enumerate(value))
+        if key.kind == "table" and isinstance(value, dict):
+            return {str(at): self.scalar("string", item, f"{path}.{at}", key.secret) for at, item in value.items()}
+        return self.scalar(key.kind, value, path, key.secret)
+
     def group(self, keys: dict[str, Key], table, path: str, others: tuple[str, ...] = ()) -> dict:
-        """The values of all ``keys`` (leaf name to row) in ``table``; ``others`` are read by the caller."""
+        """The values in ``table`` of all ``keys`` (leaf name to row), by field; ``others`` are read by the caller."""
         if not isinstance(table, dict):
             self.wrong(path, "a table", table)
-            return {leaf: key.default for leaf, key in keys.items()}
+            return {key.field: key.default for key in keys.values()}
         prefix = path and path + "."
         for name in [str(name)[:60] for name in table if name not in keys and name not in others]:
             self.problem(prefix + name, "unknown key" + did_you_mean(name, [*keys, *others]))
         values = {}
         for leaf, key in keys.items():
             given = table.get(leaf)
-            values[leaf] = self.value(key, key.default if given is None else given, prefix + leaf)
+            values[key.field] = value = self.value(key, key.default if given is None else given, prefix + leaf)
             if given is not None and not key.active:
                 self.unused.append(prefix + leaf)
-            if key.required and (values[leaf] in (None, (), "") or str(values[leaf]).isspace()):
-                if given is None or values[leaf] is not None:
-                    self.problem(prefix + leaf, f"{'missing' if given is None else 'empty'}: {key.help}")
+            if key.required and (given is None or value in ((), "") or str(value).isspace()):
+                self.problem(prefix + leaf, f"{'missing' if given is None else 'empty'}: {key.help}")
         return values
 
     def finish(self) -> None:
         """Raises ``InvalidInput`` with all problems, if there are any."""
         if self.problems:
-            count = len(self.problems)
-            raise InvalidInput(f"{count} problem{'s' if count > 1 else ''} found", self.problems)
-
-
-def _top_name(path: str) -> str:
-    """``projects`` of ``projects[0].dir``."""
-    return path.partition(".")[0].partition("[")[0]
+            raise InvalidInput(f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)} found", self.problems)
 
 
 CONFIG_KEYS: tuple[Key, ...] = (
     Key("data_dir", "path", "~/.claudomator", "database, executions/, sandboxes/ and the control socket live here"),
-    Key("socket_path", "path", "", "the control socket; empty: <data_dir>/claudomator.sock"),
+    Key("socket_path", "path", "", "the control socket; empty: <data_dir>/claudomator.sock", field="own_socket_path"),
     Key("server_addr", "address", "127.0.0.1:8484", "HTTP; ':8484' is every interface and wants webhook_secret",
         active=False),
     Key("api_token", "string", "", "the operator's bearer token; empty: the file <data_dir>/api-token", active=False,
@@ -688,10 +672,9 @@ CONFIG_KEYS: tuple[Key, ...] = (
     Key("projects[].build", "string", "", "shell command that must pass before an automatic commit"),
     Key("projects[].verify", "string", "", "shell command that must pass before the work counts as done"),
     Key("projects[].deploy", "string", "", "shell command that ships it", active=False),
-    *(Key(f"budgets.{scope}{unit}", kind, 0, f"{unit} per day for {what}; 0: no limit", active=False)
+    *(Key(f"budgets.{scope}{unit}", f"{kind} >= 0", 0, f"{unit} per day for {what}; 0: no limit", active=False)
       for scope, what in (("", "everything"), ("project.*.", "one project"), ("agent.*.", "one agent kind"))
-      for unit, kind in (("usd", "number >= 0"), ("tokens", "integer >= 0"), ("runs", "integer >= 0"),
-                         ("minutes", "number >= 0"))),
+      for unit, kind in (("usd", "number"), ("tokens", "integer"), ("runs", "integer"), ("minutes", "number"))),
     Key("prices.*.input", "number >= 0", 0, "USD per million input tokens", active=False, example=1.25),
     Key("prices.*.output", "number >= 0", 0, "USD per million output tokens", active=False, example=10.0),
     Key("runners.*.command", "strings", (), "argv template", active=False, required=True,
@@ -708,77 +691,27 @@ CONFIG_TOP_NAMES = tuple(dict.fromkeys(_top_name(key.name) for key in CONFIG_KEY
 RESTART_KEYS = ("data_dir", "socket_path")  # what a running daemon cannot take over on a reload
 
 
-class AgentSettings(Record):
+class AgentSettings(KeyedRecord, keys=CONFIG_GROUPS["agents.*"]):
     """``[agents.KIND]``; ``max_concurrent`` None: only the global bound."""
 
-    _secret = frozenset({"env"})
     kind: str
-    max_concurrent: int | None
-    model: str
-    env: dict[str, str]
-    pass_env: tuple[str, ...]
-    on_quota: str
 
 
-class LocalModelSettings(Record):
+class LocalModelSettings(KeyedRecord, keys=CONFIG_GROUPS["local_model"]):
     """``[local_model]``; an empty endpoint means there is none."""
 
-    _secret = frozenset({"api_key"})
-    endpoint: str
-    model: str
-    timeout_seconds: float
-    default_temperature: float
-    api_key: str
-    prefer_for_elaborate: bool
 
-
-class ProjectSettings(Record):
+class ProjectSettings(KeyedRecord, keys=CONFIG_GROUPS["projects[]"]):
     """One of ``[[projects]]``; the commands are for ``/bin/sh``, empty: none."""
 
-    name: str
-    dir: str
-    remote: str
-    setup: str
-    build: str
-    verify: str
-    deploy: str
 
-
-class Config(Record):
-    """The whole configuration; fields are named like the keys, durations end in ``_s`` and are seconds.
+class Config(KeyedRecord, keys=CONFIG_GROUPS[""]):
+    """The whole configuration: a field for each key that is in no table (durations in seconds), and one per table.
 
     ``own_socket_path`` is the key ``socket_path`` as written; ``socket_path`` is the path to use.  ``prices`` and the
     like are dicts of dicts as in the file; the names in ``budgets`` are ``all``, ``project.NAME`` and ``agent.KIND``.
     """
 
-    _secret = frozenset({"api_token", "webhook_secret", "github_token", "vapid_private_key"})
-    data_dir: str
-    own_socket_path: str
-    server_addr: str
-    api_token: str
-    max_concurrent: int
-    default_timeout_s: float
-    stall_timeout_s: float
-    shutdown_timeout_s: float
-    on_shutdown: str
-    claude_binary_path: str
-    gemini_binary_path: str
-    claude_image: str
-    gemini_image: str
-    container_engine: str
-    claude_config_dir: str
-    ssh_auth_sock: str
-    workspace_root: str
-    webhook_url: str
-    webhook_secret: str
-    allow_unsigned_webhooks: bool
-    github_token: str
-    vapid_public_key: str
-    vapid_private_key: str
-    vapid_email: str
-    keep_logs_s: float
-    keep_sandboxes_s: float
-    keep_executions: int
     agents: dict[str, AgentSettings]
     local_model: LocalModelSettings
     projects: tuple[ProjectSettings, ...]
@@ -787,37 +720,17 @@ class Config(Record):
     runners: dict[str, dict]
     launchers: dict[str, dict]
     scripts: dict[str, dict]
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...]  # keys that are set, but belong to a later version
 
-    @property
-    def socket_path(self) -> str:
-        """The control socket."""
-        return self.own_socket_path or f"{self.data_dir}/claudomator.sock"
-
-    @property
-    def db_path(self) -> str:
-        """The database."""
-        return f"{self.data_dir}/claudomator.db"
-
-    @property
-    def executions_dir(self) -> str:
-        """One directory per execution: prompt, logs, exit status."""
-        return f"{self.data_dir}/executions"
-
-    @property
-    def sandboxes_dir(self) -> str:
-        """The clones that executions work in."""
-        return f"{self.data_dir}/sandboxes"
-
-    @property
-    def lock_path(self) -> str:
-        """The file whose lock says that a daemon runs on this data directory."""
-        return f"{self.data_dir}/daemon.lock"
+    db_path = property(lambda self: f"{self.data_dir}/claudomator.db")
+    executions_dir = property(lambda self: f"{self.data_dir}/executions")  # in it a directory for each, with its logs
+    sandboxes_dir = property(lambda self: f"{self.data_dir}/sandboxes")  # the clones that executions work in
+    lock_path = property(lambda self: f"{self.data_dir}/daemon.lock")  # locked: a daemon runs on this data directory
+    socket_path = property(lambda self: self.own_socket_path or f"{self.data_dir}/claudomator.sock")
 
     def agent_settings(self, kind: str) -> AgentSettings:
         """The settings of an agent kind, or the defaults."""
-        defaults = Checker("").group(CONFIG_GROUPS["agents.*"], {}, "")
-        return self.agents.get(kind) or AgentSettings(kind=kind, **defaults)
+        return self.agents.get(kind) or AgentSettings(kind=kind)
 
     def project_named(self, name: str) -> ProjectSettings | None:
         """The project of that name."""
@@ -825,107 +738,73 @@ class Config(Record):
 
     def project_for_dir(self, path: str) -> ProjectSettings | None:
         """The project whose directory ``path`` is; a trailing slash or ``..`` makes no difference."""
-        try:
-            path = convert_value("path", path)
-        except ValueError:
-            return None
+        path = Checker("").scalar("path", path, "")
         return next((project for project in self.projects if project.dir == path), None)
 
     def secrets(self) -> tuple[str, ...]:
-        """Every secret value, longest first, for redaction by value.
-
-        Environment values shorter than ``MIN_ENV_SECRET`` are left out.
-        """
-        found = [getattr(self, name) for name in self._secret] + [self.local_model.api_key]
+        """Every secret value, longest first, for redaction by value; not the short ones of an environment."""
+        found = {getattr(self, name) for name in self._secret} | {self.local_model.api_key}
         for agent in self.agents.values():
-            found += [value for value in agent.env.values() if len(value) >= MIN_ENV_SECRET]
-        return tuple(sorted({value for value in found if value}, key=lambda value: (-len(value), value)))
+            found |= {value for value in agent.env.values() if len(value) >= MIN_ENV_SECRET}
+        return tuple(sorted(found - {""}, key=lambda value: (-len(value), value)))
 
 
-def _named_tables(checker: Checker, group: str, document: dict) -> dict[str, dict]:
-    """The values of every ``[GROUP.NAME]``: ``{NAME: {...}}``."""
-    for part in group.split("."):
-        document = document.get(part, {}) if isinstance(document, dict) else {}
-    if not isinstance(document, dict):
-        checker.wrong(group, "a table of tables", document)
-        return {}
-    return {str(name): checker.group(CONFIG_GROUPS[group + ".*"], table, f"{group}.{name}")
-            for name, table in document.items()}
+def _read_group(checker: Checker, group: str, document: dict) -> dict:
+    """The values of a group, by field; of ``x.*`` and ``x[]`` a dict of these by name or index."""
+    base, keys, table = group.rstrip("[].*"), CONFIG_GROUPS[group], document
+    for part in filter(None, base.split(".")):
+        table = table.get(part) if isinstance(table, dict) else None
+    if group == base:
+        others = {"": CONFIG_TOP_NAMES, "budgets": ("project", "agent")}.get(base, ())
+        return checker.group(keys, {} if table is None and base else table, base, others)
+    read: dict = {}
+    if group.endswith("[]") and isinstance(table, (list, tuple)):
+        read = {i: checker.group(keys, item, f"{base}[{i}]") for i, item in enumerate(table)}
+        names = [fields["name"] for fields in read.values()]
+        for i, name in enumerate(names):
+            if name and names.index(name) < i:
+                checker.problem(f"{base}[{i}].name", f"{base}[{names.index(name)}] has this name already")
+    elif group.endswith("*") and isinstance(table, dict):
+        read = {str(name): checker.group(keys, item, f"{base}.{name}") for name, item in table.items()}
+    elif table is not None:
+        checker.wrong(base, f"[[{base}]] tables" if group.endswith("[]") else "a table of tables", table)
+    return read
 
 
-def _read_agents(checker: Checker, document: dict) -> dict[str, AgentSettings]:
-    runners = document.get("runners")
-    kinds = (*BUILTIN_KINDS, *(str(name) for name in (runners if isinstance(runners, dict) else ())))
-    agents = _named_tables(checker, "agents", document)
-    for kind, values in agents.items():
+def _check_config(checker: Checker, read: dict[str, dict]) -> None:
+    """What no single key shows."""
+    kinds = (*BUILTIN_KINDS, *read["runners.*"])
+    for kind, values in read["agents.*"].items():
         if kind not in kinds:
             checker.problem(f"agents.{kind}", f"no such agent kind{did_you_mean(kind, kinds)}: {', '.join(kinds)}")
-        names = [name for name in (*(values["env"] or ()), *(values["pass_env"] or ())) if name is not None]
+        names = [str(name) for name in (*(values["env"] or ()), *(values["pass_env"] or ()))]
         if any(not name or "=" in name or "\0" in name for name in names):
             checker.problem(f"agents.{kind}", "a name in env or pass_env is empty or holds '='")
-    return {kind: AgentSettings(kind=kind, **values) for kind, values in agents.items()}
-
-
-def _read_projects(checker: Checker, tables) -> tuple[ProjectSettings, ...]:
-    if not isinstance(tables, (list, tuple)):
-        checker.wrong("projects", "[[projects]] tables", tables)
-        return ()
-    first: dict[str, int] = {}
-    projects = []
-    for i, table in enumerate(tables):
-        project = ProjectSettings(**checker.group(CONFIG_GROUPS["projects[]"], table, f"projects[{i}]"))
-        projects.append(project)
-        if project.name and first.setdefault(project.name, i) != i:
-            checker.problem(f"projects[{i}].name", f"projects[{first[project.name]}] has this name already")
-    return tuple(projects)
-
-
-def _read_budgets(checker: Checker, document: dict) -> dict[str, dict]:
-    scopes = ("project", "agent")
-    budgets = {"all": checker.group(CONFIG_GROUPS["budgets"], document.get("budgets", {}), "budgets", scopes)}
-    for scope in scopes:
-        for name, values in _named_tables(checker, f"budgets.{scope}", document).items():
-            budgets[f"{scope}.{name}"] = values
-    return budgets
-
-
-def _check_server(checker: Checker, values: dict) -> None:
-    """GitHub's webhooks come in over HTTP, so an address that others reach wants signatures."""
-    if not values["server_addr"] or values["webhook_secret"] or values["allow_unsigned_webhooks"]:
-        return
-    host = split_address(values["server_addr"])[0]
-    if host not in ("localhost", "::1") and not host.startswith("127."):
-        checker.problem("server_addr", f"{values['server_addr']!r} can be reached from other machines: "
-                                       "set webhook_secret, or allow_unsigned_webhooks = true")
+    address, signed = read[""]["server_addr"], read[""]["webhook_secret"] or read[""]["allow_unsigned_webhooks"]
+    if address and not signed and not checker.problems:  # GitHub's webhooks come in over HTTP
+        host = split_address(address)[0]
+        if host not in ("localhost", "::1") and not host.startswith("127."):
+            checker.problem("server_addr", f"{address!r} can be reached from other machines: "
+                                           "set webhook_secret, or allow_unsigned_webhooks = true")
 
 
 def parse_config(document: dict, source: str, home: str) -> Config:
-    """The configuration that a parsed TOML ``document`` describes; ``home`` is what ``~`` means.
-
-    Raises ``InvalidInput`` with all problems.  Keys of later versions are checked too, and named in ``warnings``.
-    """
+    """The configuration of a parsed TOML file; ``home`` is what ``~`` means.  Raises ``InvalidInput``."""
     checker = Checker(source, home)
-    if not isinstance(document, dict):
-        document = checker.wrong("", "a table", document) or {}
-    values = checker.group(CONFIG_GROUPS[""], document, "", CONFIG_TOP_NAMES)
-    agents = _read_agents(checker, document)
-    local = checker.group(CONFIG_GROUPS["local_model"], document.get("local_model", {}), "local_model")
-    projects = _read_projects(checker, document.get("projects", ()))
-    budgets = _read_budgets(checker, document)
-    named = {group: _named_tables(checker, group, document) for group in ("prices", "runners", "launchers", "scripts")}
-    if not checker.problems:
-        _check_server(checker, values)
+    read = {group: _read_group(checker, group, document) for group in CONFIG_GROUPS}
+    _check_config(checker, read)
     checker.finish()
     used = {_top_name(key.name) for key in CONFIG_KEYS if key.active}
     unused = [name for name in document if name not in used]
     unused += [path for path in checker.unused if _top_name(path) in used]
-    values["own_socket_path"] = values.pop("socket_path")
-    for leaf, key in CONFIG_GROUPS[""].items():
-        if key.kind.startswith("duration"):
-            values[leaf + "_s"] = values.pop(leaf)
-    return Config(**values, **named, agents=agents, local_model=LocalModelSettings(**local), projects=projects,
-                  budgets=budgets,
-                  warnings=tuple(f"{source}: {name} is set, but this version does not use it yet" for name in unused))
+    budgets = {f"{scope}.{name}": values for scope in ("project", "agent")
+               for name, values in read[f"budgets.{scope}.*"].items()}
+    return Config(
+        **read[""], agents={kind: AgentSettings(kind=kind, **values) for kind, values in read["agents.*"].items()},
+        local_model=LocalModelSettings(**read["local_model"]), budgets={"all": read["budgets"], **budgets},
+        projects=tuple(ProjectSettings(**values) for values in read["projects[]"].values()),
+        **{name: read[name + ".*"] for name in ("prices", "runners", "launchers", "scripts")},
+        warnings=tuple(f"{source}: {name} is set, but this version does not use it yet" for name in unused))
 
 
 def parse_config_text(text: str, source: str, home: str) -> Config:
@@ -939,15 +818,13 @@ def parse_config_text(text: str, source: str, home: str) -> Config:
     return parse_config(document, source, home)
 
 
-_SAMPLE_NAMES = {"agents": "claude", "projects": "", "budgets.project": "myrepo", "budgets.agent": "claude",
-                 "prices": '"gemini-2.5-pro"', "runners": "codex", "launchers": "cluster", "scripts": "deploy"}
+_SAMPLE_NAMES = {"agents.*": "claude", "budgets.project.*": "myrepo", "budgets.agent.*": "claude",
+                 "prices.*": '"gemini-2.5-pro"', "runners.*": "codex", "launchers.*": "cluster", "scripts.*": "deploy"}
 
 
 def _toml_value(value) -> str:
     """A default or example in TOML; a JSON string is a TOML string too as long as it is ASCII."""
-    if isinstance(value, (tuple, list)):
-        return f"[{', '.join(map(_toml_value, value))}]"
-    return format_json(value)
+    return f"[{', '.join(map(_toml_value, value))}]" if isinstance(value, tuple) else format_json(value)
 
 
 def config_template() -> str:
@@ -956,22 +833,19 @@ def config_template() -> str:
              "# Durations are written like 90s, 15m, 1h30m or 7d."]
     for group, keys in CONFIG_GROUPS.items():
         if group:
-            base = group.removesuffix(".*").removesuffix("[]")
-            header = base if base == group else f"{base}.{_SAMPLE_NAMES[base]}"
-            lines += ["", f"#[[{base}]]" if group.endswith("[]") else f"#[{header}]"]
+            name = group.replace("*", _SAMPLE_NAMES.get(group, ""))
+            lines += ["", f"#[[{group[:-2]}]]" if group.endswith("[]") else f"#[{name}]"]
         for leaf, key in keys.items():
-            later = "" if key.active else " (not used by this version yet)"
-            lines += [f"# {key.help} [{kind_words(key.kind)}]{later}",
+            lines += [f"# {key.help} [{kind_words(key.kind)}]{' (not used by this version yet)' * (not key.active)}",
                       f"#{leaf} = {_toml_value(key.default if key.example is None else key.example)}"]
     return "\n".join(lines) + "\n"
 
 
 def config_differences(old: Config, new: Config) -> list[str]:
     """The top-level keys that differ, as text; those that a reload cannot apply say so."""
-    names = {name: {"socket_path": "own_socket_path"}.get(name, name) for name in CONFIG_TOP_NAMES}
-    names = {name: field if field in Config._fields else field + "_s" for name, field in names.items()}
+    fields = {name: name for name in CONFIG_TOP_NAMES} | {name: key.field for name, key in CONFIG_GROUPS[""].items()}
     return [name + (" (needs a restart)" if name in RESTART_KEYS else "")
-            for name, field in names.items() if getattr(old, field) != getattr(new, field)]
+            for name, field in fields.items() if getattr(old, field) != getattr(new, field)]
 
 
 # ---- 04 Task model (pure) --------------------------------------------------------------------------------------
@@ -985,78 +859,14 @@ MAX_NAME = 200  # characters; a name is a line in a list
 PRIORITY_RANK = {"high": 0, "normal": 1, "low": 2}
 YEAR_10000_S = 253402300800.0  # RFC 3339 has four digits for the year
 BACKOFF_FIRST_S, BACKOFF_LINEAR_S, BACKOFF_MOST_S = 5.0, 30.0, 300.0
-
-
-class AgentConfig(Record):
-    """What to run and how.  An empty ``type`` is chosen at run time; a None is not given."""
-
-    type: str = ""
-    model: str = ""
-    instructions: str = ""
-    project_dir: str = ""
-    repository_url: str = ""
-    isolation: str = ""
-    max_budget_usd: float | None = None
-    permission_mode: str = ""
-    allowed_tools: tuple[str, ...] = ()
-    disallowed_tools: tuple[str, ...] = ()
-    context_files: tuple[str, ...] = ()
-    system_prompt_append: str = ""
-    additional_args: tuple[str, ...] = ()
-    skip_planning: bool = False
-    temperature: float | None = None
-    max_tokens: int = 0
-
-    @property
-    def effective_isolation(self) -> str:
-        """``sandbox``, ``container`` or ``none``: as given, else what follows from repository_url and project_dir."""
-        return self.isolation or ("container" if self.repository_url else "sandbox" if self.project_dir else "none")
-
-
-class Dependency(Record):
-    """A task, by its name in the file or its id, that must first end in success, be ready, fail, or any of these."""
-
-    task: str
-    on: str = "success"
-
-
-class RetryPolicy(Record):
-    """How often to try in all, and the waits between: ``exponential``, ``linear`` or ``list`` (``delays_s``)."""
-
-    max_attempts: int = 1
-    backoff: str = "exponential"
-    delays_s: tuple[float, ...] = ()
-
-
-class TaskSpec(Record):
-    """One task of a file; a timeout of None is the configuration's default, ``start_at`` is unix seconds."""
-
-    name: str
-    description: str = ""
-    agent: AgentConfig = AgentConfig()
-    timeout_s: float | None = None
-    stall_timeout_s: float | None = None
-    priority: str = "normal"
-    tags: tuple[str, ...] = ()
-    depends_on: tuple[Dependency, ...] = ()
-    start_at: float | None = None
-    retry: RetryPolicy = RetryPolicy()
-    verify: str = ""
-    verify_rounds: int = 2
-    acceptance_criteria: str = ""
-    auto_accept: bool = False
-    idempotency_key: str = ""
-    parent_task_id: str = ""
-    project: str = ""
-    story_id: str = ""
-
+_OLD_AGENT_KEY, _OLD_DIR_KEY = "claude", "working_dir"  # the Go server's names for agent and project_dir
 
 TASK_KEYS: tuple[Key, ...] = (
     Key("name", "string", None, "a line that names the task", required=True),
     Key("description", "string", "", "for people"),
     Key("agent.type", "word", "", "claude, gemini, local, shell or a configured runner; absent: chosen at run time"),
     Key("agent.model", "string", "", "the model; absent: the agent's default"),
-    Key("agent.instructions", "string", None, "what to do", required=True),
+    Key("agent.instructions", "string", "", "what to do", required=True),
     Key("agent.project_dir", "string", "", "directory to work on (older name: working_dir)"),
     Key("agent.repository_url", "string", "", "instead of project_dir: run in a container on a clone of this"),
     Key("agent.isolation", "choice sandbox|container|none", "",
@@ -1093,25 +903,72 @@ TASK_KEYS: tuple[Key, ...] = (
     Key("story_id", "string", "", "id of the story that this task is part of"),
 )
 TASK_GROUPS = key_groups(TASK_KEYS)
-_OLD_AGENT_KEY, _OLD_DIR_KEY = "claude", "working_dir"  # the Go server's names for agent and project_dir
+
+
+class AgentConfig(KeyedRecord, keys=TASK_GROUPS["agent"]):
+    """What to run and how.  An empty ``type`` is chosen at run time; a None is not given."""
+
+    @property
+    def effective_isolation(self) -> str:
+        """``sandbox``, ``container`` or ``none``: as given, else what follows from repository_url and project_dir."""
+        return self.isolation or ("container" if self.repository_url else "sandbox" if self.project_dir else "none")
+
+
+class Dependency(KeyedRecord, keys=TASK_GROUPS["depends_on[]"]):
+    """A task, by its name in the file or its id, that must first end in success, be ready, fail, or any of these."""
+
+
+class RetryPolicy(Record):
+    """How often to try in all, and the waits between: ``exponential``, ``linear`` or ``list`` (``delays_s``)."""
+
+    max_attempts: int = 1
+    backoff: str = "exponential"
+    delays_s: tuple[float, ...] = ()
+
+
+class TaskSpec(KeyedRecord, keys=TASK_GROUPS[""]):
+    """One task of a file; a timeout of None is the configuration's default, ``start_at`` is unix seconds."""
+
+    agent: AgentConfig = AgentConfig()
+    retry: RetryPolicy = RetryPolicy()
+
+
+class Task(
+        TaskSpec, seq=0, state="PENDING", reason="", detail="", summary="", question=None, rejection_comment="",
+        created_at=0.0, updated_at=0.0, not_before=None, attempts=0, free_tries=0, round=1, resume=None,
+        execution_id=None):
+    """A stored task.  Times are unix seconds; ``resume`` says what the next run continues (see Operations)."""
+
+    id: str
+
+
+class Execution(
+        KeyedRecord, status="RUNNING", seq=0, reason="", detail="", summary="", agent="", model="", session_id="",
+        round=1, start_time=None, end_time=None, timeout_s=0.0, stop_reason="", pid=None, pid_start=None, boot_id="",
+        exit_code=None, cost_usd=None, tokens_in=None, tokens_out=None, changestats=None, commits=(),
+        sandbox_dir="", source="", branch="", start_head="", pushed_branch="",
+        stdout_path="", stderr_path="", artifact_dir=""):
+    """One run of a task by one agent; a cost or count of None is unknown, ``timeout_s`` is what was enforced."""
+
+    id: str
+    task_id: str
 
 
 def find_cycle(edges: dict[str, list[str]]) -> list[str] | None:
     """A cycle among ``edges`` (node to the nodes it waits for) as ``[a, b, a]``, or ``None``; linear, no recursion."""
     done: set[str] = set()
     for start in edges:
-        path, seen, rest = [start], {start}, [iter(edges[start])]
-        while start not in done and rest:
-            target = next((node for node in rest[-1] if node in edges and node not in done), None)
+        path = {} if start in done else {start: iter(edges[start])}  # each node on it with its targets to go
+        while path:
+            node = next(reversed(path))
+            target = next((target for target in path[node] if target in edges and target not in done), None)
             if target is None:
-                rest.pop()
-                done.add(path.pop())
-            elif target in seen:
-                return path[path.index(target):] + [target]
+                done.add(path.popitem()[0])
+            elif target in path:
+                nodes = list(path)
+                return nodes[nodes.index(target):] + [target]
             else:
-                path.append(target)
-                seen.add(target)
-                rest.append(iter(edges[target]))
+                path[target] = iter(edges[target])
     return None
 
 
@@ -1121,18 +978,17 @@ class _TaskReader(Checker):
     def __init__(self, source: str, now: float) -> None:
         super().__init__(source)
         self.source, self.now = source, now
-        self.links: list[tuple[str, str, tuple[Dependency, ...]]] = []  # where, name, depends_on of each task
+        self.links: dict[str, list[tuple]] = {}  # (where, depends_on) of each task, by name
 
     def value(self, key: Key, value, path: str) -> object:
         """As ``Checker.value``, with the kinds that only tasks have."""
-        read = {"dependencies": self._dependencies, "retry": self._retry, "backoff": self._backoff,
-                "time": self._time}.get(key.kind)
-        return read(value, path) if read and value is not None else super().value(key, value, path)
+        if value is not None and key.kind in ("dependencies", "retry", "backoff", "time"):
+            return getattr(self, "_" + key.kind)(value, path)
+        return super().value(key, value, path)
 
     def _dependencies(self, value, path: str) -> tuple[Dependency, ...]:
         if not isinstance(value, (list, tuple)):
-            self.wrong(path, "a list of tasks", value, "write [x]")
-            return ()
+            return self.wrong(path, "a list of tasks", value, "write [x]") or ()
         found: dict[str, Dependency] = {}
         for i, item in enumerate(value):
             item = {"task": item} if isinstance(item, str) else item
@@ -1151,35 +1007,29 @@ class _TaskReader(Checker):
             return value
         if not isinstance(value, (list, tuple)) or not value:
             return self.wrong(path, "exponential, linear or a list of durations", value)
-        delays_s = [self._scalar("duration", item, f"{path}[{i}]", False) for i, item in enumerate(value)]
+        delays_s = [self.scalar("duration", item, f"{path}[{i}]") for i, item in enumerate(value)]
         return tuple(delay_s for delay_s in delays_s if delay_s is not None)
 
     def _retry(self, value, path: str) -> RetryPolicy:
         if not isinstance(value, dict):
-            self.wrong(path, "a table", value, "write {max_attempts: 3}")
-            return RetryPolicy()
+            return self.wrong(path, "a table", value, "write {max_attempts: 3}") or RetryPolicy()
         fields = self.group(TASK_GROUPS["retry"], value, path)
-        backoff, attempts = fields["backoff"], fields["max_attempts"]
+        backoff = fields["backoff"] or "exponential"
         delays_s = backoff if isinstance(backoff, tuple) else ()
         if value.get("max_attempts") is None and not delays_s:
             self.problem(f"{path}.max_attempts", "missing: how often to try in all")
-        return RetryPolicy(max_attempts=attempts or len(delays_s) + 1, delays_s=delays_s,
-                           backoff="list" if delays_s else backoff or "exponential")
+        return RetryPolicy(fields["max_attempts"] or len(delays_s) + 1, "list" if delays_s else backoff, delays_s)
 
     def _time(self, value, path: str) -> float | None:
-        text = value.isoformat() if hasattr(value, "isoformat") else value  # a date or datetime of the YAML reader
-        if text is not value:
-            text += "T00:00:00" if len(text) == 10 else ""
-            text += "" if text.endswith("Z") or text[-6] in "+-" else "Z"
-        unix_s = -1.0
+        text, unix_s = value, -1.0
+        if hasattr(value, "isoformat"):  # a date or datetime of the YAML reader
+            text = value.isoformat()
+            text += "T00:00:00Z" if len(text) == 10 else "" if text[-6] in "+-" else "Z"
         if isinstance(text, str):
             try:
-                unix_s = self.now + convert_value("duration", text)
+                unix_s = parse_time(text) if "-" in text else self.now + convert_value("duration", text)
             except ValueError:
-                try:
-                    unix_s = parse_time(text)
-                except ValueError:
-                    pass
+                pass
         if not 0 <= unix_s < YEAR_10000_S - 1:
             return self.wrong(path, "a time like 2026-12-01T22:00:00Z or a delay like 3h", value)
         return round(unix_s, 3)
@@ -1187,32 +1037,27 @@ class _TaskReader(Checker):
     def task(self, document, index: int) -> TaskSpec | None:
         """One task; ``None`` if it has problems.  ``index`` counts from 1."""
         before = len(self.problems)
-        name = document.get("name") if isinstance(document, dict) else None
         self.where = f"{self.source}: task {index}"
-        if isinstance(name, str) and name:
-            self.where += f' "{name[:40]}"'
         if not isinstance(document, dict):
             return self.wrong("", "a table", document)
+        if isinstance(document.get("name"), str) and document["name"]:
+            self.where += f' "{document["name"][:40]}"'
         document = self._renamed(document, _OLD_AGENT_KEY, "agent", "")
-        agent_table = document.get("agent")
-        misplaced = [key for key in TASK_GROUPS["agent"] if key in document and key not in TASK_GROUPS[""]]
+        misplaced = [key for key in TASK_GROUPS["agent"] if key in document]
         for key in misplaced:
             self.problem(key, "belongs under agent:")
         fields = self.group(TASK_GROUPS[""], document, "", ("agent", *misplaced))
-        if isinstance(agent_table, dict):
-            agent_table = self._renamed(agent_table, _OLD_DIR_KEY, "project_dir", "agent.")
-        agent = AgentConfig(**self.group(TASK_GROUPS["agent"], {} if agent_table is None else agent_table, "agent"))
+        given = document.get("agent")
+        given = {} if given is None else self._renamed(given, _OLD_DIR_KEY, "project_dir", "agent.")
+        agent = AgentConfig(**self.group(TASK_GROUPS["agent"], given, "agent"))
         self._check(fields["name"] or "", agent, fields["project"])
-        self.links.append((self.where, fields["name"] or "", fields["depends_on"]))
-        if len(self.problems) > before:
-            return None
+        self.links.setdefault(fields["name"] or "", []).append((self.where, fields["depends_on"]))
         fields["retry"] = fields["retry"] or RetryPolicy()
-        timeouts = {"timeout_s": fields.pop("timeout"), "stall_timeout_s": fields.pop("stall_timeout")}
-        return TaskSpec(agent=agent, **timeouts, **fields)
+        return TaskSpec(agent=agent, **fields) if len(self.problems) == before else None
 
-    def _renamed(self, table: dict, old: str, new: str, prefix: str) -> dict:
+    def _renamed(self, table, old: str, new: str, prefix: str) -> dict:
         """``table`` with an older key name replaced by the present one; both at once are a problem."""
-        if old not in table:
+        if not isinstance(table, dict) or old not in table:
             return table
         if table.get(new) is not None:
             self.problem(prefix + old, f"is an older name for {prefix}{new}, which is given too; keep one")
@@ -1231,43 +1076,33 @@ class _TaskReader(Checker):
         elif agent.isolation == "container" and not agent.repository_url:
             self.problem("agent.isolation", "container needs agent.repository_url")
 
-    def check_links(self) -> None:
-        """Names that two tasks share cannot be depended on, and nothing may wait for itself."""
-        count: dict[str, int] = {}
-        for _, name, _ in self.links:
-            count[name] = count.get(name, 0) + 1
-        for self.where, _, depends_on in self.links:
-            for i, dependency in enumerate(depends_on):
-                if count.get(dependency.task, 0) > 1:
-                    self.problem(f"depends_on[{i}]", f"{count[dependency.task]} tasks are named {dependency.task!r}")
-        self.where = self.source
-        cycle = find_cycle({name: [target.task for target in depends_on] for _, name, depends_on in self.links})
-        if cycle:
-            self.problem("depends_on", "a dependency cycle: " + " -> ".join(cycle))
-
 
 def parse_tasks(document, source: str, now: float) -> list[TaskSpec]:
-    """The tasks of a parsed file: one mapping, ``{"tasks": [...]}`` or a list; ``now`` is what a delay counts from.
-
-    Raises ``InvalidInput`` with every problem; each names ``source``, the task, the key path and what was expected.
-    """
-    reader, tasks, path = _TaskReader(source, now), document, ""
-    if isinstance(document, dict):
-        tasks = [document]
-        if "tasks" in document:
-            tasks, path = document["tasks"], "tasks"
-            others = [str(key)[:60] for key in document if key != "tasks"]
-            if others:
-                reader.problem(path, f"no other key may stand beside it, but {', '.join(others)} does")
+    """The tasks of a parsed file; ``now`` is what a delay counts from.  Raises ``InvalidInput`` with every problem."""
+    reader, path = _TaskReader(source, now), ""
+    tasks = [document] if isinstance(document, dict) else document
+    if isinstance(document, dict) and "tasks" in document:
+        tasks, path = document["tasks"], "tasks"
+        others = ", ".join(str(key)[:60] for key in document if key != "tasks")
+        if others:
+            reader.problem(path, f"no other key may stand beside it, but {others} does")
     if not isinstance(tasks, list):
-        reader.wrong(path, "a list of tasks" if path else "a task or a list of tasks", tasks)
-        tasks = []
+        tasks = reader.wrong(path, "a list of tasks" if path else "a task or a list of tasks", tasks) or ()
     elif not tasks:
         reader.problem(path, "expected at least one task")
     specs = [reader.task(task, index) for index, task in enumerate(tasks, 1)]
-    reader.check_links()
+    for reader.where, depends_on in [link for named in reader.links.values() for link in named]:
+        for i, target in enumerate(depends_on):
+            count = len(reader.links.get(target.task, ()))
+            if count > 1:
+                reader.problem(f"depends_on[{i}]", f"{count} tasks are named {target.task!r}")
+    reader.where = source
+    cycle = find_cycle({name: [target.task for _, depends_on in named for target in depends_on]
+                        for name, named in reader.links.items()})
+    if cycle:
+        reader.problem("depends_on", "a dependency cycle: " + " -> ".join(cycle))
     reader.finish()
-    return [spec for spec in specs if spec]
+    return specs
 
 
 def _yaml_loader(yaml) -> type:
@@ -1276,9 +1111,9 @@ def _yaml_loader(yaml) -> type:
     error = yaml.constructor.ConstructorError
 
     class Loader(yaml.SafeLoader):
-        """See ``_yaml_loader``."""
-
-        yaml_implicit_resolvers: dict = {}
+        yaml_implicit_resolvers = {
+            first: [pair for pair in pairs if pair[0].endswith((":null", ":merge", ":timestamp"))]
+            for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
         def compose_node(self, parent, index) -> object:
             """PyYAML's, with ``expanded`` on each node: how many values it makes."""
@@ -1286,25 +1121,21 @@ def _yaml_loader(yaml) -> type:
             if getattr(event, "tag", None) not in (None, "!"):
                 raise error(None, None, f"a tag such as {event.tag} has no use here", event.start_mark)
             node = super().compose_node(parent, index)
-            if isinstance(event, yaml.AliasEvent) and not hasattr(node, "expanded"):
-                raise error(None, None, "an alias inside its own anchor", event.start_mark)
-            if not hasattr(node, "expanded"):
-                children = [] if isinstance(node, yaml.ScalarNode) else node.value
-                if isinstance(node, yaml.MappingNode):
-                    self.refuse_duplicates(node)
-                    children = [part for pair in children for part in pair]
-                node.expanded = 1 + sum(child.expanded for child in children)
+            if isinstance(event, yaml.AliasEvent):
+                if not hasattr(node, "expanded"):
+                    raise error(None, None, "an alias inside its own anchor", event.start_mark)
+                return node
+            parts = [] if node.id == "scalar" else node.value
+            if node.id == "mapping":
+                parts, seen = [part for pair in parts for part in pair], set()
+                for key in [key for key in parts[::2] if key.id == "scalar"]:  # before merging, which makes duplicates
+                    if (key.tag, key.value) in seen:
+                        raise error(None, None, f"the key {key.value[:60]!r} is given twice", key.start_mark)
+                    seen.add((key.tag, key.value))
+            node.expanded = 1 + sum(part.expanded for part in parts)
             if node.expanded > MAX_YAML_NODES:
                 raise error(None, None, f"more than {MAX_YAML_NODES} values, aliases expanded", event.start_mark)
             return node
-
-        def refuse_duplicates(self, node) -> None:
-            """Before merging, which makes duplicates of its own."""
-            seen = set()
-            for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
-                if (key.tag, key.value) in seen:
-                    raise error(None, None, f"the key {key.value[:60]!r} is given twice", key.start_mark)
-                seen.add((key.tag, key.value))
 
         def construct_object(self, node, deep=False) -> object:
             """PyYAML's, with a place for the errors that have none."""
@@ -1313,10 +1144,6 @@ def _yaml_loader(yaml) -> type:
             except (ValueError, OverflowError) as wrong:  # 2026-02-30
                 raise error(None, None, str(wrong), node.start_mark) from None
 
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items():
-        for tag, pattern in pairs:
-            if tag.rpartition(":")[2] in ("null", "merge", "timestamp"):
-                Loader.yaml_implicit_resolvers.setdefault(first, []).append((tag, pattern))
     for tag, pattern, first in (
             ("bool", r"(?:true|True|TRUE|false|False|FALSE)\Z", "tTfF"),
             ("int", r"(?:[-+]?(?:0|[1-9][0-9]*)|0x[0-9a-fA-F]+)\Z", "-+0123456789"),
@@ -1335,9 +1162,8 @@ def _yaml_document(text: str, source: str) -> object:
     try:
         return yaml.load(text, _yaml_loader(yaml))
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise InvalidInput(f"{source}: line {mark.line + 1}, column {mark.column + 1}: "
-                           f"{error.problem or error.context}") from None
+        mark, words = error.problem_mark or error.context_mark, error.problem or error.context
+        raise InvalidInput(f"{source}: line {mark.line + 1}, column {mark.column + 1}: {words}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise InvalidInput(f"{source}: line {line}: the character U+{error.character:04X} is not YAML") from None
@@ -1358,17 +1184,13 @@ def _json_document(text: str, source: str) -> object:
 
     try:
         return json.loads(text, object_pairs_hook=pairs)
-    except json.JSONDecodeError as error:
-        raise InvalidInput(f"{source}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
-    except ValueError as error:  # an integer of more than 4300 digits
-        raise InvalidInput(f"{source}: not JSON: {error}") from None
+    except ValueError as error:  # of an integer with more than 4300 digits, no place is known
+        place = f"line {error.lineno}, column {error.colno}: " if isinstance(error, json.JSONDecodeError) else ""
+        raise InvalidInput(f"{source}: {place}not JSON: {getattr(error, 'msg', error)}") from None
 
 
 def parse_task_text(text: str, source: str, now: float) -> list[TaskSpec]:
-    """``parse_tasks`` of a file's text: JSON where it begins with ``{`` or ``[``, else YAML, which needs PyYAML.
-
-    Raises ``InvalidInput``; a syntax error names line and column.
-    """
+    """``parse_tasks`` of a text: JSON where it begins with ``{`` or ``[``, else YAML, which needs PyYAML."""
     text = text.removeprefix("\ufeff")
     if len(text) > MAX_TASK_TEXT:
         raise InvalidInput(f"{source}: longer than {MAX_TASK_TEXT >> 20} MiB")
@@ -1392,22 +1214,19 @@ def agent_to_json(agent: AgentConfig) -> dict:
 
 
 def agent_from_json(document) -> AgentConfig:
-    """The agent's settings of a ``config_json`` of any version; unknown keys, nulls and nonsense are passed over.
-
-    A string that this version does not know (a permission mode, say) stays: no task gets more rights than it had.
-    """
-    if not isinstance(document, dict):
-        return AgentConfig()
-    document = {**document, "project_dir": document.get("project_dir") or document.get(_OLD_DIR_KEY)}
-    fields = {}
-    for leaf, key in TASK_GROUPS["agent"].items():
-        given, default = document.get(leaf), AgentConfig._defaults[leaf]
-        value = Checker("").value(key, given, leaf)
-        if isinstance(given, str) and isinstance(default, str):
-            value = given
-        elif isinstance(value, tuple):
-            value = tuple(item for item in value if item is not None)
-        fields[leaf] = default if value is None else value
+    """The agent's settings of a ``config_json`` of any version; unknown keys, nulls and nonsense are passed over."""
+    given = document if isinstance(document, dict) else {}
+    given = {**given, "project_dir": given.get("project_dir") or given.get(_OLD_DIR_KEY)}
+    checker, fields = Checker(""), {}
+    for leaf, default in AgentConfig._defaults.items():
+        value = given.get(leaf)
+        if value in (None, default, []):
+            continue
+        if not (isinstance(value, str) and isinstance(default, str)):  # a later version's mode stays: no more rights
+            value = checker.value(TASK_GROUPS["agent"][leaf], value, leaf)
+            value = tuple(item for item in value if item is not None) if isinstance(value, tuple) else value
+        if value is not None:
+            fields[leaf] = value
     return AgentConfig(**fields)
 
 
@@ -1419,7 +1238,8 @@ def retry_to_json(retry: RetryPolicy) -> dict:
 
 def retry_from_json(document) -> RetryPolicy:
     """The policy of a ``retry_json`` that any version wrote; what is nonsense in it has its default."""
-    return _TaskReader("", 0.0)._retry(document, "retry")
+    one = document == {"max_attempts": 1, "backoff": "exponential"}  # nearly every task
+    return TaskSpec._defaults["retry"] if one else _TaskReader("", 0.0)._retry(document, "retry")
 
 
 def depends_to_json(depends_on: tuple[Dependency, ...]) -> list:
@@ -1429,97 +1249,35 @@ def depends_to_json(depends_on: tuple[Dependency, ...]) -> list:
 
 def depends_from_json(document) -> tuple[Dependency, ...]:
     """The dependencies of a ``depends_on_json`` that any version wrote; null is none."""
-    return _TaskReader("", 0.0)._dependencies(document or [], "depends_on")
+    return _TaskReader("", 0.0)._dependencies(document, "depends_on") if document else ()
 
 
 def spec_to_json(spec: TaskSpec) -> dict:
     """The task as a document that ``parse_tasks`` reads back to an equal spec; what has its default is left out."""
+    forms = {"timeout_s": _duration_text, "stall_timeout_s": _duration_text, "tags": list, "start_at": format_time,
+             "depends_on": depends_to_json, "retry": retry_to_json}
     agent = {name: value for name, value in agent_to_json(spec.agent).items()
              if getattr(spec.agent, name) != AgentConfig._defaults[name]}
-    document = {name: getattr(spec, name) for name in TaskSpec._fields  # a row of the store has more fields
-                if getattr(spec, name) != TaskSpec._defaults.get(name)}
-    for field, key in (("timeout_s", "timeout"), ("stall_timeout_s", "stall_timeout")):
-        if field in document:
-            document[key] = _duration_text(document.pop(field))
-    forms = {"tags": list, "depends_on": depends_to_json, "retry": retry_to_json, "start_at": format_time}
-    return {**{name: forms.get(name, lambda same: same)(value) for name, value in document.items()}, "agent": agent}
-
-
-def _spread(seconds: float, jitter: float) -> float:
-    return seconds * (0.9 + 0.2 * jitter)
-
-
-def rate_limit_delay_s(tries: int, jitter: float) -> float:
-    """Seconds to wait after ``tries`` refusals: 5, 10, 20 ... 300; ``jitter`` in [0, 1) spreads that by +-10 %."""
-    return _spread(min(BACKOFF_FIRST_S * 2 ** min(max(tries, 1) - 1, 10), BACKOFF_MOST_S), jitter)
+    document = {name.removesuffix("_s"): forms.get(name, lambda same: same)(getattr(spec, name))
+                for name in TaskSpec._fields if getattr(spec, name) != TaskSpec._defaults.get(name)}
+    return {**document, "agent": agent}
 
 
 def retry_delay_s(policy: RetryPolicy, failures: int, jitter: float) -> float:
-    """Seconds to wait before the next try after ``failures`` failed ones; ``jitter`` as for ``rate_limit_delay_s``."""
+    """Seconds to wait before the next try after ``failures`` failures; ``jitter`` in [0, 1) spreads it by +-10 %."""
     failures = max(failures, 1)
     if policy.delays_s:
-        return _spread(policy.delays_s[min(failures, len(policy.delays_s)) - 1], jitter)
-    if policy.backoff == "linear":
-        return _spread(min(BACKOFF_LINEAR_S * failures, BACKOFF_MOST_S), jitter)
-    return rate_limit_delay_s(failures, jitter)
+        wait_s = policy.delays_s[min(failures, len(policy.delays_s)) - 1]
+    elif policy.backoff == "linear":
+        wait_s = min(BACKOFF_LINEAR_S * failures, BACKOFF_MOST_S)
+    else:
+        wait_s = min(BACKOFF_FIRST_S * 2 ** min(failures - 1, 10), BACKOFF_MOST_S)
+    return wait_s * (0.9 + 0.2 * jitter)
 
 
-class Task(TaskSpec):
-    """A stored task.  Times are unix seconds; ``resume`` says what the next run continues (see Operations)."""
-
-    id: str
-    seq: int = 0
-    state: str = "PENDING"
-    reason: str = ""
-    detail: str = ""
-    created_at: float = 0.0
-    updated_at: float = 0.0
-    question: dict | None = None
-    summary: str = ""
-    rejection_comment: str = ""
-    not_before: float | None = None
-    attempts: int = 0
-    free_tries: int = 0
-    round: int = 1
-    resume: dict | None = None
-    execution_id: str | None = None
-
-
-class Execution(Record):
-    """One run of a task by one agent.  ``cost_usd`` and tokens are ``None`` where unknown; ``timeout_s`` is what was enforced."""
-
-    id: str
-    task_id: str
-    status: str = "RUNNING"
-    seq: int = 0
-    start_time: float | None = None
-    end_time: float | None = None
-    exit_code: int | None = None
-    reason: str = ""
-    detail: str = ""
-    cost_usd: float | None = None
-    tokens_in: int | None = None
-    tokens_out: int | None = None
-    session_id: str = ""
-    sandbox_dir: str = ""
-    changestats: dict | None = None
-    commits: tuple = ()
-    summary: str = ""
-    agent: str = ""
-    model: str = ""
-    round: int = 1
-    pid: int | None = None
-    pid_start: int | None = None
-    boot_id: str = ""
-    timeout_s: float = 0.0
-    branch: str = ""
-    start_head: str = ""
-    source: str = ""
-    pushed_branch: str = ""
-    stop_reason: str = ""
-    stdout_path: str = ""
-    stderr_path: str = ""
-    artifact_dir: str = ""
+def rate_limit_delay_s(tries: int, jitter: float) -> float:
+    """Seconds to wait after ``tries`` refusals: 5, 10, 20 ... 300; ``jitter`` as for ``retry_delay_s``."""
+    return retry_delay_s(RetryPolicy(), tries, jitter)
 
 
 # ---- 05 State machine (pure) -----------------------------------------------------------------------------------
@@ -1585,21 +1343,9 @@ REASONS: dict[str, dict] = {
 }
 
 
-def can_move(old: str, new: str) -> bool:
-    """Whether the table allows the move."""
-    return new in MOVES[old]
-
-
 def sources_of(new: str) -> tuple[str, ...]:
     """The states from which ``new`` can be reached, in the table's order; the store's ``WHERE state IN``."""
     return tuple(old for old, targets in MOVES.items() if new in targets)
-
-
-def check_move(old: str, new: str) -> None:
-    """Raises ``WrongState``, saying what is possible instead, where the table does not allow the move."""
-    if not can_move(old, new):
-        possible = ", ".join(MOVES[old]) or "nothing: it is final"
-        raise WrongState(f"a {old} task cannot become {new} (possible: {possible})", state=old)
 
 
 def counts_as_attempt(reason: str) -> bool:
@@ -2014,18 +1760,25 @@ class LineSplitter:
         self.pending = 0
         self.long_lines = 0
 
-    def feed(self, data: bytes) -> list[bytes]:
-        """The lines that are whole now."""
-        pieces = data.split(b"\n")
-        lines = []
-        for piece in pieces[:-1]:
-            if self.pending or len(piece) > self._limit:
-                self._add(piece)
-                lines.append(self._take())
-            else:
-                lines.append(piece)
-        if pieces[-1]:
-            self._add(pieces[-1])
+    def feed(self, data: bytes, boring: tuple[bytes, ...] = ()) -> list[bytes]:
+        """The lines that are whole now.  Whole lines in ``data`` that begin with a ``boring`` prefix are passed over."""
+        lines, at = [], 0
+        if self.pending:
+            at = data.find(b"\n") + 1
+            self._add(data[:at - 1] if at else data)
+            if not at:
+                return lines
+            lines.append(self._take())
+        while (end := data.find(b"\n", at)) >= 0:
+            if not data.startswith(boring, at):
+                if end - at > self._limit:
+                    self._add(data[at:end])
+                    lines.append(self._take())
+                else:
+                    lines.append(data[at:end])
+            at = end + 1
+        if at < len(data):
+            self._add(data[at:])
         return lines
 
     def finish(self) -> bytes | None:
@@ -2070,7 +1823,6 @@ MESSAGE_LIMIT = 2000  # characters kept of one error message
 SUMMARY_HEADING = "## Summary"
 PRETTY_JSON_LINE = 1 << 16  # bytes; a shorter line without a compact "type" key is parsed: its JSON may have spaces
 
-
 # C0 but newline and tab, DEL, C1, and the marks that reorder or hide text (Unicode TR 36, "Trojan Source")
 _UNSAFE = dict.fromkeys((*range(9), *range(11, 32), *range(0x7F, 0xA0), 0x200E, 0x200F, *range(0x202A, 0x202F),
                          *range(0x2066, 0x206A), 0xFEFF))
@@ -2079,11 +1831,9 @@ _ESCAPES = r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?|\x1b[PX\]^_][^\x07\x1b\n]*(?:\x07
 
 class AgentFacts(Record):
     """What a run's output says.  ``None`` means unknown; costs and tokens are those of this run alone.
-
     ``denials``: ({"tool", "input"}, ...).  ``rate_limit``: {"status", "type", "resets_at"} of the last limit reported.
     ``retry``: {"attempt", "status", "error"} of the API retry that the agent was in when the output ended.
-    ``session_id`` is set only where the session exists and can be resumed; ``stream_tail``: lines that were no JSON.
-    """
+    ``session_id`` is set only where the session exists and can be resumed; ``stream_tail``: lines that were no JSON."""
 
     lines: int = 0
     garbage_lines: int = 0
@@ -2133,21 +1883,11 @@ def _number(value) -> float | int | None:
 
 
 def _count(value) -> int | None:
-    number = _number(value)
-    return None if number is None else int(number)
+    return None if _number(value) is None else int(value)
 
 
 def _object(value) -> dict:
     return value if isinstance(value, dict) else {}
-
-
-def _load(line: bytes) -> dict | None:
-    """The JSON object of a line, else ``None``; an elided line may have been cut inside a character."""
-    try:
-        record = parse_json(line.decode("utf-8", "replace"))
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def _sum(values) -> float | int | None:
@@ -2164,15 +1904,12 @@ class SummaryFinder:
         self._found: list[str] | None = None
         self._size = 0
 
-    def add_text(self, text: str) -> bool:
-        """Look through one whole text; whether it has the heading.  The last text that has it counts."""
-        self._fence, before = "", self._found
-        self._found = None
+    def add_text(self, text: str) -> None:
+        """Look through one whole text.  The last text that has the heading counts."""
+        self._fence, self._found, before = "", None, self._found
         for line in text.split("\n"):
             self.add_line(line)
-        has_heading = self._found is not None
-        self._found = self._found if has_heading else before
-        return has_heading
+        self._found = before if self._found is None else self._found
 
     def add_line(self, line: str) -> None:
         """Take the next line of a text that comes line by line."""
@@ -2211,9 +1948,8 @@ def result_usage(result: dict) -> tuple[float | None, int | None, int | None]:
 
 def read_rate_limit(info) -> dict | None:
     """``rate_limit_info`` of a claude line as {"status", "type", "resets_at" (unix seconds or ``None``)}."""
-    info = _object(info)
-    resets_at = _number(info.get("resetsAt")) or None
-    if not isinstance(info.get("status"), str):
+    resets_at = _number(_object(info).get("resetsAt")) or None
+    if not isinstance(_object(info).get("status"), str):
         return None
     return {"status": clean_text(info["status"], 40), "type": clean_text(info.get("rateLimitType"), 40),
             "resets_at": resets_at / 1000 if resets_at and resets_at > 1e11 else resets_at}
@@ -2222,19 +1958,16 @@ def read_rate_limit(info) -> dict | None:
 def assistant_text(record: dict) -> str:
     """The text blocks of an assistant line, joined."""
     content = _object(record.get("message")).get("content")
-    if isinstance(content, str):
-        return content
-    blocks = [_object(block) for block in content] if isinstance(content, list) else []
-    texts = [block.get("text") for block in blocks if block.get("type") == "text"]
+    blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    texts = [block.get("text") for block in map(_object, blocks) if block.get("type") == "text"]
     return "\n".join(text for text in texts if isinstance(text, str))
 
 
 class ClaudeStream:
     """Parser of ``--output-format stream-json``.  Any bytes are taken; what is no JSON object is counted."""
 
-    _PASSED_BY = (b'{"type":"user"', b'{"type":"stream_event"')
-    _ASSISTANT = b'{"type":"assistant"'
     _HEADING = SUMMARY_HEADING.encode()
+    BORING = (b'{"type":"user"', b'{"type":"stream_event"')  # most of a log; LineSplitter passes over them
     _CAN_MATTER = (b'"type":"result"', b'"type":"rate_limit_event"', b'"subtype":"init"', b'"subtype":"api_retry"',
                    b'"subtype":"permission_denied"', b'"subtype":"model_fallback"', b'"type":"assistant"')
 
@@ -2250,21 +1983,22 @@ class ClaudeStream:
         self._retry: dict | None = None
 
     def feed_line(self, line: bytes) -> list[dict]:
-        """Take one line without its LF; returns what is notable in it, as dicts with a ``kind``.
-
-        Kinds: session, rate_limit, api_retry, api_error, permission_denied, model_fallback.
-        """
+        """Take one line without its LF; returns what is notable in it, as dicts with a ``kind``: session, rate_limit,
+        api_retry, api_error, permission_denied or model_fallback."""
         self._lines += 1
-        if line.startswith(self._PASSED_BY):
+        if line.startswith(b'{"type":"assistant"'):
+            if b'"type":"text"' in line:
+                if b'"error":"' in line or self._HEADING in line:
+                    return self._take_assistant(self._parse(line), line)
+                if b'"parent_tool_use_id":"' not in line:  # else it is a subagent's text
+                    self._text_line = line
+            self._retry = None  # the API has answered
             return []
-        if line.startswith(self._ASSISTANT):
-            return self._feed_assistant(line) if b'"type":"text"' in line else self._feed_tool_call()
-        for needle in self._CAN_MATTER:
-            if needle in line:
-                break
-        else:
-            if b'"type":"' in line or len(line) > PRETTY_JSON_LINE or not line.strip():
-                return []
+        if line.startswith(self.BORING):
+            return []
+        if not any(needle in line for needle in self._CAN_MATTER) and (
+                b'"type":"' in line or len(line) > PRETTY_JSON_LINE or not line.strip()):
+            return []
         record = self._parse(line)
         take = {"assistant": self._take_assistant, "result": self._take_result, "system": self._take_system,
                 "rate_limit_event": self._take_rate_limit}.get(str(record.get("type")))
@@ -2272,7 +2006,7 @@ class ClaudeStream:
 
     def facts(self) -> AgentFacts:
         """The facts so far.  May be asked at any time, also again."""
-        final = assistant_text(_load(self._text_line) or {}) if self._text_line else ""
+        final = assistant_text(_object(parse_json_or(self._text_line.decode("utf-8", "replace"), None)))
         usage = [_sum(column) for column in zip(*self._since)] if self._since else self._whole
         return AgentFacts(lines=self._lines, garbage_lines=self._garbage, final_text=clean_text(final),
                           summary_text=clean_text(self._summary.text()), num_turns=self._turns,
@@ -2280,32 +2014,19 @@ class ClaudeStream:
                           denials=tuple(self._denials.values()), stream_tail=tuple(self._tail), **self._facts)
 
     def _parse(self, line: bytes) -> dict:
-        record = _load(line)
-        if record is not None:
+        record = parse_json_or(line.decode("utf-8", "replace"), None)  # it may have been cut inside a character
+        if isinstance(record, dict):
             return record
         self._garbage += 1
         self._tail = [*self._tail, clean_text(line[:300].decode("utf-8", "replace"))][-5:]
         return {}
 
-    def _feed_tool_call(self) -> list[dict]:
-        self._retry = None  # the API has answered
-        return []
-
-    def _feed_assistant(self, line: bytes) -> list[dict]:
-        if b'"error":"' in line or self._HEADING in line:
-            return self._take_assistant(self._parse(line), line)
-        if b'"parent_tool_use_id":"' not in line:  # else it is a subagent's text
-            self._text_line = line
-        self._retry = None
-        return []
-
     def _take_assistant(self, record: dict, line: bytes) -> list[dict]:
         if not record or isinstance(record.get("parent_tool_use_id"), str):
             return []
         if not isinstance(record.get("error"), str):
-            text = assistant_text(record)
-            if text:
-                self._summary.add_text(text)
+            if assistant_text(record):
+                self._summary.add_text(assistant_text(record))
                 self._text_line = line
             self._retry = None
             return []
@@ -2314,9 +2035,7 @@ class ClaudeStream:
         limit = read_rate_limit(_object(record.get("api_error_params")).get("rate_limit_info"))
         self._facts["last_error_kind"] = clean_text(record["error"], 60)
         self._facts["rate_limit"] = limit or self._facts.get("rate_limit")
-        if status is None and self._retry:
-            status = self._retry["status"]
-        self._facts["api_status"] = status
+        self._facts["api_status"] = status = self._retry["status"] if status is None and self._retry else status
         return [{"kind": "api_error", "error": self._facts["last_error_kind"], "status": status,
                  "text": clean_text(assistant_text(record), MESSAGE_LIMIT)}]
 
@@ -2378,6 +2097,7 @@ class ClaudeStream:
 class TextStream:
     """Plain text: the last lines are the answer.  A script's cost is known to be 0; pass ``None`` where it is not."""
 
+    BORING = ()
     KEPT_LINES = 64
     KEPT_CHARS = 4096
 
@@ -2430,12 +2150,9 @@ class Question(Record):
 
 
 class RunFacts(Record):
-    """An ended run.
-
-    ``exit_code`` is the shell's (128 + n for signal n), ``None`` where none was recorded.  ``stop_reason`` says why
-    the daemon or the supervisor stopped it: ``cancelled``, ``timed_out``, ``stalled`` or ``""``; ``limit_s`` which
-    limit it reached.  ``spawn_error``: why the agent could not be started.  ``resumed``: it continued an old session.
-    """
+    """An ended run.  ``exit_code`` is the shell's (128 + n for signal n), ``None`` where none was recorded;
+    ``stop_reason`` why it was stopped: ``cancelled``, ``timed_out``, ``stalled`` or ``""``; ``limit_s`` which limit it
+    reached; ``spawn_error`` why the agent could not be started; ``resumed``: it continued an old session."""
 
     agent: AgentFacts
     exit_code: int | None
@@ -2452,10 +2169,8 @@ class RunFacts(Record):
 
 
 class Verdict(Record):
-    """What the record says: ``state`` is the execution's, ``detail`` a sentence for a person.
-
-    ``resume``: the agent's session can be continued.  ``retry_at``: when an exhausted quota is full again, if known.
-    """
+    """What the record says: ``state`` is the execution's, ``detail`` a sentence for a person; ``resume``: the agent's
+    session can be continued; ``retry_at``: when an exhausted quota is full again, if known."""
 
     ok: bool
     state: str
@@ -2474,15 +2189,13 @@ class Verdict(Record):
 def _option(value) -> str:
     if isinstance(value, dict):
         parts = [clean_text(value.get(name), 500) for name in ("label", "description")]
-        return " - ".join(part for part in parts if part) or clean_text(value.get("text"), 500)
+        return " - ".join(filter(None, parts)) or clean_text(value.get("text"), 500)
     return clean_text(value if isinstance(value, str) else "" if value is None else str(value), 500)
 
 
 def parse_question(text: str) -> Question:
-    """What an agent wrote into its question file (SPEC section 8).  Never raises: text that is no JSON is a question.
-
-    JSON with neither options nor a question mark is a completion report; anything else that is not empty blocks.
-    """
+    """What an agent wrote into its question file (SPEC section 8).  Never raises: text that is no JSON is a question,
+    JSON with neither options nor a question mark a completion report; anything else that is not empty blocks."""
     text = clean_text(text, QUESTION_LIMIT).strip()
     try:
         value = parse_json(text) if text else None
@@ -2503,10 +2216,7 @@ def parse_question(text: str) -> Question:
 
 
 def parse_changestats(text: str) -> dict | None:
-    """The last ``3 files changed, 2 insertions(+), 4 deletions(-)`` of a text, or ``None``; git leaves out zeros.
-
-    The text may be a raw log: JSON strings hold the line unchanged.
-    """
+    """The last ``3 files changed, 2 insertions(+), 4 deletions(-)`` of a text, also of a raw log, or ``None``."""
     import re
     pattern = r"(\d{1,9}) files? changed(?:, (\d{1,9}) insertions?\(\+\))?(?:, (\d{1,9}) deletions?\(-\))?"
     found = None
@@ -2518,8 +2228,7 @@ def parse_changestats(text: str) -> dict | None:
 
 def cut_text(text: str, max_bytes: int) -> str:
     """The beginning of ``text`` in at most ``max_bytes`` of UTF-8, never half a character."""
-    raw = text.encode("utf-8", "replace")
-    return raw[:max_bytes].decode("utf-8", "ignore") if len(raw) > max_bytes else raw.decode("utf-8")
+    return text.encode("utf-8", "replace")[:max_bytes].decode("utf-8", "ignore")
 
 
 def choose_summary(summary_file: str, question: Question, agent: AgentFacts) -> str:
@@ -2531,11 +2240,8 @@ def choose_summary(summary_file: str, question: Question, agent: AgentFacts) -> 
 
 def useful_line(stderr: str) -> str:
     """What a person wants to read of a stderr: from the last line that begins with ``error``, else the last line."""
-    lines = []
-    for line in map(str.strip, safe_text(stderr).splitlines()):
-        # stderr is no sign of failure: claude warns there on success too
-        if line and not line.startswith(("[claude-code:", "Warning:", "(node:")):
-            lines.append(line)
+    lines = [line for line in map(str.strip, safe_text(stderr).splitlines())
+             if line and not line.startswith(("[claude-code:", "Warning:", "(node:"))]  # also printed on success
     errors = [number for number, line in enumerate(lines) if line.lower().startswith("error")]
     return clean_text(" ".join(lines[errors[-1]:] if errors else lines[-1:]), DETAIL_LIMIT // 2)
 
@@ -2543,23 +2249,22 @@ def useful_line(stderr: str) -> str:
 def describe_exit(exit_code: int) -> str:
     """``exited with code 3``, or the signal behind the shell's 128 + n."""
     name = SIGNALS.get(exit_code - 128)
-    if name is None:
-        return f"exited with code {exit_code}"
     hint = " (the kernel does that when memory runs out)" if name == "SIGKILL" else ""
-    return f"was killed by signal {exit_code - 128}, {name}, from outside{hint}"
+    killed = f"was killed by signal {exit_code - 128}, {name}, from outside{hint}"
+    return killed if name else f"exited with code {exit_code}"
 
 
 def _is_disallowed(denial: dict, entries: tuple) -> bool:
     """Whether the task itself disallows the denied call: entries are ``Bash``, ``Bash(touch:*)``, ``mcp__server``."""
     tool, command = denial["tool"], str(denial["input"].get("command", ""))
+    for separator in ("&&", "||", ";", "|"):
+        command = command.replace(separator, "\n")
     for entry in map(str.strip, entries):
         name, _, rule = entry.partition("(")
-        if tool != name and not (name.startswith("mcp__") and tool.startswith(name + "__")):
-            continue
         prefix = rule.rstrip(")").removesuffix("*").removesuffix(":").strip()
-        for separator in ("&&", "||", ";", "|"):
-            command = command.replace(separator, "\n")
-        if not prefix or tool != "Bash" or any(part.strip().startswith(prefix) for part in command.split("\n")):
+        is_named = tool == name or name.startswith("mcp__") and tool.startswith(name + "__")
+        if is_named and (not prefix or tool != "Bash" or
+                         any(part.strip().startswith(prefix) for part in command.split("\n"))):
             return True
     return False
 
@@ -2567,8 +2272,7 @@ def _is_disallowed(denial: dict, entries: tuple) -> bool:
 def _describe_denials(kind: str, denials: list[dict]) -> str:
     calls = []
     for denial in denials[:3]:
-        given = denial["input"]
-        words = next((given[name] for name in ("command", "file_path", "url") if given.get(name)), "")
+        words = next(filter(None, map(denial["input"].get, ("command", "file_path", "url"))), "")
         calls.append(f"{denial['tool']} ({clean_text(words, 80)})" if words else denial["tool"])
     more = f" and {len(denials) - 3} more" if len(denials) > 3 else ""
     tools = ", ".join(dict.fromkeys(denial["tool"] for denial in denials))
@@ -2582,6 +2286,7 @@ ERROR_KIND_REASONS = {
     "overloaded": "rate_limited", "model_not_found": "bad_task", "invalid_request": "bad_task",
     "max_output_tokens": "agent_error",
 }
+STATUS_REASONS = {**dict.fromkeys((401, 402, 403), "auth"), **dict.fromkeys((400, 404, 405, 413, 422), "bad_task")}
 API_ERROR_WORDS = {
     "auth": "the API refuses the credentials", "rate_limited": "the API limits the rate",
     "quota_exhausted": "the usage limit is reached", "bad_task": "the API refuses the request",
@@ -2595,27 +2300,23 @@ def _reason_of_api_error(agent: AgentFacts) -> str:
     is_window = limit.get("status") == "rejected" and limit.get("resets_at") and kind == "rate_limit"
     if agent.api_error == "usage_limit_reached" or is_window:
         return "quota_exhausted"
-    if ERROR_KIND_REASONS.get(kind) == "auth":
-        return "auth"  # before the status: an empty credit balance is a 400
-    if status in (429, 529):
+    by_kind = ERROR_KIND_REASONS.get(kind)
+    if status in (429, 529) and by_kind != "auth":
         return "rate_limited"  # before the kind: 529 is a ``server_error``
-    if kind in ERROR_KIND_REASONS:
-        return ERROR_KIND_REASONS[kind]
-    if status in (401, 402, 403):
-        return "auth"
-    if status in (400, 404, 405, 413, 422) or agent.terminal_reason == "prompt_too_long":
+    if by_kind:
+        return by_kind  # before the status: an empty credit balance is a 400
+    if agent.terminal_reason == "prompt_too_long" and status not in (401, 402, 403):
         return "bad_task"
     is_api = status is not None or kind in ("server_error", "unknown") or agent.terminal_reason == "api_error"
-    return "api_error" if is_api and not agent.terminal_reason.startswith("aborted") else "agent_error"
+    return STATUS_REASONS.get(status) or ("api_error" if is_api else "agent_error")  # an abort was judged before
 
 
 def _judge_error_result(agent: AgentFacts) -> tuple[str, str]:
     """(reason, detail) of a run whose last result line says ``is_error``."""
     words = "; ".join(filter(None, agent.error_texts)) or agent.subtype or "no message"
-    if agent.subtype == "error_max_budget_usd":
-        return "budget", words
-    if agent.subtype == "error_max_turns":
-        return "max_turns", words
+    limits = {"error_max_budget_usd": "budget", "error_max_turns": "max_turns"}
+    if agent.subtype in limits:
+        return limits[agent.subtype], words
     if agent.terminal_reason.startswith("aborted"):
         return "agent_error", f"it was interrupted from outside ({agent.terminal_reason})"
     if agent.subtype != "success":
@@ -2633,8 +2334,8 @@ def _last_retry(agent: AgentFacts) -> str:
     """Where the agent was retrying an API error when its output ended: the best hint at why nothing came."""
     if agent.retry is None:
         return ""
-    status = agent.retry["status"]
-    error = f"HTTP {status}" if status is not None else agent.retry["error"] or "no connection"
+    status, error = agent.retry["status"], agent.retry["error"] or "no connection"
+    error = error if status is None else f"HTTP {status}"
     return f"; it was retrying an API error ({error}, attempt {agent.retry['attempt']})"
 
 
@@ -2662,46 +2363,36 @@ def _no_session(run: RunFacts) -> bool:
     return early or "No conversation found" in run.stderr_tail and run.agent.lines == 0
 
 
-def _judge_stop(run: RunFacts) -> tuple[str, str]:
-    """(reason, detail) of a run that was stopped."""
-    limit = f" of {format_duration(run.limit_s)}" if run.limit_s else ""
-    detail = {"cancelled": "it was cancelled", "timed_out": f"it reached its timeout{limit}",
-              "stalled": f"it printed nothing for its stall_timeout{limit}"}[run.stop_reason]
-    return run.stop_reason, detail + _last_retry(run.agent)
+STOPPED = {"cancelled": "it was cancelled", "timed_out": "it reached its timeout{}",
+           "stalled": "it printed nothing for its stall_timeout{}"}
 
 
 def _judge_reason(run: RunFacts) -> tuple[str, str]:
     """(reason, detail) of a run; an empty reason is success."""
-    agent, is_text = run.agent, run.format == "text"
+    agent, said = run.agent, useful_line(run.stderr_tail)
+    because = f": {said}" if said else ""
     if run.spawn_error:
         return "spawn_failed", run.spawn_error
     finished = run.exit_code == 0 and agent.result_seen and not agent.is_error
     if run.stop_reason and not finished:  # a text agent may catch SIGTERM and exit with 0: no proof that it was done
-        return _judge_stop(run)
+        limit = f" of {format_duration(run.limit_s)}" if run.limit_s else ""
+        return run.stop_reason, STOPPED[run.stop_reason].format(limit) + _last_retry(agent)
     if run.exit_code is None:
         return "lost", "it vanished without an exit status: the machine or its supervisor went down"
-    if is_text:
-        said = useful_line(run.stderr_tail)
-        failed = f"{run.kind} {describe_exit(run.exit_code)}" + (f": {said}" if said else "")
-        return ("agent_error", failed) if run.exit_code else ("", "")
+    ended = f"{run.kind} {describe_exit(run.exit_code)}"
+    if run.format == "text":
+        return ("agent_error", ended + because) if run.exit_code else ("", "")
     if finished:
         denials = [denial for denial in agent.denials if not _is_disallowed(denial, run.disallowed_tools)]
         return ("permission_denied", _describe_denials(run.kind, denials)) if denials else ("", "")
-    if not agent.result_seen:
-        return _judge_without_result(run)
-    if agent.is_error:
-        return _judge_error_result(agent)
-    said = useful_line(run.stderr_tail)
-    detail = f"{run.kind} {describe_exit(run.exit_code)} after a good result"
-    return "agent_error", detail + (f": {said}" if said else "")
+    if not agent.result_seen or agent.is_error:
+        return _judge_error_result(agent) if agent.result_seen else _judge_without_result(run)
+    return "agent_error", f"{ended} after a good result{because}"
 
 
 def judge(**facts) -> Verdict:
-    """The verdict on an ended run, whose ``facts`` are the fields of ``RunFacts``.
-
-    A run that finished just before it was stopped is a success.  A question blocks a run that succeeded or was only
-    denied a tool (asking is the right answer to that); any other failure wins over it, as the agent was cut short.
-    """
+    """The verdict on an ended run; ``facts`` are the fields of ``RunFacts``.  One that finished just before it was
+    stopped is a success.  A question blocks a run that succeeded or was only denied a tool; a worse failure wins."""
     run = RunFacts(**facts)
     reason, detail = _judge_reason(run)
     question = run.question if run.question.kind == "question" else None
@@ -2719,8 +2410,6 @@ def judge(**facts) -> Verdict:
 FEEDBACK = {
     "verify": "You said that you are done, but the check of your work fails:\n\n{output}\n\nFind the cause and mend it"
               " in the same directory, run the check yourself until it passes, commit, and report again.",
-    "build": "You said that you are done, but your work does not build, so it was not committed:\n\n{output}\n\nMend"
-             " it in the same directory, run the build yourself until it passes, commit, and report again.",
     "answer": "You asked:\n{question}\n\nThe answer is:\n{text}\n\nGo on with your task from where you stopped.",
     "reject": "Your work was looked at and not accepted. The comment is:\n{text}\n\nDo what it asks for, check it,"
               " commit, and report again.",
@@ -2731,26 +2420,21 @@ FEEDBACK = {
 
 def build_feedback_prompt(kind: str, *, answer: str = "", comment: str = "", text: str = "", question: str = "",
                           command: str = "", output: str = "") -> str:
-    """What a resumed agent is told: ``kind`` is ``verify``, ``build``, ``answer``, ``reject`` or ``interrupted``.
-
-    ``comment`` belongs to ``reject``, ``text`` to ``interrupted``: what the operator adds.  Of the ``output`` of a
-    failed ``command`` the last 16 KB are given.
-    """
+    """What a resumed agent is told, by ``kind``, a key of ``FEEDBACK``.  ``comment`` belongs to ``reject``, ``text`` to
+    ``interrupted``: what the operator adds.  Of the ``output`` of a failed ``command`` the last 16 KB are given."""
     raw = output.rstrip().encode("utf-8", "replace")
     left_out = max(0, len(raw) - FEEDBACK_OUTPUT_LIMIT)
     shown = raw[left_out:].decode("utf-8", "ignore")
-    if left_out:
-        shown = f"[... {left_out} bytes left out ...]\n" + shown
-    if command.strip():
-        shown = f"$ {command.strip()}\n{shown}"
+    shown = (f"[... {left_out} bytes left out ...]\n" if left_out else "") + shown
+    shown = (f"$ {command.strip()}\n" if command.strip() else "") + shown
     text = (answer or comment or text).strip()
-    if kind == "interrupted" and text:
-        text = "\n\n" + text
+    text = "\n\n" + text if kind == "interrupted" and text else text
     return FEEDBACK[kind].format(text=text, question=question.strip(), output=shown)
 
 
 FREE_TRIES = 3  # how often a reason that counts no attempt may send one task back to the queue
 UNKNOWN_RESET_S = 3600.0  # how long an exhausted quota parks a kind where the agent named no reset time
+SHORTEST_PARK_S = 60.0  # where the reset time has passed already (a clock is wrong): no busy loop of refused runs
 
 
 def failed_verdict(reason: str, detail: str) -> Verdict:
@@ -2783,30 +2467,35 @@ class FollowUp(Record):
 
 
 def decide_follow_up(task: Task, verdict: Verdict, continuation: dict | None, now: float, jitter: float) -> FollowUp:
-    """What a verdict means for the task, by the reasons' table and the task's retry policy.
-
-    ``continuation`` is what the next run would need to go on in the same session and sandbox, or ``None``.
-    """
+    """What a verdict means for the task, by the reasons' table and the task's retry policy.  ``continuation`` is what
+    the next run would need to go on in the same session and sandbox, or ``None``."""
     if verdict.ok:
         done = COMPLETED if task.parent_task_id or task.auto_accept else READY
         return FollowUp(done, free_tries=task.free_tries, attempts=task.attempts, round=task.round)
     if verdict.state == BLOCKED:
         return FollowUp(BLOCKED, attempts=task.attempts, round=task.round, resume=continuation)
-    facts = REASONS[verdict.reason]
-    same = dict(reason=verdict.reason, detail=verdict.detail)
-    goes_on = {**continuation, "kind": "interrupted"} if continuation and verdict.resume else None
+    facts, same = REASONS[verdict.reason], dict(reason=verdict.reason, detail=verdict.detail)
+    again = FollowUp(QUEUED, **same, attempts=task.attempts, round=task.round)
+    told = task.resume or {}  # what this run was told: an answer must not get lost because the API refused the run
+    goes_on = task.resume
+    if continuation and verdict.resume:
+        words = {name: told[name] for name in ("kind", "text", "question", "command") if name in told}
+        goes_on = {**continuation, "kind": "interrupted", **words}
+    has_free_try = task.free_tries < FREE_TRIES
+    if told.get("session_id") and verdict.reason == "agent_error" and not verdict.resume and has_free_try:
+        # the session is gone: a new one, told the same
+        return again.replace(free_tries=task.free_tries + 1, resume={**told, "session_id": ""})
     if verdict.reason == "verify_failed" and task.round < task.verify_rounds:
-        return FollowUp(QUEUED, **same, attempts=task.attempts, round=task.round + 1, resume=continuation)
+        return again.replace(round=task.round + 1, resume=continuation)
     if verdict.reason in ("quota_exhausted", "auth"):
-        until = (verdict.retry_at or now + UNKNOWN_RESET_S) if verdict.reason == "quota_exhausted" else None
-        return FollowUp(QUEUED, **same, attempts=task.attempts, round=task.round, resume=goes_on, park=True,
-                        park_until=until)
+        until = max(verdict.retry_at or now + UNKNOWN_RESET_S, now + SHORTEST_PARK_S)
+        return again.replace(resume=goes_on, park=True, park_until=None if verdict.reason == "auth" else until)
     if facts.get("free"):
-        if task.free_tries >= FREE_TRIES:
+        if not has_free_try:
             return FollowUp(facts["state"], **same, attempts=task.attempts, free_tries=task.free_tries)
         delay = max(rate_limit_delay_s(task.free_tries + 1, jitter), (verdict.retry_at or now) - now)
-        return FollowUp(QUEUED, **same, not_before=now + delay if verdict.reason == "rate_limited" else None,
-                        attempts=task.attempts, free_tries=task.free_tries + 1, round=task.round, resume=goes_on)
+        return again.replace(not_before=now + delay if verdict.reason == "rate_limited" else None,
+                             free_tries=task.free_tries + 1, resume=goes_on)
     attempts = task.attempts + 1
     if facts.get("retry") and attempts < task.retry.max_attempts:
         return FollowUp(QUEUED, **same, not_before=now + retry_delay_s(task.retry, attempts, jitter), attempts=attempts)
@@ -2823,7 +2512,6 @@ STATE_COLORS = {
     RUNNING: "1;34", BLOCKED: "1;33", QUEUED: CYAN, READY: "1;32", PENDING: DIM, COMPLETED: GREEN,
     FAILED: RED, TIMED_OUT: RED, BUDGET_EXCEEDED: MAGENTA, CANCELLED: DIM,
 }
-STATE_ORDER = (RUNNING, BLOCKED, QUEUED, READY, PENDING)  # then the ended ones
 SHOWN_RESULT_LINES = 6  # of a tool's output
 SHOWN_LINE = 200  # characters of one line of a tool call or its output
 NO_TASKS = ('No tasks yet. Add one:  claudomator ctl add "fix the flaky login test" --dir /path/to/repo\n'
@@ -2853,7 +2541,7 @@ def cut_to_width(text: str, width: int) -> str:
     """``text``, or its beginning and ``…``, in at most ``width`` columns."""
     if text_width(text) <= width:
         return text
-    text = text[:width]  # no character is wider than two columns nor, but for marks, narrower than one
+    text = text[:width]  # no character but a mark is narrower than one column
     while text and text_width(text) > width - 1:
         text = text[:-1]
     return text + "…" if width > 0 else ""
@@ -2898,10 +2586,8 @@ TOOL_ARGUMENTS = ("command", "file_path", "notebook_path", "path", "pattern", "u
 
 
 def render_log_line(line: bytes, format: str, color: bool = False, tz_offset_s: float = 0) -> str | None:
-    """One line of an agent's stdout for a person, maybe as several; ``None`` where it says nothing to one.
-
-    Lines that are no JSON are shown as they are; JSON never is.
-    """
+    """One line of an agent's stdout for a person, maybe as several; ``None`` where it says nothing to one.  Lines that
+    are no JSON are shown as they are; JSON never is."""
     text = line.decode("utf-8", "replace")
     if format != "claude":
         return safe_text(text)
@@ -2909,16 +2595,13 @@ def render_log_line(line: bytes, format: str, color: bool = False, tz_offset_s: 
         return safe_text(text) if text.strip() else None
     record = parse_json_or(text, None)
     if not isinstance(record, dict):
-        if not text.lstrip().startswith('{"'):
-            return safe_text(text)
-        return paint(f"… a line of {len(line)} bytes that cannot be read", DIM, color)
+        unread = paint(f"… a line of {len(line)} bytes that cannot be read", DIM, color)
+        return unread if text.lstrip().startswith('{"') else safe_text(text)
     kind = record.get("type")
-    if kind in ("assistant", "user"):
-        return _render_message(record, color)
-    if kind == "system":
-        return _render_system(record, color)
-    if kind == "result":
-        return _render_result_line(record, color)
+    render = {"assistant": _render_message, "user": _render_message, "system": _render_system,
+              "result": _render_result_line}.get(str(kind))
+    if render:
+        return render(record, color)
     limit = read_rate_limit(record.get("rate_limit_info")) if kind == "rate_limit_event" else None
     if limit is None or limit["status"] == "allowed":
         return None
@@ -2929,8 +2612,8 @@ def render_log_line(line: bytes, format: str, color: bool = False, tz_offset_s: 
 
 def _render_message(record: dict, color: bool) -> str | None:
     content = _object(record.get("message")).get("content")
-    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    shown = [_render_block(_object(block), record, color) for block in (blocks if isinstance(blocks, list) else ())]
+    blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    shown = [_render_block(_object(block), record, color) for block in blocks]
     return "\n".join(text for text in shown if text) or None
 
 
@@ -2942,7 +2625,11 @@ def _render_block(block: dict, record: dict, color: bool) -> str | None:
             return paint("✘ " + text, RED, color)
         return text if record.get("type") == "assistant" else paint("› " + one_line(text), DIM, color)
     if kind in ("tool_use", "server_tool_use"):
-        arguments = _tool_arguments(_object(block.get("input")))
+        given = _object(block.get("input"))
+        texts = [given[name] for name in TOOL_ARGUMENTS if isinstance(given.get(name), str) and given[name]]
+        arguments = one_line(texts[0] if texts else ", ".join(
+            f"{name}=({len(value)})" if isinstance(value, (list, dict)) else f"{name}={one_line(value, 60)}"
+            for name, value in given.items()))
         name = one_line(block.get("name") or "tool", 60)
         return paint(f"→ {name}: {arguments}" if arguments else f"→ {name}", CYAN, color)
     if kind == "tool_result":
@@ -2950,21 +2637,11 @@ def _render_block(block: dict, record: dict, color: bool) -> str | None:
     return None
 
 
-def _tool_arguments(given: dict) -> str:
-    """What a tool is called with, on one line: its main argument, or all of them in short."""
-    main = next((given[name] for name in TOOL_ARGUMENTS if isinstance(given.get(name), str) and given[name]), None)
-    if main is not None:
-        return one_line(main)
-    return one_line(", ".join(f"{name}=({len(value)})" if isinstance(value, (list, dict)) else
-                              f"{name}={one_line(value, 60)}" for name, value in given.items()))
-
-
 def _render_tool_result(content, is_error: bool, color: bool) -> str:
     """A tool's output, indented and shortened, with a count of the lines left out."""
     if isinstance(content, list):
-        parts = [_object(part) for part in content]
         content = "\n".join(part["text"] if isinstance(part.get("text"), str) else f"[{part.get('type')}]"
-                            for part in parts)
+                            for part in map(_object, content))
     text = safe_text(content if isinstance(content, str) else "")
     text = text.strip().removeprefix("<tool_use_error>").removesuffix("</tool_use_error>").rstrip()
     lines = text.split("\n") if text else ["(no output)"]
@@ -3007,9 +2684,6 @@ def _render_result_line(record: dict, color: bool) -> str:
     return paint(f"{'✘' if failed else '✔'} {' · '.join(parts)}", RED if failed else GREEN, color)
 
 
-# -- tables
-
-
 def _fit_widths(widths: list[int], room: int) -> list[int]:
     """Shrink the widest column first until all fit into ``room``; the last one keeps more than the others."""
     widths = [min(width, max(room, 1)) for width in widths]
@@ -3024,10 +2698,8 @@ def _fit_widths(widths: list[int], room: int) -> list[int]:
 
 
 def render_table(rows: list, headers: list[str], width: int, color: bool, right: tuple = ()) -> str:
-    """A table no wider than ``width`` columns, without trailing spaces.
-
-    A cell is a string, or (string, SGR code).  The columns whose headers are in ``right`` are aligned to the right.
-    """
+    """A table no wider than ``width`` columns, without trailing spaces.  A cell is a string, or (string, SGR code); the
+    columns whose headers are in ``right`` are aligned to the right."""
     table = [[(header, DIM) for header in headers]]
     table += [[cell if isinstance(cell, tuple) else (cell, "") for cell in row] for row in rows]
     table = [[(one_line(text, 1000), code) for text, code in row] for row in table]
@@ -3056,19 +2728,15 @@ def _why(task: dict) -> tuple[str, str]:
     """What a person wants to know of a task: its question, why it waits, what it did, or why it failed."""
     if task["state"] == BLOCKED and task["question"]:
         return "asks: " + task["question"]["text"], YELLOW
-    if task["state"] in (READY, COMPLETED) and task["summary"]:
-        return task["summary"], DIM
     failed = f"{task['reason']}: {task['detail']}" if task["reason"] and task["state"] in FAILURE_STATES else ""
-    return task.get("why") or failed, DIM
+    return task["state"] in (READY, COMPLETED) and task["summary"] or task.get("why") or failed, DIM
 
 
 def render_tasks(tasks: list[dict], now: float, width: int, color: bool) -> str:
     """The table of tasks in the order given."""
     headers, rows = ["STATE", "AGE", "ELAPSED", "AGENT", "PROJECT", "ID", "NAME", "WHY"], []
-    hidden = {"AGE", "PROJECT"} if width < 80 else set()
+    hidden = {"AGE", "PROJECT"} if width < 80 else set() if any(task["project"] for task in tasks) else {"PROJECT"}
     hidden |= {"AGENT", "ELAPSED"} if width < 60 else set()
-    if not any(task["project"] for task in tasks):
-        hidden.add("PROJECT")
     for task in tasks:
         run = task["execution"]
         agent = (run or {}).get("agent") or task["agent"].get("type") or ""
@@ -3079,18 +2747,6 @@ def render_tasks(tasks: list[dict], now: float, width: int, color: bool) -> str:
     shown = [at for at, header in enumerate(headers) if header not in hidden]
     return render_table([[row[at] for at in shown] for row in rows], [headers[at] for at in shown], width, color,
                         right=("AGE", "ELAPSED"))
-
-
-def _parked_lines(agents: list[dict], now: float, tz_offset_s: float) -> list[str]:
-    lines = []
-    for agent in agents:
-        until = parse_db_time(agent.get("parked_until"))
-        if agent.get("parked", until is not None):
-            end = f" (claudomator ctl agent unpark {agent['kind']})"
-            when = f" until {_clock(until, now, tz_offset_s)}" if until else end
-            reason = f": {agent['park_reason']}" if agent.get("park_reason") else ""
-            lines.append(f"{agent['kind']} is parked{when}{reason}")
-    return lines
 
 
 def render_agents(agents: list[dict], width: int, color: bool, now: float = 0.0, tz_offset_s: float = 0) -> str:
@@ -3115,12 +2771,17 @@ def render_status(status: dict, now: float, width: int, color: bool, tz_offset_s
     head = [f"claudomator {daemon['version']}", f"running for {format_age(now - started)}",
             f"{counts.get(RUNNING, 0)} running of {daemon['max_concurrent']} slots"]
     lines = [(" · ".join([*head, *held]), YELLOW if held else BOLD)]
-    lines += [(text, YELLOW) for text in _parked_lines(status["agents"], now, tz_offset_s)]
+    for agent in status["agents"]:
+        until = parse_db_time(agent.get("parked_until"))
+        end = f"until {_clock(until, now, tz_offset_s)}" if until else f"(claudomator ctl agent unpark {agent['kind']})"
+        reason = f": {agent['park_reason']}" if agent.get("park_reason") else ""
+        if agent.get("parked", until is not None):
+            lines.append((f"{agent['kind']} is parked {end}{reason}", YELLOW))
     lines += [(" · ".join(f"{state} {counts[state]}" for state in STATES if counts.get(state)), DIM)]
     shown = [paint(cut_to_width(one_line(text, 1000), width), code, color) for text, code in lines if text]
     if not any(counts.values()):
         return "\n".join([*shown, "", *(cut_to_width(line, width) for line in NO_TASKS.split("\n"))])
-    rank = {state: at for at, state in enumerate(STATE_ORDER)}
+    rank = {state: at for at, state in enumerate((RUNNING, BLOCKED, QUEUED, READY, PENDING))}  # then the ended ones
     tasks = sorted(status["tasks"], key=lambda task: rank.get(task["state"], len(rank)))
     if tasks:
         shown += ["", render_tasks(tasks, now, width, color)]
@@ -3130,9 +2791,6 @@ def render_status(status: dict, now: float, width: int, color: bool, tz_offset_s
     hints += [f"claudomator ctl accept {ready[0]['id'][:8]}    or reject ID -m COMMENT"] if ready else []
     hints = [paint(cut_to_width(hint, width), DIM, color) for hint in hints]
     return "\n".join([*shown, *([""] if hints else []), *hints])
-
-
-# -- one task, events
 
 
 def render_executions(executions: list[dict], now: float | None, width: int, color: bool,
@@ -3149,25 +2807,18 @@ def render_executions(executions: list[dict], now: float | None, width: int, col
     return render_table(rows, headers, width, color, right=("ELAPSED", "COST", "TOKENS", "EXIT"))
 
 
-def shell_quote(text: str) -> str:
-    """``text`` as one word of a POSIX shell."""
-    return "'" + text.replace("'", "'\\''") + "'"
-
-
-def _next_step(task: dict) -> str:
+def next_step(task: dict) -> str:
     """What a person can do now, with the command."""
     short, question = task["id"][:8], task["question"]
     if task["state"] == BLOCKED and question:
-        options = question.get("options") or ["your answer"]
-        return f"claudomator ctl answer {short} {shell_quote(one_line(options[0]))}"
-    if task["state"] == READY:
-        return f"claudomator ctl accept {short}    or: claudomator ctl reject {short} -m 'what to change'"
-    if task["state"] == PENDING:
-        return f"claudomator ctl run {short}"
+        answer = one_line((question.get("options") or ["your answer"])[0]).replace("'", "'\\''")  # one shell word
+        return f"claudomator ctl answer {short} '{answer}'"
+    commands = {READY: f"claudomator ctl accept {short}    or: claudomator ctl reject {short} -m 'what to change'",
+                PENDING: f"claudomator ctl run {short}"}
     if task["state"] in FAILURE_STATES and task["reason"] in REASONS:
-        kind = task["agent"].get("type") or "KIND"
-        return REASONS[task["reason"]]["next"].replace(" ID", " " + short).replace("KIND", kind)
-    return ""
+        words = REASONS[task["reason"]]["next"].replace(" ID", " " + short)
+        return words.replace("KIND", task["agent"].get("type") or "KIND")
+    return commands.get(task["state"], "")
 
 
 def _task_fields(task: dict, executions: list[dict], tz_offset_s: float) -> list[tuple]:
@@ -3177,13 +2828,12 @@ def _task_fields(task: dict, executions: list[dict], tz_offset_s: float) -> list
     stats = max(changed, key=lambda run: run["start_time"] or "")["changestats"] if changed else None
     options = "\n".join(f"- {text}" for text in question.get("options") or ())
     instructions = (agent.get("instructions") or "").strip().split("\n")
-    if len(instructions) > 12:
-        instructions[12:] = [f"… {len(instructions) - 12} more lines"]
+    instructions[12:] = [f"… {len(instructions) - 12} more lines"] if len(instructions) > 12 else []
     depends = [entry if isinstance(entry, str) else str(entry.get("task")) for entry in task["depends_on"]]
     return [
         ("task", task["id"]), ("name", task["name"]), ("state", task["state"]), ("reason", task["reason"]),
         ("detail", task["detail"]), ("why", "" if task["detail"] or question else task.get("why")),
-        ("question", question.get("text")), ("options", options), ("next", _next_step(task)),
+        ("question", question.get("text")), ("options", options), ("next", next_step(task)),
         ("description", task.get("description")),
         ("agent", " ".join(filter(None, (agent.get("type") or "chosen at run time", agent.get("model"))))),
         ("directory", agent.get("project_dir") or agent.get("repository_url")), ("project", task["project"]),
@@ -3209,25 +2859,21 @@ def render_task(task: dict, executions: list[dict], color: bool, width: int = 12
     if executions:
         lines += ["", render_executions(executions, None, width, color, tz_offset_s)]
     commits = [commit for run in executions for commit in run["commits"]]
-    lines += [""] if commits else []
-    lines += [f"{paint(one_line(commit['hash'])[:10], YELLOW, color)}  {one_line(commit['message'])}"
-              for commit in commits]
-    return "\n".join(lines)
+    shown = [f"{paint(one_line(run['hash'])[:10], YELLOW, color)}  {one_line(run['message'])}" for run in commits]
+    return "\n".join([*lines, *([""] if shown else []), *shown])
 
 
 def _event_words(event: dict) -> str:
     """What happened, in words; the fields of an event that has no words of its own."""
     kind, name = event["kind"], event.get("name") or ""
+    reason = f" ({event['reason']})" if event.get("reason") else ""
     if kind == "task.state":
-        reason = f" ({event['reason']})" if event.get("reason") else ""
         return f"{event.get('from') or 'new'} → {event.get('to')}{reason}  {name}"
-    if kind == "task.question":
+    if kind in ("task.question", "task.answer"):
         options = " / ".join(map(str, event.get("options") or ()))
-        return f"asks: {event.get('text')}" + (f"  [{options}]" if options else "")
-    if kind == "task.answer":
-        return f"answered: {event.get('text')}"
+        said = "asks" if kind == "task.question" else "answered"
+        return f"{said}: {event.get('text')}" + (f"  [{options}]" if options else "")
     if kind == "execution.ended":
-        reason = f" ({event['reason']})" if event.get("reason") else ""
         return f"execution {str(event.get('execution_id'))[:8]} ended: {event.get('status')}{reason}, " \
                f"{format_cost(_number(event.get('cost_usd')))}"
     if kind == "agent.parked":
@@ -3250,7 +2896,7 @@ def render_event(event: dict, color: bool, tz_offset_s: float = 0) -> str:
 
 # ---- 11 Control wire (pure) ------------------------------------------------------------------------------------
 # JSON-RPC 2.0, one object a line, UTF-8 (docs/control-protocol.md).  Batches are refused: a client that wants several
-# answers sends several lines.  Notifications from the daemon carry ``stream``, the id of the request that asked for them.
+# answers sends several lines.  A notification carries ``stream``, the id of the request that asked for it.
 
 MAX_REQUEST_LINE = 8 << 20  # bytes; a task file of that size is accepted, more is an attack or a mistake
 PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL_ERROR = -32700, -32600, -32601, -32602, -32603
@@ -3364,8 +3010,7 @@ LONGEST_VARIABLE = 100_000  # bytes; the kernel refuses a variable of 128 KiB (M
 
 PREAMBLE = """\
 You are running unattended: nobody reads along, and nobody can approve or answer while you work.
-- Your working directory{where}. Work only there. Commit your work with git in clear, small commits; what you leave
-  uncommitted is committed for you{push}
+- Your working directory {where}
 - If you cannot go on without a decision of a person, write a JSON object {{"text": "your question", "options": ["a", "b"]}}
   to the file {question} (options may be an empty list) and stop at once. You will be
   resumed with the answer. Do not ask what you can find out or decide yourself.
@@ -3379,6 +3024,7 @@ Your task:
 class Launch(Record):
     """What a supervisor starts: ``stdin`` is text for the prompt file, or ``None`` for /dev/null."""
 
+    _secret = frozenset({"env"})
     argv: tuple
     env: dict
     stdin: str | None
@@ -3425,9 +3071,11 @@ def agent_environment(host: dict, settings: AgentSettings, credentials: tuple[st
 
 def preamble(context: RunContext) -> str:
     """What an agent must know of where it runs; put in front of the instructions unless ``skip_planning``."""
-    where = f" {context.cwd} is a throw-away git clone" if context.sandboxed else f" is {context.cwd}"
-    return PREAMBLE.format(where=where, push=" and pushed." if context.sandboxed else ".",
-                           question=f"{context.execution_dir}/question.json",
+    where = f"is {context.cwd}. Work only there."
+    if context.sandboxed:
+        where = (f"{context.cwd} is a throw-away git clone. Work only there. Commit your work\n  with git in clear, small"
+                 " commits; what you leave uncommitted is committed for you, and all is pushed.")
+    return PREAMBLE.format(where=where, question=f"{context.execution_dir}/question.json",
                            summary=f"{context.execution_dir}/summary.txt")
 
 
@@ -3515,356 +3163,298 @@ def runner_binary(kind: str, config: Config) -> str:
 # thread syncs the WAL, and only then are writes acknowledged, events published and agents started (docs/adr/0004).
 
 SCHEMA_VERSION = 2
+CACHED_RECORDS = 1000
 APPLICATION_ID = 0x436C6175  # "Clau"
 
-TASK_COLUMNS: dict[str, str] = {  # name: declaration.  The first block is the Go server's
-    "id": "TEXT PRIMARY KEY", "name": "TEXT NOT NULL", "description": "TEXT NOT NULL DEFAULT ''",
-    "config_json": "TEXT NOT NULL DEFAULT '{}'", "priority": "TEXT NOT NULL DEFAULT 'normal'",
-    "timeout_ns": "INTEGER NOT NULL DEFAULT 0", "retry_json": "TEXT NOT NULL DEFAULT '{}'",
-    "tags_json": "TEXT NOT NULL DEFAULT '[]'", "depends_on_json": "TEXT NOT NULL DEFAULT '[]'",
-    "parent_task_id": "TEXT", "state": "TEXT NOT NULL DEFAULT 'PENDING'", "created_at": "DATETIME",
-    "updated_at": "DATETIME", "rejection_comment": "TEXT", "question_json": "TEXT", "summary": "TEXT",
-    "interactions_json": "TEXT", "elaboration_input": "TEXT", "project": "TEXT", "story_id": "TEXT",
-    "acceptance_criteria": "TEXT NOT NULL DEFAULT ''", "checker_for_task_id": "TEXT NOT NULL DEFAULT ''",
-    "checker_report": "TEXT NOT NULL DEFAULT ''",
-    "seq": "INTEGER", "rank": "INTEGER NOT NULL DEFAULT 1", "reason": "TEXT NOT NULL DEFAULT ''",
-    "detail": "TEXT NOT NULL DEFAULT ''", "stall_timeout_ns": "INTEGER", "start_at": "DATETIME",
-    "verify": "TEXT NOT NULL DEFAULT ''", "verify_rounds": "INTEGER NOT NULL DEFAULT 2",
-    "auto_accept": "INTEGER NOT NULL DEFAULT 0", "idempotency_key": "TEXT", "not_before": "DATETIME",
-    "attempts": "INTEGER NOT NULL DEFAULT 0", "free_tries": "INTEGER NOT NULL DEFAULT 0",
-    "round": "INTEGER NOT NULL DEFAULT 1", "resume_json": "TEXT", "execution_id": "TEXT",
+TEXT = "TEXT NOT NULL DEFAULT ''"
+TASK_COLUMNS = f"""
+    id TEXT NOT NULL UNIQUE, name TEXT NOT NULL, description {TEXT}, config_json TEXT NOT NULL DEFAULT '{{}}',
+    priority TEXT NOT NULL DEFAULT 'normal', timeout_ns INTEGER NOT NULL DEFAULT 0,
+    retry_json TEXT NOT NULL DEFAULT '{{}}', tags_json TEXT NOT NULL DEFAULT '[]',
+    depends_on_json TEXT NOT NULL DEFAULT '[]', parent_task_id TEXT, state TEXT NOT NULL DEFAULT 'PENDING',
+    created_at DATETIME, updated_at DATETIME, rejection_comment TEXT, question_json TEXT, summary TEXT,
+    interactions_json TEXT, elaboration_input TEXT, project TEXT, story_id TEXT, acceptance_criteria {TEXT},
+    checker_for_task_id {TEXT}, checker_report {TEXT}, seq INTEGER PRIMARY KEY,
+    rank INTEGER AS (CASE priority WHEN 'high' THEN 0 WHEN 'low' THEN 2 ELSE 1 END), reason {TEXT}, detail {TEXT},
+    stall_timeout_ns INTEGER, start_at DATETIME, verify {TEXT}, verify_rounds INTEGER NOT NULL DEFAULT 2,
+    auto_accept INTEGER NOT NULL DEFAULT 0, idempotency_key TEXT, not_before DATETIME,
+    attempts INTEGER NOT NULL DEFAULT 0, free_tries INTEGER NOT NULL DEFAULT 0, round INTEGER NOT NULL DEFAULT 1,
+    resume_json TEXT, execution_id TEXT"""
+EXECUTION_COLUMNS = f"""
+    id TEXT NOT NULL UNIQUE, task_id TEXT NOT NULL, start_time DATETIME, end_time DATETIME, exit_code INTEGER,
+    status TEXT NOT NULL, stdout_path TEXT, stderr_path TEXT, artifact_dir TEXT, cost_usd REAL, error_msg TEXT,
+    session_id TEXT, sandbox_dir TEXT, changestats_json TEXT, commits_json TEXT, tokens_in INTEGER,
+    tokens_out INTEGER, seq INTEGER PRIMARY KEY, reason {TEXT}, summary {TEXT}, agent {TEXT}, model {TEXT},
+    round INTEGER NOT NULL DEFAULT 1, pid INTEGER, pid_start INTEGER, boot_id TEXT,
+    timeout_ns INTEGER NOT NULL DEFAULT 0, branch {TEXT}, start_head {TEXT}, source {TEXT}, pushed_branch {TEXT},
+    stop_reason {TEXT}"""
+OTHER_TABLES: dict[str, str] = {
+    "events": "(seq INTEGER PRIMARY KEY AUTOINCREMENT, time DATETIME NOT NULL, kind TEXT NOT NULL, task_id TEXT,"
+              " execution_id TEXT, payload_json TEXT NOT NULL DEFAULT '{}')",
+    "state_counts": "(state TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID",
+    "settings": "(key TEXT PRIMARY KEY, value_json TEXT NOT NULL) WITHOUT ROWID",
+    "agents": "(kind TEXT PRIMARY KEY, parked_until REAL, reason TEXT NOT NULL, detail TEXT NOT NULL) WITHOUT ROWID",
 }
-EXECUTION_COLUMNS: dict[str, str] = {
-    "id": "TEXT PRIMARY KEY", "task_id": "TEXT NOT NULL", "start_time": "DATETIME", "end_time": "DATETIME",
-    "exit_code": "INTEGER", "status": "TEXT NOT NULL", "stdout_path": "TEXT", "stderr_path": "TEXT",
-    "artifact_dir": "TEXT", "cost_usd": "REAL", "error_msg": "TEXT", "session_id": "TEXT", "sandbox_dir": "TEXT",
-    "changestats_json": "TEXT", "commits_json": "TEXT", "tokens_in": "INTEGER", "tokens_out": "INTEGER",
-    "seq": "INTEGER", "reason": "TEXT NOT NULL DEFAULT ''", "summary": "TEXT NOT NULL DEFAULT ''",
-    "agent": "TEXT NOT NULL DEFAULT ''", "model": "TEXT NOT NULL DEFAULT ''", "round": "INTEGER NOT NULL DEFAULT 1",
-    "pid": "INTEGER", "pid_start": "INTEGER", "boot_id": "TEXT", "timeout_ns": "INTEGER NOT NULL DEFAULT 0",
-    "branch": "TEXT NOT NULL DEFAULT ''", "start_head": "TEXT NOT NULL DEFAULT ''",
-    "source": "TEXT NOT NULL DEFAULT ''", "pushed_branch": "TEXT NOT NULL DEFAULT ''",
-    "stop_reason": "TEXT NOT NULL DEFAULT ''",
-}
-INDEXES = (
-    "CREATE INDEX IF NOT EXISTS tasks_claim ON tasks(state, rank, seq)",
-    "CREATE INDEX IF NOT EXISTS tasks_newest ON tasks(state, seq)",
-    "CREATE UNIQUE INDEX IF NOT EXISTS tasks_seq ON tasks(seq)",
-    "CREATE INDEX IF NOT EXISTS tasks_parent ON tasks(parent_task_id)",
-    "CREATE UNIQUE INDEX IF NOT EXISTS tasks_idempotency ON tasks(idempotency_key)",
-    "CREATE INDEX IF NOT EXISTS executions_task ON executions(task_id, seq)",
-    "CREATE INDEX IF NOT EXISTS executions_status ON executions(status, seq)",
-    "CREATE UNIQUE INDEX IF NOT EXISTS executions_seq ON executions(seq)",
-    "CREATE INDEX IF NOT EXISTS events_task ON events(task_id, seq)",
-)
-TABLES = (
-    "CREATE TABLE IF NOT EXISTS events (seq INTEGER PRIMARY KEY AUTOINCREMENT, time DATETIME NOT NULL, kind TEXT NOT NULL,"
-    " task_id TEXT, execution_id TEXT, payload_json TEXT NOT NULL DEFAULT '{}')",
-    "CREATE TABLE IF NOT EXISTS state_counts (state TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID",
-    "CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value_json TEXT NOT NULL) WITHOUT ROWID",
-    "CREATE TABLE IF NOT EXISTS agents (kind TEXT PRIMARY KEY, parked_until REAL, reason TEXT NOT NULL DEFAULT '',"
-    " detail TEXT NOT NULL DEFAULT '', failures INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID",
+INDEXES = (  # each ends in the rowid, which is ``seq``
+    "CREATE INDEX tasks_claim ON tasks(state, rank)",
+    "CREATE INDEX tasks_newest ON tasks(state)",
+    "CREATE INDEX tasks_parent ON tasks(parent_task_id) WHERE parent_task_id IS NOT NULL",
+    "CREATE UNIQUE INDEX tasks_idempotency ON tasks(idempotency_key) WHERE idempotency_key IS NOT NULL",
+    "CREATE INDEX executions_task ON executions(task_id)",
+    "CREATE INDEX executions_running ON executions(status) WHERE status = 'RUNNING'",
+    "CREATE INDEX executions_files ON executions(end_time) WHERE artifact_dir <> ''",  # for the retention
+    "CREATE INDEX executions_sandbox ON executions(sandbox_dir) WHERE sandbox_dir <> ''",
+    "CREATE INDEX events_task ON events(task_id)",
 )
 TRIGGERS = (  # counts per state are kept, because counting a million rows takes 0.1 s
-    "CREATE TRIGGER IF NOT EXISTS tasks_counted_insert AFTER INSERT ON tasks BEGIN"
+    "CREATE TRIGGER tasks_counted_insert AFTER INSERT ON tasks BEGIN"
     " INSERT INTO state_counts VALUES (new.state, 1) ON CONFLICT(state) DO UPDATE SET n = n + 1; END",
-    "CREATE TRIGGER IF NOT EXISTS tasks_counted_delete AFTER DELETE ON tasks BEGIN"
+    "CREATE TRIGGER tasks_counted_delete AFTER DELETE ON tasks BEGIN"
     " UPDATE state_counts SET n = n - 1 WHERE state = old.state; END",
-    "CREATE TRIGGER IF NOT EXISTS tasks_counted_move AFTER UPDATE OF state ON tasks WHEN old.state <> new.state BEGIN"
+    "CREATE TRIGGER tasks_counted_move AFTER UPDATE OF state ON tasks WHEN old.state <> new.state BEGIN"
     " UPDATE state_counts SET n = n - 1 WHERE state = old.state;"
     " INSERT INTO state_counts VALUES (new.state, 1) ON CONFLICT(state) DO UPDATE SET n = n + 1; END",
 )
 
 
-def _sqlite():
-    """SQLite's driver: ``_sqlite3`` is ``sqlite3`` without its date adapters, which nothing here uses."""
-    try:
-        import _sqlite3 as sqlite
-    except ImportError:
-        import sqlite3 as sqlite
-    return sqlite
+class _Table:
+    """How records are stored: codecs are (column, encode, decode), others as is; NULL is read as the default."""
+
+    def __init__(self, record: type, name: str, label: str, codecs: dict):
+        self.record, self.name, self.noun, self.label = record, name, name[:-1], label
+        self._codecs = {field: codecs.get(field, (field, None, None)) for field in record._fields}
+        self.select = f"SELECT {', '.join(column for column, _, _ in self._codecs.values())} FROM {name}"
+
+    def row(self, fields: dict) -> dict:
+        codecs = ((self._codecs[field], value) for field, value in fields.items())
+        return {column: encode(value) if encode else value for (column, encode, _), value in codecs}
+
+    def load(self, row: tuple) -> Record:
+        decoded = [decode(value) if decode and value is not None else value
+                   for (_, _, decode), value in zip(self._codecs.values(), row)]
+        return self.record(**{field: self.record._defaults.get(field) if value is None else value
+                              for field, value in zip(self._codecs, decoded)})
 
 
-def _nanoseconds(seconds: float | None) -> int | None:
-    return None if seconds is None else int(seconds * 1e9)
+def _json_codec(column: str, to_json, from_json) -> tuple:
+    return column, lambda value: format_json(to_json(value)), lambda text: from_json(parse_json_or(text, None))
 
 
-def _task_row(task: Task) -> dict:
-    return {
-        "id": task.id, "name": task.name, "description": task.description,
-        "config_json": format_json(agent_to_json(task.agent)), "priority": task.priority,
-        "rank": PRIORITY_RANK[task.priority], "timeout_ns": _nanoseconds(task.timeout_s) or 0,
-        "stall_timeout_ns": _nanoseconds(task.stall_timeout_s), "retry_json": format_json(retry_to_json(task.retry)),
-        "tags_json": format_json(list(task.tags)), "depends_on_json": format_json(depends_to_json(task.depends_on)),
-        "parent_task_id": task.parent_task_id or None, "state": task.state, "seq": task.seq,
-        "created_at": format_db_time(task.created_at), "updated_at": format_db_time(task.updated_at),
-        "rejection_comment": task.rejection_comment, "summary": task.summary, "project": task.project,
-        "question_json": format_json(task.question) if task.question else None, "story_id": task.story_id or None,
-        "acceptance_criteria": task.acceptance_criteria, "reason": task.reason, "detail": task.detail,
-        "start_at": format_db_time(task.start_at), "verify": task.verify, "verify_rounds": task.verify_rounds,
-        "auto_accept": int(task.auto_accept), "idempotency_key": task.idempotency_key or None,
-        "not_before": format_db_time(task.not_before), "attempts": task.attempts, "free_tries": task.free_tries,
-        "round": task.round, "resume_json": format_json(task.resume) if task.resume else None,
-        "execution_id": task.execution_id,
-    }
+def _json_if_any(value) -> str | None:
+    return format_json(value) if value else None
 
 
-def _task_of(row) -> Task:
-    values = dict(zip(TASK_COLUMNS, row))
-    tags = parse_json_or(values["tags_json"], [])
-    return Task(
-        id=values["id"], name=values["name"], description=values["description"] or "",
-        agent=agent_from_json(parse_json_or(values["config_json"], {})),
-        timeout_s=values["timeout_ns"] / 1e9 if values["timeout_ns"] else None,
-        stall_timeout_s=None if values["stall_timeout_ns"] is None else values["stall_timeout_ns"] / 1e9,
-        priority=values["priority"] if values["priority"] in PRIORITY_RANK else "normal", tags=tuple(map(str, tags)),
-        depends_on=depends_from_json(parse_json_or(values["depends_on_json"], [])),
-        start_at=parse_db_time(values["start_at"]), retry=retry_from_json(parse_json_or(values["retry_json"], {})),
-        verify=values["verify"] or "", verify_rounds=values["verify_rounds"],
-        acceptance_criteria=values["acceptance_criteria"] or "", auto_accept=bool(values["auto_accept"]),
-        idempotency_key=values["idempotency_key"] or "", parent_task_id=values["parent_task_id"] or "",
-        project=values["project"] or "", story_id=values["story_id"] or "", seq=values["seq"] or 0,
-        state=values["state"], reason=values["reason"], detail=values["detail"],
-        created_at=parse_db_time(values["created_at"]) or 0.0, updated_at=parse_db_time(values["updated_at"]) or 0.0,
-        question=_question_of(values["question_json"]), summary=values["summary"] or "",
-        rejection_comment=values["rejection_comment"] or "", not_before=parse_db_time(values["not_before"]),
-        attempts=values["attempts"], free_tries=values["free_tries"], round=values["round"],
-        resume=parse_json_or(values["resume_json"], None), execution_id=values["execution_id"])
-
-
-def _question_of(text: str | None) -> dict | None:
+def _question_of(text: str) -> dict | None:
     """A stored question; the Go server stored the agent's raw text, which may be no JSON object."""
-    if not text:
-        return None
     value = parse_json_or(text, text)
-    return value if isinstance(value, dict) else {"text": str(value), "options": []}
+    return value if isinstance(value, dict) else {"text": str(value), "options": []} if text else None
 
 
-def _execution_row(execution: Execution) -> dict:
-    row = dict(execution.__dict__)
-    row["error_msg"] = row.pop("detail")
-    row["timeout_ns"] = _nanoseconds(row.pop("timeout_s"))
-    row["start_time"], row["end_time"] = format_db_time(row["start_time"]), format_db_time(row["end_time"])
-    changestats, commits = row.pop("changestats"), row.pop("commits")
-    row["changestats_json"] = format_json(changestats) if changestats else None
-    row["commits_json"] = format_json(list(commits)) if commits else None
-    return row
+def _changestats_of(text: str) -> dict | None:
+    """Stored change counts, whatever names the program that wrote them had for lines."""
+    stats = parse_json_or(text, None)
+    if not isinstance(stats, dict):
+        return None
+    names = {"files_changed": "", "insertions": "lines_added", "deletions": "lines_removed"}
+    return {name: stats.get(name, stats.get(old, 0)) for name, old in names.items()}
 
 
-def _execution_of(row) -> Execution:
-    values = dict(zip(EXECUTION_COLUMNS, row))
-    commits = [{"hash": str(c.get("hash", "")), "message": str(c.get("message", ""))}
-               for c in parse_json_or(values.pop("commits_json"), []) if isinstance(c, dict)]
-    values.update(
-        detail=values.pop("error_msg") or "", timeout_s=values.pop("timeout_ns") / 1e9, commits=tuple(commits),
-        start_time=parse_db_time(values["start_time"]), end_time=parse_db_time(values["end_time"]),
-        changestats=parse_json_or(values.pop("changestats_json"), None), seq=values["seq"] or 0)
-    for name in ("session_id", "sandbox_dir", "stdout_path", "stderr_path", "artifact_dir", "boot_id"):
-        values[name] = values[name] or ""
-    return Execution(**values)
+TASKS = _Table(Task, "tasks", "name", {
+    "agent": _json_codec("config_json", agent_to_json, agent_from_json),
+    "timeout_s": ("timeout_ns", lambda timeout_s: round((timeout_s or 0) * 1e9), lambda ns: ns / 1e9 if ns else None),
+    "stall_timeout_s": ("stall_timeout_ns", lambda stall_s: None if stall_s is None else round(stall_s * 1e9),
+                        lambda ns: ns / 1e9),
+    "priority": ("priority", None, lambda text: text if text in PRIORITY_RANK else "normal"),
+    "retry": _json_codec("retry_json", retry_to_json, retry_from_json),
+    "tags": _json_codec("tags_json", list, lambda tags: tuple(map(str, tags or ()))),
+    "depends_on": _json_codec("depends_on_json", depends_to_json, depends_from_json),
+    "auto_accept": ("auto_accept", int, bool),
+    "question": ("question_json", _json_if_any, _question_of),
+    "resume": ("resume_json", _json_if_any, lambda text: parse_json_or(text, None)),
+    **{name: (name, lambda text: text or None, None) for name in ("parent_task_id", "idempotency_key")},
+    **{name: (name, format_db_time, parse_db_time) for name in ("start_at", "created_at", "updated_at", "not_before")},
+})
+EXECUTIONS = _Table(Execution, "executions", "status", {
+    "detail": ("error_msg", None, None),
+    "timeout_s": ("timeout_ns", lambda timeout_s: round(timeout_s * 1e9), lambda ns: ns / 1e9),
+    "changestats": ("changestats_json", _json_if_any, _changestats_of),
+    "commits": ("commits_json", _json_if_any, lambda text: tuple(
+        {name: str(commit.get(name, "")) for name in ("hash", "message")}
+        for commit in parse_json_or(text, []) if isinstance(commit, dict))),
+    **{name: (name, format_db_time, parse_db_time) for name in ("start_time", "end_time")},
+})
+SHOWN: dict[str, Callable] = {  # how interfaces see a field that they do not see as it is
+    **dict.fromkeys(("start_time", "end_time", "start_at", "not_before", "created_at", "updated_at"), format_time),
+    **dict.fromkeys(("reason", "session_id", "sandbox_dir", "pushed_branch", "parent_task_id", "project", "story_id",
+                     "rejection_comment"), lambda text: text or None),
+    "tags": list, "commits": list, "depends_on": depends_to_json,
+}
+
+
+def _shown(record: Record, names: str) -> dict:
+    fields = ((name, record.__dict__[name]) for name in names.split())
+    return {name: SHOWN[name](value) if name in SHOWN else value for name, value in fields}
 
 
 def execution_to_json(execution: Execution) -> dict:
     """An execution as every interface shows it (SPEC section 11)."""
-    return {
-        "id": execution.id, "task_id": execution.task_id, "status": execution.status,
-        "reason": execution.reason or None, "detail": execution.detail, "agent": execution.agent,
-        "round": execution.round, "start_time": format_time(execution.start_time),
-        "end_time": format_time(execution.end_time), "exit_code": execution.exit_code,
-        "cost_usd": execution.cost_usd, "tokens_in": execution.tokens_in, "tokens_out": execution.tokens_out,
-        "session_id": execution.session_id or None, "sandbox_dir": execution.sandbox_dir or None,
-        "changestats": execution.changestats, "commits": list(execution.commits), "summary": execution.summary,
-        "pushed_branch": execution.pushed_branch or None,
-    }
+    return _shown(execution, "id task_id status reason detail agent round start_time end_time exit_code cost_usd"
+                             " tokens_in tokens_out session_id sandbox_dir changestats commits summary pushed_branch")
 
 
 def task_to_json(task: Task, execution: Execution | None, default_timeout_s: float) -> dict:
     """A task as every interface shows it (SPEC section 11)."""
-    return {
-        "id": task.id, "name": task.name, "description": task.description, "state": task.state,
-        "reason": task.reason or None, "detail": task.detail, "agent": agent_to_json(task.agent),
-        "timeout_s": task.timeout_s or default_timeout_s, "priority": task.priority, "tags": list(task.tags),
-        "depends_on": depends_to_json(task.depends_on), "parent_task_id": task.parent_task_id or None,
-        "project": task.project or None, "story_id": task.story_id or None, "summary": task.summary,
-        "question": task.question, "rejection_comment": task.rejection_comment or None,
-        "start_at": format_time(task.start_at), "not_before": format_time(task.not_before), "round": task.round,
-        "attempts": task.attempts, "created_at": format_time(task.created_at),
-        "updated_at": format_time(task.updated_at),
-        "execution": execution_to_json(execution) if execution else None,
-    }
+    shown = _shown(task, "id name description state reason detail agent timeout_s priority tags depends_on"
+                         " parent_task_id project story_id summary question rejection_comment start_at not_before"
+                         " round attempts created_at updated_at")
+    return {**shown, "agent": agent_to_json(task.agent), "timeout_s": task.timeout_s or default_timeout_s,
+            "execution": execution and execution_to_json(execution)}
 
 
 def migrate(db) -> None:
-    """Bring a database to ``SCHEMA_VERSION``, each numbered step in a transaction of its own.
-
-    A database of the Go server (version 0 with a ``tasks`` table) is completed in place.  Raises ``StorageError`` for a
-    database that a newer program wrote.
-    """
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version > SCHEMA_VERSION:
-        raise StorageError(f"the database has schema version {version}, this program knows up to {SCHEMA_VERSION};"
-                           " use the newer claudomator that wrote it, or restore a backup")
-    for number, step in ((1, _migrate_1_tables), (2, _migrate_2_go_rows)):
-        if version < number:
-            db.execute("BEGIN IMMEDIATE")
-            try:
+    """Bring a database to ``SCHEMA_VERSION``, each numbered step in a transaction of its own."""
+    for number, step in ((2, _migrate_2),):
+        if db.execute("PRAGMA user_version").fetchone()[0] < number:
+            with db:  # commits, or undoes all when it raises
+                db.execute("BEGIN IMMEDIATE")
                 step(db)
                 db.execute(f"PRAGMA user_version = {number}")
-                db.execute("COMMIT")
-            except BaseException:
-                db.execute("ROLLBACK")
-                raise
 
 
-def _migrate_1_tables(db) -> None:
-    """Create the tables, or add to the Go server's what they lack."""
-    for table, columns in (("tasks", TASK_COLUMNS), ("executions", EXECUTION_COLUMNS)):
-        have = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
-        if not have:
-            db.execute(f"CREATE TABLE {table} ({', '.join(f'{name} {kind}' for name, kind in columns.items())})")
-        for name, kind in columns.items():
-            if have and name not in have:
-                db.execute(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
-    for statement in TABLES:
-        db.execute(statement)
+def _migrate_2(db) -> None:
+    """Create the tables, with the Go server's rows in them by age; another table of it in our way becomes ``go_NAME``.
 
-
-def _migrate_2_go_rows(db) -> None:
-    """Number the rows that have no ``seq``, end what the Go server left running, then index and count."""
-    for table, order in (("tasks", "created_at, rowid"), ("executions", "start_time, rowid")):
-        db.execute(f"UPDATE {table} SET seq = n FROM (SELECT rowid AS r, row_number() OVER (ORDER BY {order}) AS n"
-                   f" FROM {table}) WHERE {table}.rowid = r")
-    db.execute("UPDATE tasks SET rank = CASE priority WHEN 'high' THEN 0 WHEN 'low' THEN 2 ELSE 1 END,"
-               " idempotency_key = NULLIF(idempotency_key, '')")
+    The rows are copied, because a column of the Go server may refuse the NULL that stands for unknown here; OR REPLACE
+    puts the default where it has NULL and we do not.  What that server left running is lost; its 0 is often "unknown".
+    """
+    for table, age, ours in (("tasks", "created_at", TASK_COLUMNS), ("executions", "start_time", EXECUTION_COLUMNS)):
+        theirs = {f'"{row[1]}"': row[2] for row in db.execute(f"PRAGMA table_info({table})")}
+        columns = {**theirs, **{f'"{name}"': kind for name, kind in (each.split(None, 1) for each in ours.split(","))}}
+        db.execute(f"CREATE TABLE new_{table} ({', '.join(f'{name} {kind}' for name, kind in columns.items())})")
+        if theirs:
+            names = ", ".join(theirs)
+            db.execute(f"INSERT OR REPLACE INTO new_{table} ({names}) SELECT {names} FROM {table}"
+                       f" ORDER BY julianday({age}), {age}, rowid")
+            db.execute(f"DROP TABLE {table}")
+        db.execute(f"ALTER TABLE new_{table} RENAME TO {table}")
+    for table, columns in OTHER_TABLES.items():
+        if db.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone():
+            db.execute(f"ALTER TABLE {table} RENAME TO go_{table}")
+        db.execute(f"CREATE TABLE {table} {columns}")
     detail = "it was running when the Go server stopped; nothing is known of its end"
-    db.execute("UPDATE executions SET status = 'FAILED', reason = 'lost', error_msg = ? WHERE status = 'RUNNING'", (detail,))
+    db.execute("UPDATE executions SET status = 'FAILED', reason = 'lost', error_msg = ?, exit_code = NULL,"
+               " end_time = strftime('%Y-%m-%d %H:%M:%f000+00:00', 'now') WHERE status = 'RUNNING'", (detail,))
     db.execute("UPDATE tasks SET state = 'FAILED', reason = 'lost', detail = ? WHERE state = 'RUNNING'", (detail,))
-    db.execute("UPDATE tasks SET execution_id = (SELECT id FROM executions WHERE task_id = tasks.id"
-               " ORDER BY seq DESC LIMIT 1) WHERE execution_id IS NULL")
-    for statement in (*INDEXES, *TRIGGERS):
+    for statement in (
+            "UPDATE executions SET cost_usd = NULLIF(cost_usd, 0), tokens_in = NULL, tokens_out = NULL"
+            " WHERE coalesce(tokens_in, 0) = 0 AND coalesce(tokens_out, 0) = 0",
+            "UPDATE executions SET agent = coalesce((SELECT NULLIF(json_extract(config_json, '$.type'), '')"
+            " FROM tasks WHERE tasks.id = task_id AND json_valid(config_json)), 'claude')",
+            *INDEXES,
+            "UPDATE tasks SET execution_id = (SELECT id FROM executions WHERE task_id = tasks.id"
+            " ORDER BY seq DESC LIMIT 1)",
+            *TRIGGERS,
+            "INSERT INTO state_counts SELECT state, count(*) FROM tasks GROUP BY state",
+            f"PRAGMA application_id = {APPLICATION_ID}"):
         db.execute(statement)
-    db.execute("INSERT OR REPLACE INTO state_counts SELECT state, count(*) FROM tasks GROUP BY state")
-    db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
 
 
-def open_database(path: str, readonly: bool = False):
+def open_database(path: str, readonly: bool = False) -> object:
     """A connection to the database at ``path``, migrated unless ``readonly``.
 
-    Raises ``StorageError`` where it is missing (readonly), damaged, newer than this program, or not a database.
+    Raises ``StorageError`` where it is missing (readonly), damaged, newer than this program, or not a database; it is
+    looked at read-only first, so that what is refused stays as it is.
     """
-    sqlite = _sqlite()
-    if readonly and not os.path.exists(path):
-        raise StorageError(f"there is no database at {path}; run `claudomator init` or start the daemon first")
-    existed = os.path.exists(path) and os.path.getsize(path) > 0
+    import _sqlite3 as sqlite  # ``sqlite3`` without its date adapters, which nothing here uses
+
+    def connect(mode: str) -> object:
+        uri = f"file:{path.replace('%', '%25').replace('?', '%3f').replace('#', '%23')}?mode={mode}"
+        return sqlite.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=10.0)
+
     try:
-        if not readonly:
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        quoted = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-        db = sqlite.connect(f"file:{quoted}?mode={'ro' if readonly else 'rw'}", uri=True, isolation_level=None,
-                            check_same_thread=False, timeout=10.0, cached_statements=256)
-        for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = OFF", "temp_store = MEMORY",
-                       "cache_size = -2000", "wal_autocheckpoint = 1000"):
-            if not (readonly and pragma.startswith("journal")):
-                db.execute(f"PRAGMA {pragma}")
-        if existed:
-            _check_sound(db)
-        if not readonly:
-            migrate(db)
-        elif db.execute("PRAGMA user_version").fetchone()[0] != SCHEMA_VERSION:
-            raise StorageError(f"the database at {path} has another schema version; start the daemon to migrate it")
+        wal, journal = (os.path.exists(path + end) and os.path.getsize(path + end) for end in ("-wal", "-journal"))
+        if os.path.exists(path) and os.path.getsize(path):
+            db = connect("rw" if journal else "ro")  # a journal: SQLite first undoes what a killed Go server began
+            version = _check_sound(db)
+            if readonly and version == SCHEMA_VERSION:
+                return db
+            db.close()
+            if readonly:
+                raise StorageError(f"the database at {path} has an older schema; start the daemon once to migrate it")
+        elif readonly:
+            raise StorageError(f"there is no database at {path}; run `claudomator init` or start the daemon first")
+        elif wal:
+            raise StorageError(f"the database {path} is missing or empty, but the {wal} bytes of its write-ahead log"
+                               f" {path}-wal are there; put the database back, or move that file away to start empty")
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        db = connect("rw")
+        if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+            raise StorageError(f"the file system of {path} cannot hold a SQLite database in WAL mode; move data_dir")
+        db.execute("PRAGMA synchronous = NORMAL")
+        db.execute("PRAGMA temp_store = MEMORY")
+        migrate(db)
         return db
     except (sqlite.Error, OSError) as error:
         raise StorageError(f"cannot open the database {path}: {error}. It was left as it is: restore a backup"
                            " (`claudomator ctl backup` makes them), or move the file away to start empty") from error
 
 
-def _check_sound(db) -> None:
-    """Read the schema and both ends of the main tables; a damaged file raises the driver's error here, not later."""
+def _check_sound(db) -> int:
+    """Read the schema and both ends of the main tables, so that damage shows now; returns the schema's version."""
+    version, owner = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("user_version", "application_id"))
+    if version > SCHEMA_VERSION:
+        raise StorageError(f"the database has schema version {version}, this program knows up to {SCHEMA_VERSION};"
+                           " use the newer claudomator that wrote it, or restore a backup")
     tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if owner not in (0, APPLICATION_ID) or version and "tasks" not in tables:
+        raise StorageError("this database belongs to another program")
     for table in ("tasks", "executions", "events"):
-        if table in tables:
-            db.execute(f"SELECT * FROM {table} ORDER BY rowid LIMIT 1").fetchone()
-            db.execute(f"SELECT * FROM {table} ORDER BY rowid DESC LIMIT 1").fetchone()
-
-
-class _Savepoint:
-    """One operation inside the tick's transaction: all of it happens or nothing, its events and hooks included."""
-
-    def __init__(self, store: Transactions):
-        self._store = store
-
-    def __enter__(self) -> None:
-        store = self._store
-        store._begin()
-        store._db.execute("SAVEPOINT op")
-        store._depth += 1
-        self._marks = len(store._events), len(store._hooks)
-
-    def __exit__(self, kind, error, trace) -> None:
-        store = self._store
-        store._depth -= 1
-        if kind is not None:
-            if store._in_transaction:
-                store._db.execute("ROLLBACK TO op")
-                store._db.execute("RELEASE op")
-            del store._events[self._marks[0]:], store._hooks[self._marks[1]:]
-        else:
-            store._db.execute("RELEASE op")
-            if store._depth == 0:
-                hooks, store._hooks = store._hooks, []
-                for hook in hooks:
-                    hook()
-        if store._loop is None and store._depth == 0:
-            store.commit()
+        for order in ("ASC", "DESC") if table in tables else ():
+            db.execute(f"SELECT * FROM {table} ORDER BY rowid {order} LIMIT 1").fetchone()
+    return version
 
 
 class WalSyncer:
     """A thread that syncs the WAL to disk and then calls back; requests that come meanwhile share the next sync.
 
-    A sync may take 10 ms on a slow disk; the loop must not stand still for it.
+    A sync may take 10 ms on a slow disk; the loop must not stand still for it.  Once one has failed all fail: the
+    kernel may have dropped what it could not write, and a later sync would succeed without it.
     """
 
     def __init__(self, path: str, call_soon_threadsafe):
-        self._path, self._reply, self._queue, self._thread = path, call_soon_threadsafe, None, None
+        from queue import SimpleQueue
+        from threading import Thread
+        self._descriptor, self._reply, self._queue = os.open(path, os.O_RDONLY), call_soon_threadsafe, SimpleQueue()
+        self._thread = Thread(target=self._run, name="wal-sync", daemon=True)
+        self._thread.start()
 
     def request(self, callback) -> None:
         """Have ``callback(error_or_None)`` called in the loop once all that is committed now is on disk."""
-        if self._thread is None:
-            from queue import SimpleQueue
-            from threading import Thread
-            self._queue = SimpleQueue()
-            self._thread = Thread(target=self._run, name="wal-sync", daemon=True)
-            self._thread.start()
         self._queue.put(callback)
 
     def _run(self) -> None:
-        descriptor = os.open(self._path, os.O_RDONLY)
+        error = None
         while True:
             batch = [self._queue.get()]
             while not self._queue.empty():
                 batch.append(self._queue.get())
-            error = None
             try:
-                os.fdatasync(descriptor)
+                os.fdatasync(self._descriptor)
             except OSError as failure:
                 error = failure
-            stop = None in batch
-            for callback in batch:
-                if callback is not None:
-                    try:
-                        self._reply(callback, error)
-                    except RuntimeError:  # the loop has closed: nobody waits for the answer any more
-                        stop = True
-            if stop:
-                os.close(descriptor)
+            try:
+                for callback in batch:
+                    if callback is None:
+                        return
+                    self._reply(callback, error)
+            except RuntimeError:  # the loop has closed: nobody waits for the answer any more
                 return
 
     def close(self) -> None:
-        """End the thread."""
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join(5)
-            self._thread = None
+        """Sync what was requested and end the thread."""
+        self._queue.put(None)
+        self._thread.join(5)
+        os.close(self._descriptor)
 
 
 class Transactions:
@@ -3875,22 +3465,22 @@ class Transactions:
     """
 
     def __init__(self, path: str, clock=time.time, readonly: bool = False):
+        import _sqlite3 as sqlite
         self.path, self.clock = path, clock
-        self._sqlite_error, self._integrity_error = _sqlite().Error, _sqlite().IntegrityError
+        self._sqlite_error, self._integrity_error = sqlite.Error, sqlite.IntegrityError
         self._db = open_database(path, readonly)
         self._loop = self._syncer = None
-        self._in_transaction, self._depth, self._unsynced = False, 0, 0
-        self._events: list[dict] = []
-        self._hooks: list = []
-        self._waiters: list = []
+        self._marks: list[tuple] = []  # of each operation under way, how many events and hooks there were before it
+        self._in_transaction, self._events, self._hooks, self._waiters = False, [], [], []  # of this tick
+        self._syncing: list[list] = []  # waiters of the transactions that are committed and not yet synced
+        self._cache: dict[tuple, Record] = {}  # records read or written lately; with a loop nobody else writes
         self.on_events = lambda events: None
         self.on_rollback = lambda: None
-        self._load_sequences()
-        self.published_seq = self.last_event_seq()
+        self.published_seq = self.last_seq("events")  # the newest event that watchers may know
 
-    def _load_sequences(self) -> None:
-        self._seq = {table: self._db.execute(f"SELECT coalesce(max(seq), 0) FROM {table}").fetchone()[0]
-                     for table in ("tasks", "executions")}
+    def last_seq(self, table: str) -> int:
+        """The sequence number of the newest row of ``tasks``, ``executions`` or ``events``, 0 where there is none."""
+        return self._rows(f"SELECT coalesce(max(seq), 0) FROM {table}")[0][0]
 
     def attach(self, loop) -> None:
         """From now on commit once per tick of ``loop`` and acknowledge after the WAL's sync."""
@@ -3899,16 +3489,37 @@ class Transactions:
 
     def close(self) -> None:
         """Commit what is open and close; the last reader's checkpoint leaves one plain file."""
-        if self._in_transaction:
-            self.commit()
+        self.commit()
         if self._syncer:
             self._syncer.close()
         self._loop = None
         self._db.close()
 
-    def atomic(self) -> _Savepoint:
-        """``with store.atomic():`` makes the writes inside happen together or not at all."""
-        return _Savepoint(self)
+    def atomic(self) -> Transactions:
+        """``with store.atomic():`` makes the writes inside, which must not await, happen together or not at all."""
+        return self
+
+    def __enter__(self) -> None:
+        self._begin()
+        self._db.execute("SAVEPOINT op")
+        self._marks.append((len(self._events), len(self._hooks)))
+
+    def __exit__(self, kind, error, trace) -> None:
+        marks = self._marks.pop()
+        if kind is None:
+            self._db.execute("RELEASE op")
+            if not self._marks:
+                hooks, self._hooks = self._hooks, []
+                for hook in hooks:
+                    hook()
+        else:
+            if self._in_transaction:
+                self._db.execute("ROLLBACK TO op")
+                self._db.execute("RELEASE op")
+            del self._events[marks[0]:], self._hooks[marks[1]:]
+            self._cache.clear()
+        if self._loop is None and not self._marks:
+            self.commit()
 
     def after(self, hook) -> None:
         """Call ``hook()`` once the outermost operation is complete; never if it is undone."""
@@ -3924,9 +3535,9 @@ class Transactions:
             if self._loop is not None:
                 self._loop.call_soon(self.commit)
 
-    @staticmethod
-    def _failure(error: Exception) -> StorageError:
-        return StorageError(f"the database could not be written: {error}; make room on its disk and try again")
+    def _failure(self, error: Exception) -> StorageError:
+        hint = "another program is writing to it" if "locked" in str(error) else "make room on its disk"
+        return StorageError(f"the database could not be written: {error}; {hint} and try again")
 
     def commit(self) -> None:
         """End the tick's transaction; called by the loop, or at once where there is none."""
@@ -3940,53 +3551,56 @@ class Transactions:
                 raise failure from error
             return
         self._in_transaction = False
-        events, self._events = self._events, []
-        waiters, self._waiters = self._waiters, []
+        events, waiters, self._events, self._waiters = self._events, self._waiters, [], []
+        self._syncing.append(waiters)
         if self._syncer is None:
             self._synced(None, events, waiters)
         else:
-            self._unsynced += 1
-            self._syncer.request(lambda error: self._synced(error, events, waiters, 1))
+            self._syncer.request(lambda error: self._synced(error, events, waiters))
 
-    def _synced(self, error, events: list, waiters: list, commits: int = 0) -> None:
-        self._unsynced -= commits
-        failure = StorageError(f"the database was not synced to disk: {error}") if error else None
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_exception(failure) if failure else waiter.set_result(None)
+    def _synced(self, error, events: list, waiters: list) -> None:
+        self._syncing.pop(0)
+        self._answer(waiters, error and StorageError(f"the disk did not take what was written: {error};"
+                                                     " restart the daemon once it is well"))
         if events:
             self.published_seq = events[-1]["seq"]
             self.on_events(events)
 
-    def _undo(self, error: Exception) -> StorageError:
-        """Undo the tick's transaction and tell everybody who waits for it; returns the error to raise."""
-        self._in_transaction, self._events, self._hooks = False, [], []
-        waiters, self._waiters = self._waiters, []
-        try:
-            self._db.execute("ROLLBACK")
-        except self._sqlite_error:
-            pass  # SQLite had rolled back by itself
-        self._load_sequences()
-        failure = self._failure(error)
+    def _answer(self, waiters: list, failure: StorageError | None) -> None:
         for waiter in waiters:
             if not waiter.done():
-                waiter.set_exception(failure)
+                waiter.set_exception(failure) if failure else waiter.set_result(None)
+
+    def _undo(self, error: Exception) -> StorageError:
+        """Undo the tick's transaction and tell everybody who waits for it; returns the error to raise."""
+        waiters = self._waiters
+        self._in_transaction, self._events, self._hooks, self._waiters = False, [], [], []
+        self._cache.clear()
+        if self._db.in_transaction:  # else SQLite has undone it by itself
+            self._db.execute("ROLLBACK")
+        failure = self._failure(error)
+        self._answer(waiters, failure)
         self.on_rollback()
         return failure
 
-    def durable(self):
+    def durable(self) -> object:
         """An awaitable that ends once everything written so far is on disk.  Raises ``StorageError``."""
         future = self._loop.create_future()
         if self._in_transaction:
             self._waiters.append(future)
-        elif self._unsynced:
-            self._syncer.request(lambda error: self._synced(error, [], [future]))
+        elif self._syncing:
+            self._syncing[-1].append(future)
         else:
             future.set_result(None)
         return future
 
+    def _rows(self, sql: str, values=()) -> list[tuple]:
+        try:
+            return self._db.execute(sql, values).fetchall()
+        except self._sqlite_error as error:
+            raise StorageError(f"the database could not be read: {error}") from error
+
     def _write(self, sql: str, values):
-        """Run one changing statement; returns its cursor."""
         self._begin()
         try:
             return self._db.execute(sql, values)
@@ -3994,263 +3608,223 @@ class Transactions:
             raise
         except self._sqlite_error as error:
             raise self._undo(error) from error
+        except UnicodeEncodeError:
+            raise InvalidInput("the text holds half of a surrogate pair (\\ud800 to \\udfff), no character") from None
         finally:
-            if self._loop is None and self._depth == 0:
+            if self._loop is None and not self._marks:
                 self.commit()
 
-    def _update(self, table: str, key: str, row: dict) -> None:
-        sets = ", ".join(f"{name} = ?" for name in row)
-        self._write(f"UPDATE {table} SET {sets} WHERE id = ?", (*row.values(), key))
+    def _find(self, table: _Table, where: str, values=(), order: str = "seq", limit: int = -1) -> list:
+        sql = f"{table.select} WHERE {where} ORDER BY {order} LIMIT {int(limit)}"  # -1: all
+        return [table.load(row) for row in self._rows(sql, values)]
 
-    def _insert(self, table: str, row: dict) -> None:
-        self._write(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", tuple(row.values()))
+    def _get(self, table: _Table, key: str) -> Record:
+        if (table.name, key) in self._cache:
+            return self._cache[table.name, key]
+        found = self._find(table, "id = ?", (key,))
+        if not found:
+            raise NotFound(f"there is no {table.noun} {key}")
+        return self._remember(table, found[0])
 
-    def _next_seq(self, table: str) -> int:
-        self._seq[table] += 1
-        return self._seq[table]
+    def _remember(self, table: _Table, record: Record) -> Record:
+        if self._loop is not None:
+            if len(self._cache) >= CACHED_RECORDS:
+                self._cache.clear()
+            self._cache[table.name, record.id] = record
+        return record
+
+    def _resolve(self, table: _Table, prefix: str) -> str:
+        rows = self._rows(f"SELECT id, {table.label} FROM {table.name} WHERE id >= ? AND id < ? ORDER BY id LIMIT 3",
+                          (prefix, prefix + "\U0010ffff")) if prefix else []
+        if len(rows) == 1 or rows and rows[0][0] == prefix:
+            return rows[0][0]
+        if rows:
+            some = ", ".join(f"{row[0][:13]} ({row[1]})" for row in rows)
+            raise NotFound(f"{prefix!r} is the beginning of several {table.noun} ids: {some} ...; give more of it")
+        raise NotFound(f"there is no {table.noun} whose id begins with {prefix!r};"
+                       " `claudomator ctl list --all` shows the tasks")
+
+    def _insert(self, table: _Table, record: Record) -> Record:
+        row = {**table.row(record.__dict__), "seq": None}  # SQLite numbers it
+        sql = f"INSERT INTO {table.name} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
+        return self._remember(table, record.replace(seq=self._write(sql, tuple(row.values())).lastrowid))
+
+    def _update(self, table: _Table, where: str, values: tuple, fields: dict) -> int:
+        """Update the row whose id is the first of ``values``; returns 0 where ``where`` does not hold."""
+        row = table.row(fields)
+        known = self._cache.pop((table.name, values[0]), None)
+        changed = self._write(f"UPDATE {table.name} SET {', '.join(f'{name} = ?' for name in row)} WHERE {where}",
+                              (*row.values(), *values)).rowcount
+        if changed and known is not None:
+            self._remember(table, known.replace(**fields))
+        return changed
 
     def append_event(self, kind: str, task_id: str | None = None, execution_id: str | None = None, **payload) -> None:
         """Write an event; it is published once it is on disk."""
-        now = self.clock()
-        with self.atomic():
-            cursor = self._write(
-                "INSERT INTO events (time, kind, task_id, execution_id, payload_json) VALUES (?, ?, ?, ?, ?)",
-                (format_db_time(now), kind, task_id, execution_id, format_json(payload)))
-            self._events.append({"seq": cursor.lastrowid, "time": format_time(now), "kind": kind, "task_id": task_id,
-                                 "execution_id": execution_id, **payload})
+        if not self._marks:
+            with self.atomic():
+                return self.append_event(kind, task_id, execution_id, **payload)
+        now, sql = self.clock(), "INSERT INTO events VALUES (NULL, ?, ?, ?, ?, ?)"
+        seq = self._write(sql, (format_db_time(now), kind, task_id, execution_id, format_json(payload))).lastrowid
+        self._events.append({"seq": seq, "time": format_time(now), "kind": kind, "task_id": task_id,
+                             "execution_id": execution_id, **payload})
 
     def events_since(self, seq: int, limit: int = 500, task_id: str | None = None) -> list[dict]:
         """Up to ``limit`` published events after ``seq``, oldest first; of one task where given."""
         where = "seq > ? AND seq <= ?" + (" AND task_id = ?" if task_id else "")
-        rows = self._db.execute(f"SELECT seq, time, kind, task_id, execution_id, payload_json FROM events WHERE {where}"
-                                f" ORDER BY seq LIMIT {int(limit)}",
-                                (seq, self.published_seq, *([task_id] if task_id else ())))
+        rows = self._rows(f"SELECT seq, time, kind, task_id, execution_id, payload_json FROM events WHERE {where}"
+                          " ORDER BY seq LIMIT ?", (seq, self.published_seq, *([task_id] if task_id else ()), limit))
         return [{"seq": row[0], "time": format_time(parse_db_time(row[1])), "kind": row[2], "task_id": row[3],
                  "execution_id": row[4], **parse_json_or(row[5], {})} for row in rows]
-
-    def last_event_seq(self) -> int:
-        """The sequence number of the newest event, 0 where there is none."""
-        return self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0]
 
 
 class Store(Transactions):
     """Tasks, executions, settings and agent kinds in the database."""
 
-    # -- tasks
-
     def insert_task(self, task: Task) -> Task:
         """Store a new task; returns it with ``seq``, ``created_at`` and ``updated_at`` set."""
         now = self.clock()
-        task = task.replace(seq=self._next_seq("tasks"), created_at=now, updated_at=now)
-        self._insert("tasks", _task_row(task))
-        return task
-
-    def _tasks(self, where: str, values=(), order: str = "seq", limit: int | None = None) -> list[Task]:
-        cut = f" LIMIT {int(limit)}" if limit else ""
-        return [_task_of(row) for row in self._db.execute(
-            f"SELECT {', '.join(TASK_COLUMNS)} FROM tasks WHERE {where} ORDER BY {order}{cut}", values)]
+        return self._insert(TASKS, task.replace(created_at=now, updated_at=now))
 
     def get_task(self, task_id: str) -> Task:
         """The task.  Raises ``NotFound``."""
-        found = self._tasks("id = ?", (task_id,))
-        if not found:
-            raise NotFound(f"there is no task {task_id}")
-        return found[0]
+        return self._get(TASKS, task_id)
 
     def find_task(self, task_id: str) -> Task | None:
         """The task, or ``None``."""
-        found = self._tasks("id = ?", (task_id,))
-        return found[0] if found else None
+        return next(iter(self._find(TASKS, "id = ?", (task_id,))), None)
 
     def task_by_key(self, idempotency_key: str) -> Task | None:
         """The task that was created with this idempotency key."""
-        found = self._tasks("idempotency_key = ?", (idempotency_key,))
-        return found[0] if found else None
+        return next(iter(self._find(TASKS, "idempotency_key = ?", (idempotency_key,))), None)
 
     def resolve_task(self, prefix: str) -> str:
         """The one task id that begins with ``prefix``.  Raises ``NotFound``, also where several do."""
-        rows = self._db.execute("SELECT id, name FROM tasks WHERE id >= ? AND id < ? ORDER BY id LIMIT 3",
-                                (prefix, prefix + "\U0010ffff")).fetchall() if prefix else []
-        if len(rows) == 1 or rows and rows[0][0] == prefix:
-            return rows[0][0]
-        if rows:
-            some = ", ".join(f"{row[0][:13]} ({row[1]})" for row in rows)
-            raise NotFound(f"{prefix!r} is the beginning of several task ids: {some} ...; give more of it")
-        raise NotFound(f"there is no task whose id begins with {prefix!r}; `claudomator ctl list --all` shows them")
+        return self._resolve(TASKS, prefix)
 
     def list_tasks(self, *, states=(), tag: str = "", project: str = "", agent: str = "", parent: str = "",
                    limit: int = 50, before_seq: int | None = None) -> list[Task]:
         """Newest first, ``limit`` at the most; ``before_seq`` continues a list (keyset paging)."""
-        def page(state: str | None) -> list[Task]:
-            where, values = [], []
-            for clause, value in (("state = ?", state), ("parent_task_id = ?", parent or None), ("seq < ?", before_seq),
-                                  ("project = ?", project or None),
-                                  ("json_extract(config_json, '$.type') = ?", agent or None),
-                                  ("EXISTS (SELECT 1 FROM json_each(tags_json) WHERE value = ?)", tag or None)):
-                if value is not None:
-                    where.append(clause)
-                    values.append(value)
-            return self._tasks(" AND ".join(where) or "1", values, "seq DESC", limit)
-        found = [task for state in (states or (None,)) for task in page(state)]
+        filters = {clause: value for clause, value in (
+            ("parent_task_id = ?", parent), ("seq < ?", before_seq), ("project = ?", project),
+            ("json_extract(config_json, '$.type') = ?", agent),
+            ("EXISTS (SELECT 1 FROM json_each(tags_json) WHERE value = ?)", tag)) if value not in ("", None)}
+        found = []
+        for own in [{**filters, "state = ?": state} for state in dict.fromkeys(states)] or [filters]:
+            found += self._find(TASKS, " AND ".join(own) or "1", tuple(own.values()), "seq DESC", limit)
         return sorted(found, key=lambda task: -task.seq)[:limit]
 
-    def queued_page(self, after: tuple[int, int] = (-1, -1), limit: int = 1000) -> list[Task]:
+    def queued_page(self, after: tuple[int, int] = (0, 0), limit: int = 1000) -> list[Task]:
         """QUEUED tasks in claim order (rank, then age) after a (rank, seq) key."""
-        return self._tasks("state = 'QUEUED' AND (rank, seq) > (?, ?)", after, "rank, seq", limit)
+        found = []
+        for rank in range(after[0], 3):  # SQLite would read a rank from its beginning for (rank, seq) > (?, ?)
+            found += self._find(TASKS, "state = 'QUEUED' AND rank = ? AND seq > ?",
+                                (rank, after[1] if rank == after[0] else 0), "seq", limit - len(found))
+        return found
 
     def oldest_pending(self) -> Task | None:
         """The oldest PENDING task, for ``start-next``."""
-        found = self._tasks("state = 'PENDING'", (), "seq", 1)
-        return found[0] if found else None
+        return next(iter(self._find(TASKS, "state = 'PENDING'", limit=1)), None)
 
     def subtasks(self, parent_id: str) -> list[Task]:
         """The direct subtasks of a task, oldest first."""
-        return self._tasks("parent_task_id = ?", (parent_id,))
+        return self._find(TASKS, "parent_task_id = ?", (parent_id,))
 
     def task_states(self, ids) -> dict[str, str]:
         """The states of those of ``ids`` that exist."""
-        found: dict[str, str] = {}
-        for task_id in ids:
-            row = self._db.execute("SELECT state FROM tasks WHERE id = ?", (task_id,)).fetchone()
-            if row:
-                found[task_id] = row[0]
-        return found
+        return dict(row for key in ids for row in self._rows("SELECT id, state FROM tasks WHERE id = ?", (key,)))
 
-    def task_names(self, ids) -> dict[str, str]:
-        """The names of those of ``ids`` that exist."""
-        rows = (self._db.execute("SELECT id, name FROM tasks WHERE id = ?", (task_id,)).fetchone() for task_id in ids)
-        return {row[0]: row[1] for row in rows if row}
-
-    def move_task(self, task_id: str, new_state: str, *, only_from=None, **columns) -> Task:
-        """Compare and set: the state and the given fields change only where the table allows the move.
-
-        Returns the task as it is now.  Raises ``NotFound``, or ``WrongState`` where another caller was faster.
-        """
+    def move_task(self, task_id: str, new_state: str, *, only_from=None, **fields) -> Task:
+        """Change state and fields where the table allows the move, else ``WrongState``.  Raises ``NotFound``."""
         allowed = [state for state in sources_of(new_state) if only_from is None or state in only_from]
-        row = {"state": new_state, "updated_at": format_db_time(self.clock()), **self._task_columns(columns)}
-        sets = ", ".join(f"{name} = ?" for name in row)
-        changed = self._write(f"UPDATE tasks SET {sets} WHERE id = ? AND state IN ({', '.join('?' * len(allowed))})",
-                              (*row.values(), task_id, *allowed)).rowcount
+        changed = self._update(TASKS, f"id = ? AND state IN ({', '.join('?' * len(allowed))})", (task_id, *allowed),
+                               {"state": new_state, "updated_at": self.clock(), **fields})
         task = self.get_task(task_id)
         if not changed:
-            check_move(task.state, new_state)
-            raise WrongState(f"task {task_id[:8]} is {task.state}; this needs {' or '.join(allowed)}", state=task.state)
+            needed = " or ".join(allowed)
+            raise WrongState(f"task {task_id[:8]} is {task.state}; this needs {needed}", state=task.state)
         return task
 
-    def update_task(self, task_id: str, **columns) -> Task:
+    def update_task(self, task_id: str, **fields) -> Task:
         """Change fields other than the state."""
-        self._update("tasks", task_id, {"updated_at": format_db_time(self.clock()), **self._task_columns(columns)})
+        self._update(TASKS, "id = ?", (task_id,), {"updated_at": self.clock(), **fields})
         return self.get_task(task_id)
-
-    def _task_columns(self, fields: dict) -> dict:
-        """Column values of some fields of a ``Task``."""
-        if not fields:
-            return {}
-        sample = Task(name="", agent=fields.get("agent") or AgentConfig(), id="",
-                      **{name: value for name, value in fields.items() if name not in ("agent", "name")})
-        if "name" in fields:
-            sample = sample.replace(name=fields["name"])
-        row = _task_row(sample)
-        names = {"agent": ("config_json",), "priority": ("priority", "rank"), "timeout_s": ("timeout_ns",),
-                 "stall_timeout_s": ("stall_timeout_ns",), "retry": ("retry_json",), "tags": ("tags_json",),
-                 "depends_on": ("depends_on_json",), "question": ("question_json",), "resume": ("resume_json",)}
-        return {column: row[column] for field in fields for column in names.get(field, (field,))}
 
     def delete_task(self, task_id: str) -> None:
         """Delete a task and its executions' rows; its events stay."""
-        self._write("DELETE FROM executions WHERE task_id = ?", (task_id,))
-        self._write("DELETE FROM tasks WHERE id = ?", (task_id,))
-
-    def last_task_seq(self) -> int:
-        """The sequence number of the newest task."""
-        return self._seq["tasks"]
+        with self.atomic():
+            self._cache.clear()
+            self._write("DELETE FROM executions WHERE task_id = ?", (task_id,))
+            self._write("DELETE FROM tasks WHERE id = ?", (task_id,))
 
     def counts(self) -> dict[str, int]:
         """The number of tasks in each state."""
-        return {state: n for state, n in self._db.execute("SELECT state, n FROM state_counts") if n}
-
-    # -- executions
+        return dict(self._rows("SELECT state, n FROM state_counts WHERE n > 0"))
 
     def insert_execution(self, execution: Execution) -> Execution:
         """Store a new execution; returns it with ``seq`` set."""
-        execution = execution.replace(seq=self._next_seq("executions"))
-        self._insert("executions", _execution_row(execution))
-        return execution
+        return self._insert(EXECUTIONS, execution)
 
     def update_execution(self, execution_id: str, **fields) -> Execution:
-        """Change fields of an execution; returns it."""
-        row = _execution_row(Execution(id=execution_id, task_id="", **fields))
-        names = {"detail": "error_msg", "timeout_s": "timeout_ns", "changestats": "changestats_json",
-                 "commits": "commits_json"}
-        self._update("executions", execution_id, {names.get(f, f): row[names.get(f, f)] for f in fields})
+        """Change fields of an execution; returns it.  Raises ``NotFound``."""
+        self._update(EXECUTIONS, "id = ?", (execution_id,), fields)
         return self.get_execution(execution_id)
-
-    def _executions(self, where: str, values=(), order: str = "seq", limit: int | None = None) -> list[Execution]:
-        cut = f" LIMIT {int(limit)}" if limit else ""
-        return [_execution_of(row) for row in self._db.execute(
-            f"SELECT {', '.join(EXECUTION_COLUMNS)} FROM executions WHERE {where} ORDER BY {order}{cut}", values)]
 
     def get_execution(self, execution_id: str) -> Execution:
         """The execution with this id.  Raises ``NotFound``."""
-        found = self._executions("id = ?", (execution_id,))
-        if not found:
-            raise NotFound(f"there is no execution {execution_id}")
-        return found[0]
+        return self._get(EXECUTIONS, execution_id)
 
     def resolve_execution(self, prefix: str) -> str:
-        """The one execution id that begins with ``prefix``.  Raises ``NotFound``."""
-        rows = self._db.execute("SELECT id FROM executions WHERE id >= ? AND id < ? LIMIT 2",
-                                (prefix, prefix + "\U0010ffff")).fetchall() if prefix else []
-        if len(rows) != 1:
-            raise NotFound(f"{'several executions begin' if rows else 'no execution begins'} with {prefix!r}")
-        return rows[0][0]
+        """The one execution id that begins with ``prefix``.  Raises ``NotFound``, also where several do."""
+        return self._resolve(EXECUTIONS, prefix)
 
     def executions_of(self, task_id: str, limit: int = 50) -> list[Execution]:
         """The executions of a task, newest first."""
-        return self._executions("task_id = ?", (task_id,), "seq DESC", limit)
+        return self._find(EXECUTIONS, "task_id = ?", (task_id,), "seq DESC", limit)
 
     def last_execution(self, task: Task) -> Execution | None:
         """The newest execution of a task."""
-        if task.execution_id is None:
-            return None
-        found = self._executions("id = ?", (task.execution_id,))
-        return found[0] if found else None
+        return next(iter(self._find(EXECUTIONS, "id = ?", (task.execution_id,))), None)
 
     def running_executions(self) -> list[Execution]:
         """All executions whose status is RUNNING, oldest first."""
-        return self._executions("status = 'RUNNING'")
+        return self._find(EXECUTIONS, "status = 'RUNNING'")
 
-    def executions_before(self, end_time: float, limit: int) -> list[Execution]:
-        """The oldest ended executions whose end lies before ``end_time`` and whose files may still exist."""
-        return self._executions("status <> 'RUNNING' AND artifact_dir <> '' AND end_time < ?",
-                                (format_db_time(end_time),), "seq", limit)
+    def ended_before(self, end_time: float, limit: int) -> list[Execution]:
+        """Executions that ended before a time and whose files may still exist, oldest end first."""
+        where = "artifact_dir <> '' AND end_time < ?"
+        return self._find(EXECUTIONS, where, (format_db_time(end_time),), "end_time", limit)
 
     def kept_sandboxes(self, limit: int = 200) -> list[Execution]:
-        """Ended executions whose sandbox is still recorded, newest first."""
-        return self._executions("status <> 'RUNNING' AND sandbox_dir <> ''", (), "seq DESC", limit)
+        """Ended executions whose sandbox is still recorded, newest end first."""
+        return self._find(EXECUTIONS, "sandbox_dir <> '' AND status <> 'RUNNING'", (), "end_time DESC", limit)
 
     def sandbox_users(self, sandbox_dir: str) -> list[Execution]:
         """Executions that have worked in a sandbox, newest first."""
-        return self._executions("sandbox_dir = ?", (sandbox_dir,), "seq DESC", 20)
+        return self._find(EXECUTIONS, "sandbox_dir = ? AND sandbox_dir <> ''", (sandbox_dir,), "seq DESC", 20)
 
     def prune_executions(self, task_id: str, keep: int) -> list[Execution]:
         """Delete the rows of all but the newest ``keep`` ended executions of a task; returns what was deleted."""
-        old = self._executions("task_id = ? AND status <> 'RUNNING'", (task_id,), "seq DESC")[keep:]
+        old = self._find(EXECUTIONS, "task_id = ? AND status <> 'RUNNING'", (task_id,), "seq DESC")[keep:]
         for execution in old:
+            self._cache.pop((EXECUTIONS.name, execution.id), None)
             self._write("DELETE FROM executions WHERE id = ?", (execution.id,))
         return old
 
     def prune_events(self, before: float, limit: int) -> int:
-        """Delete up to ``limit`` of the oldest events written before a time; returns how many went."""
-        return self._write("DELETE FROM events WHERE seq IN (SELECT seq FROM events WHERE time < ? ORDER BY seq LIMIT ?)",
-                           (format_db_time(before), limit)).rowcount
+        """Delete those of the ``limit`` oldest events that were written before a time; returns how many went."""
+        return self._write("DELETE FROM events WHERE time < ? AND seq IN"
+                           " (SELECT seq FROM events ORDER BY seq LIMIT ?)", (format_db_time(before), limit)).rowcount
 
-    # -- settings and agents
+    def count_log_events(self, execution: Execution) -> int:
+        """How many of the events in an execution's log are stored."""
+        return self._rows("SELECT count(*) FROM events WHERE task_id = ? AND execution_id = ? AND kind LIKE 'agent.%'",
+                          (execution.task_id, execution.id))[0][0]
 
-    def get_setting(self, key: str, default=None):
+    def get_setting(self, key: str, default=None) -> object:
         """A stored setting of the daemon."""
-        row = self._db.execute("SELECT value_json FROM settings WHERE key = ?", (key,)).fetchone()
-        return parse_json_or(row[0], default) if row else default
+        rows = self._rows("SELECT value_json FROM settings WHERE key = ?", (key,))
+        return parse_json_or(rows[0][0], default) if rows else default
 
     def put_setting(self, key: str, value) -> None:
         """Store a setting of the daemon."""
@@ -4258,36 +3832,43 @@ class Store(Transactions):
 
     def parked_agents(self) -> dict[str, dict]:
         """Parked agent kinds: {kind: {"until": unix s or None (until unparked), "reason", "detail"}}."""
-        rows = self._db.execute("SELECT kind, parked_until, reason, detail FROM agents WHERE reason <> ''")
-        return {kind: {"until": until, "reason": reason, "detail": detail} for kind, until, reason, detail in rows}
+        if ("agents", "parked") not in self._cache:
+            rows = self._rows("SELECT kind, parked_until, reason, detail FROM agents WHERE reason <> ''")
+            parked = {kind: {"until": until, "reason": reason, "detail": detail} for kind, until, reason, detail in rows}
+            if self._loop is None:
+                return parked
+            self._cache["agents", "parked"] = parked
+        return self._cache["agents", "parked"]
 
     def park_agent(self, kind: str, until: float | None, reason: str, detail: str) -> None:
         """Remember that a kind is parked; an empty ``reason`` unparks it."""
-        self._write("INSERT INTO agents (kind, parked_until, reason, detail) VALUES (?, ?, ?, ?) ON CONFLICT(kind) DO UPDATE"
-                    " SET parked_until = excluded.parked_until, reason = excluded.reason, detail = excluded.detail",
-                    (kind, until, reason, detail))
+        self._cache.pop(("agents", "parked"), None)
+        self._write("INSERT OR REPLACE INTO agents VALUES (?, ?, ?, ?)", (kind, until, reason, detail))
 
     def backup(self, target: str) -> int:
         """Copy the database with SQLite's online backup to ``target`` (0600, replaced at the end); returns its bytes.
 
         May run in another thread: it uses a connection of its own.  Raises ``StorageError``.
         """
-        sqlite = _sqlite()
-        partial = target + ".partial"
+        import _sqlite3 as sqlite
+        from contextlib import closing
+        partial = f"{target}.{os.urandom(4).hex()}.partial"
+        own = [os.path.realpath(self.path) + end for end in ("", "-wal", "-shm")]
+        if os.path.realpath(target) in own or os.path.exists(target) and not os.path.isfile(target):
+            raise StorageError(f"the backup cannot replace {target}; name a file of its own")
         try:
-            os.close(os.open(partial, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o600))
-            source, copy = sqlite.connect(self.path), sqlite.connect(partial)
-            try:
-                source.backup(copy, pages=2000)
+            os.close(os.open(partial, os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o600))
+            with closing(sqlite.connect(self.path)) as source, closing(sqlite.connect(partial)) as copy:
+                source.backup(copy)  # in one step: steps would start over at each write in between
                 if copy.execute("PRAGMA quick_check").fetchone()[0] != "ok":
                     raise StorageError(f"the backup {target} did not pass its check; the database may be damaged")
-            finally:
-                source.close()
-                copy.close()
             os.replace(partial, target)
             return os.path.getsize(target)
         except (sqlite.Error, OSError) as error:
             raise StorageError(f"the backup to {target} failed: {error}") from error
+        finally:
+            if os.path.exists(partial):
+                os.unlink(partial)
 
 
 # ---- 14 Processes and supervisor -------------------------------------------------------------------------------
@@ -4303,32 +3884,49 @@ class Store(Transactions):
 
 MARK = "CLAUDOMATOR_EXECUTION_ID"
 GATE_FD = 9
-STOP_GRACE_S = 8  # SIGTERM to SIGKILL; claude needs 1.6 s to end a running tool
-START_REFUSED = 125  # what the exit file says when the working directory could not be entered
+STOP_GRACE_S = 5  # SIGTERM to SIGKILL; claude needs 1.6 s to end a running tool
+LOOK_AGAIN = 10  # passes over /proc at the most
 
 # Arguments: execution directory, execution id, working directory, stdin file, timeout in seconds, grace, then the agent.
 # ``timeout`` puts the agent into a process group, signals that group, and takes back the ignored SIGINT that a
-# background command of sh inherits.  A trap only passes the stop on; the loop goes on waiting for the true status.
+# background command of sh inherits.  A trap only passes the stop on; the loop goes on waiting for the true status, and
+# 127 means that the round before had it.  A child that is still the shell would swallow the signal, so its name is
+# waited for.  ``stopped`` after the code: somebody told the supervisor to stop.
 SUPERVISOR = r"""
 umask 077
 dir=$1 id=$2 cwd=$3 input=$4 limit=$5 grace=$6
 shift 6
-hit= child=
-stop() { hit=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null; }
+hit= told= child= code=
+read -r own </proc/$$/comm
+pass_on() {
+  while read -r name <"/proc/$child/comm" && [ "$name" = "$own" ]; do :; done 2>/dev/null
+  kill -TERM "$child" 2>/dev/null
+}
+stop() { hit=1 told=stopped; [ -z "$child" ] || pass_on; }
+record() {
+  until echo "$1" >"$dir/exit"; do
+    [ -d "$dir" ] || exit 0
+    sleep 2
+  done
+  exit 0
+}
 trap stop TERM INT HUP
 read -r word <&9 || exit 0
 [ "$word" = go ] || exit 0
 exec 9<&-
-[ -z "$hit" ] || { echo 143 >"$dir/exit"; exit 0; }
-cd -- "$cwd" || { echo 125 >"$dir/exit"; exit 0; }
+cd -- "$cwd" || record 125
+[ -z "$told" ] || exit 0
 CLAUDOMATOR_EXECUTION_ID=$id timeout -k "$grace" "$limit" "$@" <"$input" >>"$dir/stdout.log" 2>>"$dir/stderr.log" &
-child=$!
+started=$!
+while read -r name <"/proc/$started/comm" && [ "$name" = sh ]; do :; done 2>/dev/null
+child=$started
+[ -z "$told" ] || pass_on
 while :; do
-  wait "$child" 2>/dev/null
-  code=$?
-  [ -n "$hit" ] || break
   hit=
-  kill -0 "$child" 2>/dev/null || break
+  wait "$child" 2>/dev/null
+  now=$?
+  [ "$now" = 127 ] && [ -n "$code" ] || code=$now
+  [ -n "$hit" ] || break
 done
 sweep() {
   found=
@@ -4342,7 +3940,7 @@ if [ "$code" -ne 0 ] && sweep TERM; then
   sleep 1
   sweep KILL
 fi
-echo "$code" >"$dir/exit"
+record "$code${told:+ stopped}"
 """
 
 
@@ -4373,27 +3971,59 @@ def is_same_process(pid: int | None, start: int | None, boot: str) -> bool:
     return pid is not None and boot == boot_id() and start is not None and process_start(pid) == start
 
 
+_KERNEL_THREADS: set[str] = set()  # pids that never have an environment; spares a look at each in every pass
+
+
+def never_has_environment(name: str) -> bool:
+    """Whether /proc/NAME is a kernel thread (PF_KTHREAD in field 9 of stat, include/linux/sched.h) or has ended."""
+    if name in _KERNEL_THREADS:
+        return True
+    try:
+        with open(f"/proc/{name}/stat", "rb", buffering=0) as file:
+            fields = file.read(4096).rpartition(b")")[2].split()
+    except OSError:
+        return True
+    if int(fields[6]) & 0x00200000:
+        _KERNEL_THREADS.add(name)
+    return fields[0] in b"ZX" or name in _KERNEL_THREADS
+
+
 def marked_processes(execution_ids) -> dict[int, str]:
     """{pid: execution id} of every living process that carries the mark of one of the executions.
 
-    Processes of other users cannot be read and are not ours.  Cost: one pass over /proc for any number of executions.
+    Processes of other users cannot be read and are not ours.  Cost: one pass over /proc for any number of executions; one
+    that finds nothing is repeated, for the new and the unclear, where a process ended under its eyes, which may have left
+    a child, or had no environment, which is so for a moment during execve(2).
     """
     wanted = {f"{MARK}={execution_id}".encode(): execution_id for execution_id in execution_ids}
-    prefix, found = MARK.encode() + b"=", {}
-    if not wanted:
-        return found
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        try:
-            with open(f"/proc/{name}/environ", "rb", buffering=0) as file:
-                block = file.read(1 << 22)
-        except OSError:
-            continue
-        if prefix in block:
-            for entry in block.split(b"\0"):
-                if entry in wanted and process_start(int(name)) is not None:
-                    found[int(name)] = wanted[entry]
+    prefix, found, clear = MARK.encode() + b"=", {}, set()
+    for _ in range(LOOK_AGAIN if wanted else 0):
+        again = starting = False
+        for name in os.listdir("/proc"):
+            if name in clear or not name.isdigit():
+                continue
+            try:
+                with open(f"/proc/{name}/environ", "rb", buffering=0) as file:
+                    block = file.read(1 << 22)
+            except FileNotFoundError:
+                again = True
+                continue
+            except PermissionError:
+                block = b"-"
+            except ProcessLookupError:  # what newer kernels say where there is no memory to read
+                block = b""
+            if not block and not never_has_environment(name):
+                starting = True
+                continue
+            clear.add(name)
+            if prefix in block:
+                for entry in block.split(b"\0"):
+                    if entry in wanted and process_start(int(name)) is not None:
+                        found[int(name)] = wanted[entry]
+        if found or not (again or starting):
+            break
+        if starting:
+            time.sleep(0.001)
     return found
 
 
@@ -4438,6 +4068,15 @@ def signal_process(pid: int, start: int | None, number: int) -> bool:
         os.close(descriptor)
 
 
+def keep_descriptors() -> None:
+    """Keep from the agents what this process was given by its own parent: a systemd socket, a shell's pipe."""
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        try:
+            os.set_inheritable(descriptor, descriptor <= 2)
+        except OSError:
+            pass  # the one that listed the directory
+
+
 class Supervisor:
     """A supervisor that waits at its gate.  ``open_gate`` lets the agent start, ``abandon`` makes it leave at once."""
 
@@ -4457,6 +4096,16 @@ class Supervisor:
         if self._gate >= 0:
             os.close(self._gate)
             self._gate = -1
+
+
+def seal_descriptors() -> None:
+    """Keep what the daemon inherited beyond stdin, stdout and stderr from reaching the agents."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2:
+            try:
+                os.set_inheritable(int(name), False)
+            except OSError:
+                pass  # the listing's own descriptor
 
 
 def spawn_supervisor(execution_dir: str, execution_id: str, argv, *, env: dict, cwd: str, stdin_path: str,
@@ -4487,14 +4136,27 @@ def spawn_supervisor(execution_dir: str, execution_id: str, argv, *, env: dict, 
     return Supervisor(pid, process_start(pid), write_end)
 
 
-def read_exit_status(execution_dir: str) -> int | None:
-    """What the supervisor recorded: an exit code, 128+n for a signal; ``None`` where it never came to that."""
+def open_plain(path: str) -> Any:
+    """Open a file where an agent can write, for reading: no symbolic link, no pipe to hang on.  Raises ``OSError``."""
+    import stat
+    file = open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(f"{path} is no regular file")
+    return file
+
+
+def read_exit_status(execution_dir: str) -> tuple[int | None, bool]:
+    """(exit code, 128+n for a signal; whether somebody told the supervisor to stop), as the supervisor recorded it.
+
+    The code is ``None`` where it never came to that.
+    """
     try:
-        with open(os.path.join(execution_dir, "exit"), encoding="ascii") as file:
-            text = file.read(16).strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return int(text) if text.isascii() and text.isdigit() else None
+        with open_plain(os.path.join(execution_dir, "exit")) as file:
+            code, _, stopped = file.read(32).decode("ascii", "replace").strip().partition(" ")
+    except OSError:
+        return None, False
+    return (int(code), bool(stopped)) if code.isascii() and code.isdigit() else (None, False)
 
 
 def exit_time(execution_dir: str) -> float | None:
@@ -4506,11 +4168,14 @@ def exit_time(execution_dir: str) -> float | None:
 
 
 async def wait_for_exit(pid: int, start: int | None) -> None:
-    """Return when the process has ended, at once and without polling (pidfd); reaps it if it is our child."""
+    """Return when the process has ended, at once and without polling (pidfd); reaps it if it is our child.
+
+    Raises ``OSError`` where that cannot be told (no descriptor left).
+    """
     import asyncio
     try:
         descriptor = os.pidfd_open(pid)
-    except OSError:
+    except ProcessLookupError:
         return
     loop = asyncio.get_running_loop()
     ended = loop.create_future()
@@ -4547,42 +4212,31 @@ class SweepQueue:
     """Shares one pass over /proc among all executions that end within a tick."""
 
     def __init__(self):
-        self._waiting: dict[str, list] = {}
-        self._task = None
+        self._ids: set[str] = set()
+        self._look = None
 
     async def clean(self, execution_id: str) -> None:
         """Return once nothing carries the execution's mark."""
         import asyncio
-        loop = asyncio.get_running_loop()
-        done = loop.create_future()
-        self._waiting.setdefault(execution_id, []).append(done)
-        if self._task is None:
-            self._task = loop.create_task(self._run())
-        await done
+        while True:
+            self._ids.add(execution_id)
+            if self._look is None:
+                self._look = asyncio.ensure_future(self._look_once())
+            try:
+                if execution_id in await asyncio.shield(self._look):
+                    await sweep([execution_id])
+                return
+            except OSError:  # no descriptor left: nothing is proven
+                await asyncio.sleep(1)
 
-    async def _run(self) -> None:
+    async def _look_once(self) -> set[str]:
         import asyncio
-        while self._waiting:
-            await asyncio.sleep(0)
-            batch, self._waiting = self._waiting, {}
-            dirty = set(marked_processes(batch).values())
-            for execution_id, futures in batch.items():
-                if execution_id not in dirty:
-                    self._finish(futures)
-            if dirty:
-                await sweep(dirty)
-                for execution_id in dirty:
-                    self._finish(batch[execution_id])
-        self._task = None
-
-    @staticmethod
-    def _finish(futures: list) -> None:
-        for future in futures:
-            if not future.done():
-                future.set_result(None)
+        await asyncio.sleep(0)
+        ids, self._ids, self._look = self._ids, set(), None
+        return set(marked_processes(ids).values())
 
 
-async def in_thread(function, *args, **kwargs):
+async def in_thread(function, *args, **kwargs) -> Any:
     """Run a blocking function in a thread of its own and return its result.
 
     Not the loop's default executor: its few threads would stay, and one long ``verify`` would hold up the others.
@@ -4627,6 +4281,7 @@ async def in_thread(function, *args, **kwargs):
 GIT_TIMEOUT_S = 300.0  # for git calls that move no data over a network
 GIT_KEEP_BYTES = 16 << 20  # of git's own output, for lists of commits
 STOP_WAIT_S = 2.0  # SIGTERM to SIGKILL for a command that ran out of time
+FACTS_BYTES = 1 << 20  # read of a small file: our own ones, a Makefile
 MESSAGE_TAIL = 4000  # characters of a command's output that go into an error message
 AUTOCOMMIT_SUBJECT = "chore: autocommit uncommitted changes"
 INITIAL_SUBJECT = "chore: initial commit"
@@ -4685,13 +4340,10 @@ def run_command(argv, *, env: dict, cwd: str | None = None, timeout_s: float | N
             except (OSError, ValueError) as error:
                 return CommandResult(127, f"cannot run {argv[0]}: {error}", False)
             try:
-                process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                timed_out = True
-                _stop_group(process)
-            except BaseException:
-                _stop_group(process)
-                raise
+                timed_out = not _ends_within(process, timeout_s)
+            finally:
+                if process.returncode is None:
+                    _stop_group(process)
             output = _tail(descriptor, begin, keep_bytes)
             if quiet and process.returncode != 0:
                 output += _tail(errors.fileno(), 0, keep_bytes)
@@ -4707,25 +4359,35 @@ def _tail(descriptor: int, begin: int, keep_bytes: int) -> bytes:
     return os.pread(descriptor, size - start, start)
 
 
+def _ends_within(process, timeout_s: float | None) -> bool:
+    import select
+    descriptor, poll = os.pidfd_open(process.pid), select.poll()
+    try:
+        poll.register(descriptor, select.POLLIN)
+        ended = bool(poll.poll(None if timeout_s is None else min(timeout_s, 1e6) * 1000))
+    finally:
+        os.close(descriptor)
+    if ended:
+        process.wait()
+    return ended
+
+
 def _stop_group(process) -> None:
     import signal
-    import subprocess
     for number, wait_s in ((signal.SIGTERM, STOP_WAIT_S), (signal.SIGKILL, None)):
         try:
             os.killpg(process.pid, number)
         except ProcessLookupError:
             pass
-        try:
-            process.wait(wait_s)
-        except subprocess.TimeoutExpired:
-            pass
+        if process.returncode is None:
+            _ends_within(process, wait_s)
 
 
-def _read_text(path: str) -> str:
-    """The beginning of a small file, or an empty string where there is none."""
+def read_head(path: str, limit: int) -> str:
+    """The first ``limit`` bytes of a file as text, empty where there is none."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read(1 << 20)
+        with open_plain(path) as file:
+            return file.read(limit).decode("utf-8", "replace")
     except OSError:
         return ""
 
@@ -4834,7 +4496,7 @@ class Sandbox(Record):
 
 
 def _read_facts(path: str) -> dict:
-    found = parse_json_or(_read_text(os.path.join(path, ".git", "claudomator.json")), {})
+    found = parse_json_or(read_head(os.path.join(path, ".git", "claudomator.json"), FACTS_BYTES), {})
     return found if isinstance(found, dict) else {}
 
 
@@ -4876,15 +4538,15 @@ def clone_source(project_dir: str, env: dict) -> str:
 
     A remote on the network is never cloned from: its credentials and its speed are not the task's business.
     """
-    project_dir = os.path.realpath(project_dir)
-    return _source_of(_repository_top(project_dir, env) or project_dir, env)
+    top = os.path.realpath(project_dir)
+    return _source_of(_repository_top(top, env) or top, env)
 
 
 def _source_of(top: str, env: dict) -> str:
-    for remote in ("local", "origin"):
-        result = git(["remote", "get-url", remote], env=env, cwd=top)
-        url = result.output.rstrip("\n")
-        if result.exit_code == 0 and _is_local(url):
+    text = git(["remote", "--verbose"], env=env, cwd=top).output  # lines: name, a tab, URL, " (fetch)" or " (push)"
+    lines = [line.rpartition(" (fetch)")[0].split("\t", 1) for line in text.splitlines() if " (fetch)" in line]
+    for name, url in sorted(lines, key=lambda line: line[0]):
+        if name in ("local", "origin") and _is_local(url):
             return url if url.startswith("file://") else os.path.realpath(os.path.join(top, url))
     return top
 
@@ -4900,7 +4562,9 @@ def create_sandbox(project_dir: str, path: str, *, env: dict, setup: str = "", t
     root = os.path.dirname(path)
     os.makedirs(root, mode=0o700, exist_ok=True)
     if not source:
-        project_dir = _existing_project(project_dir)
+        if not os.path.isabs(project_dir) or not os.path.isdir(project_dir):
+            raise SandboxError(f"project_dir {project_dir!r} is not the full path of a directory that exists")
+        project_dir = os.path.realpath(project_dir)
         top = _project_repository(project_dir, path, env, timeout_s)
         source, subdir = _source_of(top, env), os.path.relpath(project_dir, top)
     remove_sandbox(path, root)
@@ -4914,14 +4578,6 @@ def create_sandbox(project_dir: str, path: str, *, env: dict, setup: str = "", t
     # Written last: a clone without it was never handed out.
     _write_text(os.path.join(path, ".git", "claudomator.json"), format_json({**sandbox.__dict__, "subdir": subdir}))
     return sandbox
-
-
-def _existing_project(project_dir: str) -> str:
-    fault = "" if os.path.isdir(project_dir) else "is no directory" if os.path.exists(project_dir) else "does not exist"
-    fault = fault if os.path.isabs(project_dir) else "is not absolute"
-    if fault:
-        raise SandboxError(f"project_dir {project_dir!r} {fault}; check agent.project_dir")
-    return os.path.realpath(project_dir)
 
 
 def _project_repository(project_dir: str, path: str, env: dict, timeout_s: float) -> str:
@@ -4973,7 +4629,7 @@ def _settle_branch(path: str, top: str, env: dict) -> tuple[str, str, str]:
     if not branch:
         branch = fallback_branch(path)
         _must(git(["checkout", "--quiet", "-b", branch], env=env, repo=path), f"git checkout -b {branch}")
-        return branch, start_head, f"the project's HEAD is detached at {start_head[:10]}; commits go to branch {branch}"
+        return branch, start_head, f"HEAD is detached at {start_head[:10]} in the project; commits go to {branch}"
     heads = [] if start_head else git(["for-each-ref", "--format=%(refname:lstrip=3)", "refs/remotes/origin"], env=env,
                                       repo=path).output.split()
     if not heads:
@@ -5093,19 +4749,15 @@ def new_commits(sandbox: Sandbox, env: dict) -> list[dict]:
 
 
 def changestats(sandbox: Sandbox, env: dict) -> dict | None:
-    """``{files_changed, insertions, deletions}`` of the new commits, or ``None`` where there are none.
+    """``{files_changed, insertions, deletions}`` of the new commits, or ``None`` where they change nothing.
 
     A binary file counts as a file and no lines; a renamed one as one file.
     """
-    return _stats(sandbox, env) if new_commits(sandbox, env) else None
-
-
-def _stats(sandbox: Sandbox, env: dict) -> dict:
     base = _nearest(sandbox, env) or _empty_tree(env, repo=sandbox.path)
-    text = _must(git(["diff", "--numstat", *DIFF_OPTIONS, base, "HEAD", "--"], env=env, repo=sandbox.path), "git diff")
-    rows = [line.split("\t") for line in text.splitlines()]
+    text = git(["diff", "--numstat", *DIFF_OPTIONS, base, "HEAD", "--"], env=env, repo=sandbox.path).output
+    rows = [line.split("\t") for line in text.splitlines() if "\t" in line]
     added, deleted = (sum(int(row[column]) for row in rows if row[column] != "-") for column in (0, 1))
-    return {"files_changed": len(rows), "insertions": added, "deletions": deleted}
+    return {"files_changed": len(rows), "insertions": added, "deletions": deleted} if rows else None
 
 
 def _diff(args: list[str], max_bytes: int, env: dict, **where) -> str:
@@ -5174,14 +4826,14 @@ def finish_sandbox(sandbox: Sandbox, *, env: dict, build: str = "", verify: str 
     ``on_step(name)`` is called before each step (commit, build, verify, push, rebase) and while it waits for another
     task (waiting); what it raises stops the work.  Nothing else may run in the sandbox by now.
 
-    Raises ``SandboxError``: ``build_failed``, ``verify_failed``, ``push_failed`` (``data`` has ``output``, ``sandbox``),
+    Raises ``SandboxError`` (``data``: ``output``, ``sandbox``): ``build_failed``, ``verify_failed``, ``push_failed``,
     or ``sandbox_failed`` for a clone that cannot be judged.  The sandbox is kept, and can be finished again.
     """
     work = _Finish(sandbox, env, build, verify, timeout_s, log_path, on_step)
     try:
         work.recover()
         work.commit_leftovers()
-        work.run_verify("verify")
+        work.shell(verify, "verify", "verify_failed", work.workdir)
         commits = new_commits(sandbox, env)
         stray = work.stray_work(bool(commits))
         if not commits:
@@ -5193,9 +4845,10 @@ def finish_sandbox(sandbox: Sandbox, *, env: dict, build: str = "", verify: str 
             return SandboxResult([], None, "", rebased, f"everything was already in {branch}")
         beside = f"{sandbox.branch} is checked out in {sandbox.source}, so the commits went to {branch} there"
         notes = (sandbox.note, stray, *work.notes, beside if branch != sandbox.branch else "")
-        return SandboxResult(commits, _stats(sandbox, env), branch, rebased, "; ".join(filter(None, notes)))
+        return SandboxResult(commits, changestats(sandbox, env), branch, rebased, "; ".join(filter(None, notes)))
     except BaseException:
-        work.forget_commit()  # the agent may go on in this sandbox: what it leaves then is to be committed then
+        if os.path.isdir(work.git_dir):  # the agent may go on here: what it leaves then is to be committed then
+            _write_text(work.commit_marker, "")
         raise
 
 
@@ -5233,43 +4886,33 @@ class _Finish:
         """Autocommit, if the build passes.  The marker means that the agent's changes are in the index or in HEAD, so
         that what build and verify write into the tree is not taken for its work."""
         mark = self.env.get(MARK, "") + "\n"
-        if _read_text(self.commit_marker) != mark:
+        if read_head(self.commit_marker, FACTS_BYTES) != mark:
             self.step("commit")
             skipped = _stage_all(self.path, self.env, self.timeout_s)
             if skipped:
                 self.notes.append(f"not committed, being repositories of their own: {', '.join(skipped)}")
-            inside = self.git("diff", "--name-only", "--ignore-submodules=untracked", "--no-ext-diff").output
+            has_submodules = os.path.exists(os.path.join(self.path, ".gitmodules"))
+            inside = has_submodules and self.git("diff", "--name-only", "--ignore-submodules=untracked").output
             if inside:
-                self.refuse(f"there are uncommitted changes inside submodules ({', '.join(inside.splitlines())}), which "
-                            "must be committed and pushed there", "push_failed")
+                self.refuse(f"uncommitted changes inside submodules ({', '.join(inside.splitlines())}) must be "
+                            "committed and pushed there", "push_failed")
             _write_text(self.commit_marker, mark)
         if self.git("diff", "--cached", "--quiet", "--no-ext-diff", "--ignore-submodules=none").exit_code == 0:
             return
-        command, directory = (self.build, self.workdir) if self.build else find_build(self.workdir, self.path, self.env)
-        if command:
-            self.step("build")
-            self.shell(command, "build", "build_failed", directory)
+        named = (self.build, self.workdir) if self.build else find_build(self.workdir, self.path, self.env)
+        self.shell(named[0], "build", "build_failed", named[1])
         _commit(self.path, AUTOCOMMIT_SUBJECT, self.env, self.timeout_s)
 
-    def forget_commit(self) -> None:
-        try:
-            os.unlink(self.commit_marker)
-        except OSError:
-            pass
-
     def shell(self, command: str, what: str, reason: str, directory: str) -> None:
-        _run_shell(command, what, reason, env=self.env, cwd=directory, timeout_s=self.timeout_s,
-                   log_path=self.log_path, sandbox=self.path)
-
-    def run_verify(self, what: str) -> None:
-        if self.verify:
-            self.step("verify")
-            self.shell(self.verify, what, "verify_failed", self.workdir)
+        if command:
+            self.step(what)
+            _run_shell(command, what, reason, env=self.env, cwd=directory, timeout_s=self.timeout_s,
+                       log_path=self.log_path, sandbox=self.path)
 
     def stray_work(self, has_commits: bool) -> str:
         """A note on commits that only other branches (or the stash) have; an error where they are all there is."""
         known = [*_known_commits(self.sandbox), *(["HEAD"] if has_commits or self.sandbox.start_head else [])]
-        refs = _must(self.git("for-each-ref", "--format=%(HEAD)%(refname)", "refs/heads", "refs/stash"), "git for-each-ref")
+        refs = self.git("for-each-ref", "--format=%(HEAD)%(refname)", "refs/heads", "refs/stash").output
         stray = [line[1:].removeprefix("refs/").removeprefix("heads/") for line in refs.splitlines() if line[0] != "*"
                  and self.git("rev-list", "-n", "1", line[1:], "--not", *known, "--").output]
         if stray and not has_commits:
@@ -5306,7 +4949,7 @@ class _Finish:
     def way_on(self, branch: str) -> str:
         import shlex
         return (f"(the sandbox is kept; to go on by hand: cd {shlex.quote(self.path)} && git fetch origin {branch} && "
-                f"git rebase FETCH_HEAD, mend the conflicts, git rebase --continue, then git push origin HEAD:{branch})")
+                f"git rebase FETCH_HEAD, mend it, git rebase --continue, then git push origin HEAD:{branch})")
 
     def rebase(self, branch: str) -> bool:
         """Fetch and rebase the task's own commits onto the branch, then verify; ``True`` where they are all there."""
@@ -5337,14 +4980,14 @@ class _Finish:
                   f"{self.way_on(branch)}", "push_failed", sandbox=self.path)
         os.unlink(self.rebase_marker)
         _update_submodules(self.path, "", self.env, self.timeout_s)
-        self.run_verify(f"verify after a rebase onto {branch}")
+        self.shell(self.verify, "verify", "verify_failed", self.workdir)
         return False
 
     def undo_rebase(self) -> None:
-        """Back to the branch as it was: git moves it only at a rebase's very end, so this works wherever it stopped."""
+        """Back to the branch as it was: git moves it only at a rebase's very end, so this works at any point."""
         for name in ("rebase-merge", "rebase-apply"):
             remove_sandbox(os.path.join(self.git_dir, name), self.git_dir)
-        name = _read_text(self.rebase_marker)
+        name = read_head(self.rebase_marker, FACTS_BYTES)
         _must(self.git("checkout", "--quiet", "--force", name, "--"), "git checkout after a rebase", "push_failed")
         os.unlink(self.rebase_marker)
 
@@ -5356,8 +4999,8 @@ def _is_checked_out(source: str, branch: str, env: dict) -> bool:
     if not _is_local(source) or not os.path.isdir(place):
         return False
     trees = git(["worktree", "list", "--porcelain"], env=env, cwd=place).output.splitlines()
-    policy = git(["config", "receive.denyCurrentBranch"], env=env, cwd=place).output.strip().lower()
-    return f"branch refs/heads/{branch}" in trees and policy in ("", "true", "refuse")
+    return f"branch refs/heads/{branch}" in trees and git(
+        ["config", "receive.denyCurrentBranch"], env=env, cwd=place).output.strip().lower() in ("", "true", "refuse")
 
 
 def find_build(workdir: str, path: str, env: dict) -> tuple[str, str]:
@@ -5370,8 +5013,8 @@ def find_build(workdir: str, path: str, env: dict) -> tuple[str, str]:
     target = re.compile(r"^(?:[^\s#:=]+ +)*build(?: +[^\s#:=]+)* *::?(?!=)", re.M)
     tools = {name for name in ("make", "go") if shutil.which(name, path=env.get("PATH", os.defpath))}
     for directory in dict.fromkeys((workdir, path)):
-        makefiles = (_read_text(os.path.join(directory, name)) for name in ("GNUmakefile", "makefile", "Makefile"))
-        if "make" in tools and any(target.search(text) for text in makefiles):
+        makefiles = (os.path.join(directory, name) for name in ("GNUmakefile", "makefile", "Makefile"))
+        if "make" in tools and any(target.search(read_head(name, FACTS_BYTES)) for name in makefiles):
             return "make build", directory
         gradlew = os.path.join(directory, "gradlew")
         if os.path.isfile(gradlew):
@@ -5385,6 +5028,8 @@ def _stage_all(repo: str, env: dict, timeout_s: float) -> list[str]:
     """``git add --all``, except repositories inside this one, of which git would store no content; returns those."""
     status = _must(git(["status", "--porcelain", "-z", "--untracked-files=all", "--ignore-submodules=none"], env=env,
                        repo=repo, timeout_s=timeout_s), f"git status in {repo} failed")
+    if not status:
+        return []
     conflicts = [entry[3:] for entry in status.split("\0") if entry.startswith(UNMERGED)]
     if conflicts:
         raise SandboxError(f"unresolved conflicts in {', '.join(conflicts)} of {repo}", sandbox=repo)
@@ -5395,8 +5040,9 @@ def _stage_all(repo: str, env: dict, timeout_s: float) -> list[str]:
 
 
 def _commit(repo: str, subject: str, env: dict, timeout_s: float) -> None:
-    _must(git(["commit", "--quiet", "--allow-empty", "-m", subject], env={**env, **_identity_env(env, repo)}, repo=repo,
-              timeout_s=timeout_s), f"git commit in {repo} failed")
+    env = {**env, **_identity_env(env, repo)}
+    _must(git(["commit", "--quiet", "--allow-empty", "-m", subject], env=env, repo=repo, timeout_s=timeout_s),
+          f"git commit in {repo} failed")
 
 
 def _remove_stale_locks(git_dir: str) -> None:
@@ -5441,7 +5087,7 @@ def remove_sandbox(path: str, root: str) -> None:
 # Watchers of the event log.  An event reaches them once it is on disk.  A watcher names the sequence number it has
 # seen; what it missed is read from the table page by page, then it follows live, so nothing is lost or doubled.
 
-EVENT_PAGE = 500
+EVENT_PAGE = 100  # events that a watcher who does not read holds in memory
 
 
 class Bus:
@@ -5466,7 +5112,7 @@ class Bus:
         """Stop calling it; unknown watchers are ignored."""
         self._watchers.discard(watcher)
 
-    async def follow(self, since: int | None, task_id: str | None = None):
+    async def follow(self, since: int | None, task_id: str | None = None) -> Any:
         """Yield batches of events after ``since`` (``None``: only new ones), for ever; of one task where given."""
         import asyncio
         arrived = asyncio.Event()
@@ -5476,7 +5122,7 @@ class Bus:
 
         self.subscribe(wake)
         try:
-            seq = self._store.last_event_seq() if since is None else since
+            seq = self._store.published_seq if since is None else since
             while True:
                 arrived.clear()
                 batch = self._store.events_since(seq, EVENT_PAGE, task_id)
@@ -5490,17 +5136,45 @@ class Bus:
 
 
 # ---- 17 Operations ---------------------------------------------------------------------------------------------
-# The one place that changes a task's state: the control socket, the command line and the pool all come here.  The first
-# half is the lifecycle (one method per move, each one transaction with its event); the second half is the table of
-# operations that every interface offers.  Methods return before the disk has the change; the edges await ``durable``.
+# The one place that changes a task's state: the control socket, the command line and the pool all come here.  First
+# the lifecycle (a method per move, each one transaction with its event), then the table of operations that every
+# interface offers.  Methods return before the disk has the change; the edges await ``durable``.
 
 LOG_CHUNK = 1 << 16  # bytes of a log in one notification
 LOG_POLL_S = 0.2
+EVENT_TEXT = 2000  # characters of a comment or an answer in an event; the whole of it is with the task
 EDITABLE_STATES = frozenset({PENDING, QUEUED, READY, BLOCKED}) | FAILURE_STATES
 
 
+def complete_spec(spec: TaskSpec, config: Config, kinds) -> TaskSpec:
+    """A spec with what its project gives.  Raises ``InvalidInput`` for an unknown project or agent type."""
+    agent, where = spec.agent, f"task {spec.name!r}: "
+    if agent.type and agent.type not in kinds:
+        raise InvalidInput(f"{where}agent.type: {agent.type!r} is not available here{did_you_mean(agent.type, kinds)};"
+                           f" there are: {', '.join(kinds)}")
+    if agent.isolation == "container" or agent.repository_url:
+        raise InvalidInput(f"{where}agent.isolation: this version runs no containers yet;"
+                           " give project_dir instead of repository_url")
+    if spec.acceptance_criteria:
+        raise InvalidInput(f"{where}acceptance_criteria: this version has no checker yet; use verify")
+    project = config.project_named(spec.project) if spec.project else config.project_for_dir(agent.project_dir)
+    if project is None:
+        if spec.project:
+            names = [known.name for known in config.projects]
+            raise InvalidInput(f"{where}project: there is no project {spec.project!r} in the configuration"
+                               f"{did_you_mean(spec.project, names)}")
+        return spec
+    return spec.replace(agent=agent.replace(project_dir=agent.project_dir or project.dir), project=project.name,
+                        verify=spec.verify or project.verify)
+
+
+def wrong_state(task: Task, words: str) -> WrongState:
+    """The error for a move that the task's state does not allow."""
+    return WrongState(f"task {task.id[:8]} {words}", state=task.state)
+
+
 class Lifecycle:
-    """Every move of a task.  ``on_move(task, old_state)`` and ``on_change(task)`` tell the pool within the same tick."""
+    """Every move of a task.  ``on_move(task, old_state)`` and its like tell the pool within the same tick."""
 
     def __init__(self, store: Store, random_bytes=os.urandom):
         self.store, self._random = store, random_bytes
@@ -5535,85 +5209,88 @@ class Lifecycle:
 
         Raises ``InvalidInput`` for an unknown agent type, dependency, parent or project.
         """
-        ids = {spec.name: self.new_id() for spec in specs}
-        tasks = []
+        ids, by_name, by_key, new = [], {}, {}, {}
+        tasks: dict[str, Task] = {}
         with self.store.atomic():
-            for spec in specs:
-                known = self.store.task_by_key(spec.idempotency_key) if spec.idempotency_key else None
-                if known is None:
-                    spec = self._resolved(spec, ids, config, kinds)
-                    task = Task(**spec.__dict__, id=ids[spec.name])
-                    if any(other.id == task.id for other in tasks):  # two tasks of one name in a batch
-                        task = task.replace(id=self.new_id())
-                    known = self.store.insert_task(task)
-                    self.store.append_event("task.created", task.id, name=task.name, parent=task.parent_task_id or None)
-                tasks.append(known)
-        return [self.enqueue(task.id) if queue and task.state == PENDING else task for task in tasks]
+            for spec in specs:  # ids first: a dependency may name a later task of the batch
+                key = spec.idempotency_key
+                known = self.store.task_by_key(key) if key and key not in by_key else None
+                task_id = known.id if known else by_key.get(key) or self.new_id()
+                if known:
+                    tasks[task_id] = known
+                elif task_id not in new:
+                    new[task_id] = spec
+                by_key.update({key: task_id} if key else {})
+                by_name[spec.name] = task_id
+                ids.append(task_id)
+            for task_id, spec in new.items():
+                spec = self._resolved(spec, by_name, config, kinds)
+                tasks[task_id] = self.store.insert_task(Task(**spec.__dict__, id=task_id))
+                self.store.append_event("task.created", task_id, name=spec.name, parent=spec.parent_task_id or None)
+            for task_id, task in tasks.items():
+                if queue and task.state == PENDING:
+                    tasks[task_id] = self.enqueue(task_id)
+        return [tasks[task_id] for task_id in ids]
 
     def _resolved(self, spec: TaskSpec, ids: dict, config: Config, kinds) -> TaskSpec:
-        """The spec with names turned into ids, project and directory completed from the configuration."""
-        agent = spec.agent
-        if agent.type and agent.type not in kinds:
-            raise InvalidInput(f"task {spec.name!r}: agent.type: {agent.type!r} is not available here"
-                               f"{did_you_mean(agent.type, kinds)}; there are: {', '.join(kinds)}")
-        if agent.isolation == "container" or agent.repository_url:
-            raise InvalidInput(f"task {spec.name!r}: agent.isolation: this version runs no containers yet;"
-                               " give project_dir instead of repository_url")
-        if spec.acceptance_criteria:
-            raise InvalidInput(f"task {spec.name!r}: acceptance_criteria: this version has no checker yet; use verify")
-        depends_on = []
+        """The completed spec with names and prefixes of other tasks turned into ids."""
+        spec, depends_on = complete_spec(spec, config, kinds), []
         for dependency in spec.depends_on:
             try:
                 found = ids.get(dependency.task) or self.store.resolve_task(dependency.task)
             except NotFound as error:
                 raise InvalidInput(f"task {spec.name!r}: depends_on: {error}") from None
             depends_on.append(dependency.replace(task=found))
-        if spec.parent_task_id:
-            spec = spec.replace(parent_task_id=self.store.resolve_task(spec.parent_task_id))
-        project = config.project_named(spec.project) if spec.project else config.project_for_dir(agent.project_dir)
-        if spec.project and project is None:
-            names = [known.name for known in config.projects]
-            raise InvalidInput(f"task {spec.name!r}: project: there is no project {spec.project!r} in the configuration"
-                               f"{did_you_mean(spec.project, names)}")
-        if project is not None:
-            agent = agent.replace(project_dir=agent.project_dir or project.dir)
-            spec = spec.replace(project=project.name, verify=spec.verify or project.verify)
-        return spec.replace(agent=agent, depends_on=tuple(depends_on))
+        parent = self.store.resolve_task(spec.parent_task_id) if spec.parent_task_id else ""
+        return spec.replace(depends_on=tuple(depends_on), parent_task_id=parent)
 
-    def edit(self, task_id: str, changes: dict) -> Task:
+    def edit(self, task_id: str, changes: dict, *, config: Config, kinds) -> Task:
         """Change a task that is not running.  ``changes`` has the keys of a task file.  Raises ``InvalidInput``."""
         task = self.store.get_task(task_id)
         if task.state not in EDITABLE_STATES:
-            raise WrongState(f"a {task.state} task cannot be edited", state=task.state)
-        document = spec_to_json(task)
-        agent_changes = changes.get("agent", {})
-        if not isinstance(agent_changes, dict):
-            raise InvalidInput("agent: expected a mapping of the settings to change")
-        document.update({key: value for key, value in changes.items() if key != "agent"})
-        document["agent"] = {**document.get("agent", {}), **agent_changes}
-        spec = parse_tasks(document, f"task {task_id[:8]}", self.store.clock())[0]
-        fields = {name: value for name, value in spec.__dict__.items()
-                  if name not in ("idempotency_key", "parent_task_id") and value != task.__dict__[name]}
+            raise wrong_state(task, f"is {task.state} and cannot be edited")
+        for fixed in ("idempotency_key", "parent_task_id"):
+            if fixed in changes:
+                raise InvalidInput(f"{fixed}: is settled when a task is created and cannot be changed")
+        document, agent = {**spec_to_json(task), **changes}, changes.get("agent", {})
+        if isinstance(agent, dict):
+            document["agent"] = {**spec_to_json(task)["agent"], **agent}
+        spec = self._resolved(parse_tasks(document, f"task {task_id[:8]}", self.store.clock())[0], {}, config, kinds)
+        self._check_cycle(task_id, spec.depends_on)
+        fields = {name: value for name, value in spec.__dict__.items() if value != task.__dict__[name]}
         with self.store.atomic():
             task = self.store.update_task(task_id, **fields)
             self.store.append_event("task.edited", task_id, fields=sorted(fields))
             self.store.after(lambda: self.on_change(task))
         return task
 
+    def _check_cycle(self, task_id: str, depends_on) -> None:
+        """Raises ``InvalidInput`` where the tasks would wait for each other for ever."""
+        edges = {task_id: [dependency.task for dependency in depends_on]}
+        rest = list(edges[task_id])
+        while rest:
+            other = self.store.find_task(rest.pop())
+            if other is not None and other.id not in edges:
+                edges[other.id] = [dependency.task for dependency in other.depends_on]
+                rest += edges[other.id]
+        cycle = find_cycle(edges)
+        if cycle:
+            raise InvalidInput("depends_on: a dependency cycle: " + " -> ".join(other[:8] for other in cycle))
+
     def delete(self, task_id: str) -> list[Execution]:
         """Delete a task that is not running; returns its executions, whose files the caller removes."""
         task = self.store.get_task(task_id)
         if task.state == RUNNING:
-            raise WrongState(f"task {task_id[:8]} is RUNNING; cancel it first", state=task.state)
-        open_subtasks = [child for child in self.store.subtasks(task_id) if child.state not in ENDED_STATES]
-        if open_subtasks:
-            raise WrongState(f"task {task_id[:8]} has {len(open_subtasks)} open subtasks; cancel them first",
-                             state=task.state)
+            raise wrong_state(task, "is RUNNING; cancel it first")
+        if self._open_subtasks(task_id):
+            raise wrong_state(task, f"has {self._open_subtasks(task_id)} open subtasks; cancel them first")
         executions = self.store.executions_of(task_id, limit=100_000)
         with self.store.atomic():
             self.store.delete_task(task_id)
             self.store.append_event("task.deleted", task_id, name=task.name)
             self.store.after(lambda: self.on_delete(task_id))
+            if task.parent_task_id:
+                self._settle_parent(task.parent_task_id)
         return executions
 
     # -- moves that people make
@@ -5622,8 +5299,7 @@ class Lifecycle:
         """Run, or run again, from the beginning: fresh attempts, fresh session, fresh sandbox."""
         task = self.store.get_task(task_id)
         if task.state == BLOCKED:
-            raise WrongState(f"task {task_id[:8]} is BLOCKED; answer its question (ctl answer) or cancel it",
-                             state=task.state)
+            raise wrong_state(task, "is BLOCKED; answer its question (ctl answer) or cancel it")
         return self._move(task_id, QUEUED, only_from=(PENDING, *FAILURE_STATES), reason="", detail="", attempts=0,
                           free_tries=0, round=1, resume=None, not_before=None, question=None)
 
@@ -5632,8 +5308,7 @@ class Lifecycle:
         task = self.store.get_task(task_id)
         continuation = continuation_of(self.store.last_execution(task))
         if continuation is None:
-            raise WrongState(f"task {task_id[:8]} has no session to resume; ctl run starts it from the beginning",
-                             state=task.state)
+            raise wrong_state(task, "has no session to resume; ctl run starts it from the beginning")
         continuation.update(kind="interrupted", text=message)
         return self._move(task_id, QUEUED, only_from=FAILURE_STATES, reason="", detail="", attempts=0, free_tries=0,
                           resume=continuation, not_before=None)
@@ -5644,18 +5319,20 @@ class Lifecycle:
 
     def reject(self, task_id: str, comment: str) -> Task:
         """READY to PENDING; the comment reaches the next run's prompt."""
-        return self._move(task_id, PENDING, only_from=(READY,), rejection_comment=comment, event={"comment": comment})
+        return self._move(task_id, PENDING, only_from=(READY,), rejection_comment=comment,
+                          event={"comment": cut_text(comment, EVENT_TEXT)})
 
     def answer(self, task_id: str, text: str) -> Task:
         """BLOCKED to QUEUED with the operator's answer for the session that asked."""
         task = self.store.get_task(task_id)
         if task.state == BLOCKED and not task.question:
-            raise WrongState(f"task {task_id[:8]} asks nothing; it waits for its subtasks", state=task.state)
+            raise wrong_state(task, "asks nothing; it waits for its subtasks")
         continuation = task.resume or continuation_of(self.store.last_execution(task)) or {}
         resume = {**continuation, "kind": "answer", "question": (task.question or {}).get("text", ""), "text": text}
         with self.store.atomic():
-            task = self._move(task_id, QUEUED, only_from=(BLOCKED,), resume=resume, question=None, reason="", detail="")
-            self.store.append_event("task.answer", task_id, task.execution_id, text=text)
+            task = self._move(task_id, QUEUED, only_from=(BLOCKED,), resume=resume, question=None, reason="",
+                              detail="")
+            self.store.append_event("task.answer", task_id, task.execution_id, text=cut_text(text, EVENT_TEXT))
         return task
 
     def cancel(self, task_id: str) -> Task:
@@ -5674,30 +5351,29 @@ class Lifecycle:
 
     def claim(self, task: Task, kind: str, model: str, timeout_s: float) -> tuple[Task, Execution]:
         """QUEUED to RUNNING and the execution's row, in one transaction."""
-        resume = task.resume or {}
-        execution_id = self.new_id()
+        resume, execution_id = task.resume or {}, self.new_id()
+        goes_on = {name: resume.get(name, "")
+                   for name in ("session_id", "sandbox_dir", "branch", "start_head", "source")}
         with self.store.atomic():
             moved = self.store.move_task(task.id, RUNNING, only_from=(QUEUED,), execution_id=execution_id,
                                          not_before=None)
             execution = self.store.insert_execution(Execution(
                 id=execution_id, task_id=task.id, start_time=self.store.clock(), agent=kind, model=model,
-                round=task.round, session_id=resume.get("session_id", ""), timeout_s=timeout_s,
-                sandbox_dir=resume.get("sandbox_dir", ""), branch=resume.get("branch", ""),
-                start_head=resume.get("start_head", ""), source=resume.get("source", "")))
-            self.store.append_event("task.state", task.id, execution_id, **{"from": QUEUED, "to": RUNNING}, name=task.name,
-                                    agent=kind, round=task.round)
+                round=task.round, timeout_s=timeout_s, **goes_on))
+            self.store.append_event("task.state", task.id, execution_id, **{"from": QUEUED, "to": RUNNING},
+                                    name=task.name, agent=kind, round=task.round)
             self.store.after(lambda: self.on_move(moved, QUEUED))
         return moved, execution
 
     def settle(self, execution: Execution, verdict: Verdict, follow_up: FollowUp, **facts) -> Task:
         """End an execution and move its task, in one transaction.  ``facts`` are further fields of the execution."""
         state = follow_up.state
+        if state in (READY, COMPLETED) and self._open_subtasks(execution.task_id):
+            state = BLOCKED
         with self.store.atomic():
-            open_subtasks = [child for child in self.store.subtasks(execution.task_id) if child.state not in ENDED_STATES]
-            if state in (READY, COMPLETED) and open_subtasks:
-                state = BLOCKED
-            self.store.update_execution(execution.id, status=verdict.state, reason=verdict.reason, detail=verdict.detail,
-                                        end_time=self.store.clock(), summary=verdict.summary, **facts)
+            self.store.update_execution(
+                execution.id, status=verdict.state, reason=verdict.reason, detail=verdict.detail,
+                end_time=self.store.clock(), summary=verdict.summary, **facts)
             self.store.append_event("execution.ended", execution.task_id, execution.id, status=verdict.state,
                                     **({"reason": verdict.reason} if verdict.reason else {}),
                                     cost_usd=facts.get("cost_usd"), exit_code=facts.get("exit_code"))
@@ -5727,23 +5403,25 @@ class Lifecycle:
         return self._move(task_id, FAILED, only_from=(QUEUED,), reason="dependency_failed",
                           detail=f"a task that this one depends on cannot be met any more: {what}")
 
+    def _open_subtasks(self, task_id: str) -> int:
+        return sum(child.state not in ENDED_STATES for child in self.store.subtasks(task_id))
+
     def _settle_parent(self, parent_id: str) -> None:
         """Move a parent that waits for its subtasks once the last of them has ended."""
         parent = self.store.find_task(parent_id)
         if parent is None or parent.state != BLOCKED or parent.question:
             return
         children = self.store.subtasks(parent_id)
-        failed = [child for child in children if child.state in FAILURE_STATES]
+        failed = [repr(child.name) for child in children if child.state in FAILURE_STATES]
         if any(child.state not in ENDED_STATES for child in children):
             return
         if failed:
-            names = ", ".join(repr(child.name) for child in failed[:3])
             self._move(parent_id, FAILED, only_from=(BLOCKED,), reason="dependency_failed",
-                       detail=f"{len(failed)} of {len(children)} subtasks failed: {names}")
-            return
-        self._move(parent_id, READY, only_from=(BLOCKED,))
-        if parent.parent_task_id or parent.auto_accept:
-            self.accept(parent_id)
+                       detail=f"{len(failed)} of {len(children)} subtasks failed: {', '.join(failed[:3])}")
+        else:
+            self._move(parent_id, READY, only_from=(BLOCKED,))
+            if parent.parent_task_id or parent.auto_accept:
+                self.accept(parent_id)
 
     def park(self, kind: str, until: float | None, reason: str, detail: str) -> None:
         """Start no agent of a kind until a time, or until it is unparked."""
@@ -5768,18 +5446,36 @@ class Core:
         self.pool = self.reload = None
         self.started_at = store.clock()
 
-    def show(self, task: Task) -> dict:
-        """A task as JSON, with its last execution."""
-        return task_to_json(task, self.store.last_execution(task), self.config.default_timeout_s)
+    def show(self, task: Task, why: bool = False) -> dict:
+        """A task as JSON, with its last execution, and with ``why`` the reason for where it is."""
+        shown = task_to_json(task, self.store.last_execution(task), self.config.default_timeout_s)
+        return {**shown, "why": self.pool.explain(task) if self.pool else ""} if why else shown
 
     def select(self, ids) -> list[Task]:
         """The tasks that ids or unique prefixes name, each once."""
-        found = dict.fromkeys(self.store.resolve_task(str(prefix)) for prefix in ids)
-        return [self.store.get_task(task_id) for task_id in found]
+        return [self.store.get_task(task_id) for task_id in dict.fromkeys(map(self.store.resolve_task, ids))]
+
+    def one(self, params: dict) -> Task:
+        """The task that the parameter ``id`` names."""
+        return self.store.get_task(self.store.resolve_task(params["id"]))
+
+    def last_run(self, task: Task) -> Execution:
+        """The newest execution of a task.  Raises ``NotFound`` where there is none yet."""
+        run = self.store.last_execution(task)
+        if run is None:
+            raise NotFound(f"task {task.id[:8]} has not run yet; claudomator ctl run {task.id[:8]} queues it"
+                           if task.state == PENDING else f"task {task.id[:8]} has not run yet")
+        return run
+
+    def check_kind(self, kind: str) -> None:
+        """Raises ``NotFound`` where there is no such agent kind."""
+        if kind not in self.kinds:
+            raise NotFound(f"there is no agent kind {kind!r}{did_you_mean(kind, self.kinds)};"
+                           f" there are: {', '.join(self.kinds)}")
 
 
 class Param(Record):
-    """A parameter of an operation.  ``kind``: str, text, int, number, bool, ids, names, object, any."""
+    """A parameter of an operation.  ``kind``: a key of ``PARAM_CHECKS``."""
 
     name: str
     kind: str
@@ -5795,26 +5491,41 @@ class Final(Record):
 
 
 class Operation(Record):
-    """One thing a caller can ask for.  ``handler(core, params)`` is a coroutine function, or for a ``stream`` an async
-    generator: its items are sent as notifications, a ``Final`` ends it with the result."""
+    """One thing a caller can ask for.  ``handler(core, params)`` returns the result; where it has to wait it is a
+    coroutine function; for a ``stream`` it is an async generator whose items are sent as notifications, and a
+    ``Final`` ends it with the result.  A ``lasting`` one only tells: it is given up when its caller leaves."""
 
     name: str
     handler: object
     help: str
     params: tuple = ()
     stream: bool = False
+    lasting: bool = False
 
 
-PARAM_CHECKS = {  # kind: (what is expected, test)
-    "str": ("a string", lambda value: isinstance(value, str)),
-    "text": ("a string", lambda value: isinstance(value, str)),
-    "int": ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
-    "number": ("a number", lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)),
-    "bool": ("true or false", lambda value: isinstance(value, bool)),
-    "ids": ("a list of task ids", lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value)),
-    "names": ("a list of strings", lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value)),
-    "object": ("an object", lambda value: isinstance(value, dict)),
-    "any": ("any value", lambda value: True),
+def is_plain_text(value) -> bool:
+    """Whether a value is a string that can be stored: no NUL and no half of a surrogate pair."""
+    return isinstance(value, str) and "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def is_number(value, kinds) -> bool:
+    """Whether a value is a number of these types, 0 or more, that SQLite can store."""
+    return isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value < 2 ** 53
+
+
+def _is_list(value) -> bool:
+    return isinstance(value, list) and all(map(is_plain_text, value))
+
+
+PARAM_CHECKS = {  # kind: (what is expected, test, default)
+    "str": ("a string", is_plain_text, ""),
+    "int": ("a whole number, 0 or more", lambda value: is_number(value, int), None),
+    "number": ("a number, 0 or more", lambda value: is_number(value, (int, float)), None),
+    "bool": ("true or false", lambda value: isinstance(value, bool), False),
+    "ids": ("a list of task ids", _is_list, None),
+    "names": ("a list of strings", _is_list, ()),
+    "object": ("an object", lambda value: isinstance(value, dict), None),
+    "any": ("any value", lambda value: True, None),
 }
 
 
@@ -5828,7 +5539,7 @@ def check_params(operation: Operation, params: dict) -> dict:
         if value is None:
             if param.required:
                 problems.append(f"{name}: is required ({param.help})")
-            values[name] = param.default
+            values[name] = PARAM_CHECKS[param.kind][2] if param.default is None else param.default
         elif not PARAM_CHECKS[param.kind][1](value):
             problems.append(f"{name}: expected {PARAM_CHECKS[param.kind][0]}, got {format_json(value)[:60]}")
         else:
@@ -5838,8 +5549,7 @@ def check_params(operation: Operation, params: dict) -> dict:
     return values
 
 
-async def op_task_create(core: Core, params: dict) -> dict:
-    """Create tasks from a task document; with ``queue`` they run as soon as they can."""
+def _task_create(core: Core, params: dict) -> dict:
     specs = parse_tasks(params["tasks"], params["source"], core.store.clock())
     if params["auto_accept"]:
         specs = [spec.replace(auto_accept=True) for spec in specs]
@@ -5847,380 +5557,48 @@ async def op_task_create(core: Core, params: dict) -> dict:
     return {"tasks": [core.show(task) for task in tasks]}
 
 
-async def op_task_list(core: Core, params: dict) -> dict:
-    """Tasks, newest first."""
-    states = [state.upper() for state in params["states"] or []]
+def _task_list(core: Core, params: dict) -> dict:
+    states = [state.upper() for state in params["states"]]
     for state in states:
         if state not in MOVES:
             raise InvalidInput(f"states: there is no state {state!r}{did_you_mean(state, MOVES)}")
     limit = max(1, min(params["limit"], 1000))
-    parent = core.store.resolve_task(params["parent"]) if params["parent"] else ""
     tasks = core.store.list_tasks(
-        states=states, tag=params["tag"], project=params["project"], agent=params["agent"], parent=parent,
-        limit=limit + 1, before_seq=params["before"])
-    shown = [{**core.show(task), "seq": task.seq, "why": core.pool.explain(task) if core.pool else ""}
-             for task in tasks[:limit]]
-    return {"tasks": shown, "next": tasks[limit - 1].seq if len(tasks) > limit else None}
+        states=states, tag=params["tag"], project=params["project"], agent=params["agent"], limit=limit + 1,
+        parent=core.store.resolve_task(params["parent"]) if params["parent"] else "", before_seq=params["before"])
+    return {"tasks": [{**core.show(task, why=True), "seq": task.seq} for task in tasks[:limit]],
+            "next": tasks[limit - 1].seq if len(tasks) > limit else None}
 
 
-async def op_task_get(core: Core, params: dict) -> dict:
-    """One task with its executions."""
-    task = core.select([params["id"]])[0]
-    return {"task": {**core.show(task), "why": core.pool.explain(task) if core.pool else ""},
+def _task_get(core: Core, params: dict) -> dict:
+    task = core.one(params)
+    return {"task": core.show(task, why=True),
             "executions": [execution_to_json(run) for run in core.store.executions_of(task.id)],
             "subtasks": [core.show(child) for child in core.store.subtasks(task.id)]}
 
 
-def _each(core: Core, ids: list, change) -> dict:
-    """Apply a change to each task; all or none, so that a wrong id in a list does not leave half of it done."""
-    with core.store.atomic():
-        return {"tasks": [core.show(change(task)) for task in core.select(ids)]}
-
-
-async def op_task_run(core: Core, params: dict) -> dict:
-    """Queue PENDING tasks, or run ended ones again from the beginning."""
-    return _each(core, params["ids"], lambda task: core.life.enqueue(task.id))
-
-
-async def op_task_start_next(core: Core, params: dict) -> dict:
-    """Queue the oldest PENDING task, if there is one."""
+def _task_start_next(core: Core, params: dict) -> dict:
     task = core.store.oldest_pending()
     return {"task": core.show(core.life.enqueue(task.id)) if task else None}
 
 
-async def op_task_cancel(core: Core, params: dict) -> dict:
-    """Cancel tasks; answers once nothing of them runs any more."""
-    tasks = [core.life.cancel(task.id) for task in core.select(params["ids"])]
+async def _task_cancel(core: Core, params: dict) -> dict:
+    with core.store.atomic():
+        tasks = [core.life.cancel(task.id) for task in core.select(params["ids"])]
     stopping = [task.id for task in tasks if task.state == RUNNING]
-    if stopping and core.pool:
+    if stopping:
         await core.pool.wait_stopped(stopping)
     return {"tasks": [core.show(core.store.get_task(task.id)) for task in tasks]}
 
 
-async def op_task_accept(core: Core, params: dict) -> dict:
-    """Accept READY work: the task is COMPLETED."""
-    return _each(core, params["ids"], lambda task: core.life.accept(task.id))
-
-
-async def op_task_reject(core: Core, params: dict) -> dict:
-    """Send READY work back: the task is PENDING, and the comment reaches the next run."""
-    return _each(core, params["ids"], lambda task: core.life.reject(task.id, params["comment"]))
-
-
-async def op_task_answer(core: Core, params: dict) -> dict:
-    """Answer a BLOCKED task's question; its session goes on with the answer."""
-    task = core.select([params["id"]])[0]
-    return {"task": core.show(core.life.answer(task.id, params["text"]))}
-
-
-async def op_task_resume(core: Core, params: dict) -> dict:
-    """Run ended tasks again in their last session and sandbox."""
-    return _each(core, params["ids"], lambda task: core.life.resume_session(task.id, params["message"]))
-
-
-async def op_task_edit(core: Core, params: dict) -> dict:
-    """Change a task that is not running; ``changes`` has the keys of a task file."""
-    task = core.select([params["id"]])[0]
-    return {"task": core.show(core.life.edit(task.id, params["changes"]))}
-
-
-async def op_task_delete(core: Core, params: dict) -> dict:
-    """Delete tasks with their executions, logs and sandboxes."""
-    tasks = core.select(params["ids"])
+async def _task_delete(core: Core, params: dict) -> dict:
     with core.store.atomic():
+        tasks = core.select(params["ids"])
         executions = [run for task in tasks for run in core.life.delete(task.id)]
     await core.store.durable()
     for run in executions:
         await in_thread(remove_execution_files, run, core.config)
     return {"deleted": [task.id for task in tasks]}
-
-
-async def op_task_subtasks(core: Core, params: dict) -> dict:
-    """The direct subtasks of a task."""
-    return {"tasks": [core.show(child) for child in core.store.subtasks(core.select([params["id"]])[0].id)]}
-
-
-def wait_is_over(task: Task, parked: bool) -> bool:
-    """Whether a waiter has nothing more to wait for: the task ended, is READY, asks something, or is parked."""
-    return task.state in SETTLED_STATES or task.state == BLOCKED and bool(task.question) \
-        or parked and task.state == QUEUED
-
-
-async def op_task_wait(core: Core, params: dict) -> dict:
-    """Wait until all the tasks (or any of them) have ended, are READY or ask a question."""
-    import asyncio
-    ids = [task.id for task in core.select(params["ids"])]
-    changed = asyncio.Event()
-
-    def wake(events: list) -> None:
-        changed.set()
-
-    def over(task: Task) -> bool:
-        parked = params["parked_ends"] and core.pool is not None and core.pool.is_parked(task)
-        return wait_is_over(task, parked)
-
-    core.bus.subscribe(wake)
-    try:
-        deadline = None if params["timeout_s"] is None else time.monotonic() + params["timeout_s"]
-        while True:
-            changed.clear()
-            done = [over(core.store.get_task(task_id)) for task_id in ids]
-            timed_out = deadline is not None and time.monotonic() >= deadline
-            if (any if params["any"] else all)(done) or timed_out:
-                return {"tasks": [core.show(core.store.get_task(task_id)) for task_id in ids],
-                        "timed_out": timed_out and not (any if params["any"] else all)(done)}
-            try:
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                await asyncio.wait_for(changed.wait(), left)
-            except asyncio.TimeoutError:
-                pass
-    finally:
-        core.bus.unsubscribe(wake)
-
-
-async def op_task_diff(core: Core, params: dict) -> dict:
-    """What a task changed: the diff of its kept sandbox, or of the pushed commits in the project's repository."""
-    task = core.select([params["id"]])[0]
-    run = core.store.last_execution(task)
-    if run is None:
-        raise NotFound(f"task {task.id[:8]} has not run yet")
-    diff = ""
-    if run.sandbox_dir and os.path.isdir(run.sandbox_dir):
-        diff = await in_thread(sandbox_diff, run.sandbox_dir, run.start_head, dict(os.environ), 1 << 20)
-    elif run.commits and task.agent.project_dir:
-        diff = await in_thread(commits_diff, task.agent.project_dir, run.source, [c["hash"] for c in run.commits],
-                               dict(os.environ), 1 << 20)
-    return {"task_id": task.id, "execution_id": run.id, "commits": list(run.commits), "diff": diff}
-
-
-async def op_execution_list(core: Core, params: dict) -> dict:
-    """The executions of a task, newest first."""
-    task = core.select([params["id"]])[0]
-    return {"executions": [execution_to_json(run) for run in core.store.executions_of(task.id)]}
-
-
-async def op_execution_get(core: Core, params: dict) -> dict:
-    """One execution."""
-    return {"execution": execution_to_json(core.store.get_execution(core.store.resolve_execution(params["id"])))}
-
-
-def _log_target(core: Core, params: dict) -> Execution:
-    if params["execution"]:
-        return core.store.get_execution(core.store.resolve_execution(params["execution"]))
-    if not params["id"]:
-        raise InvalidInput("execution.log: give id (a task) or execution")
-    task = core.select([params["id"]])[0]
-    run = core.store.last_execution(task)
-    if run is None:
-        raise NotFound(f"task {task.id[:8]} has not run yet; it has no log")
-    return run
-
-
-def tail_offset(path: str, lines: int) -> int:
-    """Byte offset at which the last ``lines`` lines of a file begin."""
-    with open(path, "rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        at, found = end, 0
-        while at > 0:
-            step = min(LOG_CHUNK, at)
-            at -= step
-            file.seek(at)
-            block = file.read(step)
-            if at + step == end and block.endswith(b"\n"):
-                block = block[:-1]
-            cut = len(block)
-            while (cut := block.rfind(b"\n", 0, cut)) >= 0:
-                found += 1
-                if found == lines:
-                    return at + cut + 1
-    return 0
-
-
-def read_log(path: str, offset: int, limit: int = LOG_CHUNK) -> tuple[str, int]:
-    """(text, next offset) of a piece of a log, cut after a line where there is one, never inside a character."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            block = file.read(limit)
-    except FileNotFoundError:
-        return "", offset
-    cut = block.rfind(b"\n") + 1
-    if not cut:
-        cut = len(block)
-        for back in range(1, min(4, cut) + 1):
-            lead = block[-back]
-            if lead & 0xC0 == 0xC0:  # the lead byte of a character that may not be whole yet
-                cut -= back if back < (2 if lead < 0xE0 else 3 if lead < 0xF0 else 4) else 0
-                break
-            if lead & 0x80 == 0:
-                break
-    return block[:cut].decode("utf-8", "replace"), offset + cut
-
-
-async def op_execution_log(core: Core, params: dict):
-    """Stream a log: {"offset", "next", "text"} pieces, with ``follow`` until the execution has ended."""
-    import asyncio
-    run = _log_target(core, params)
-    path = os.path.join(core.config.executions_dir, run.id, f"{params['stream']}.log")
-    if not os.path.exists(path) and run.status != RUNNING:
-        stored = run.stderr_path if params["stream"] == "stderr" else run.stdout_path  # the Go server's paths
-        if not (stored and os.path.exists(stored)):
-            raise NotFound(f"the log of execution {run.id[:8]} is gone (keep_logs = "
-                           f"{format_duration(core.config.keep_logs_s)})" if run.end_time else
-                           f"execution {run.id[:8]} has no log")
-        path = stored
-    offset = params["offset"]
-    if params["tail"] is not None and os.path.exists(path):
-        offset = await in_thread(tail_offset, path, params["tail"])
-    yield {"execution_id": run.id, "agent": run.agent, "offset": offset, "next": offset, "text": ""}
-    while True:
-        ended = core.store.get_execution(run.id).status != RUNNING
-        while True:
-            text, following = read_log(path, offset)
-            if following == offset:
-                break
-            yield {"execution_id": run.id, "offset": offset, "next": following, "text": text}
-            offset = following
-        if ended or not params["follow"]:
-            break
-        await asyncio.sleep(LOG_POLL_S)
-    run = core.store.get_execution(run.id)
-    yield Final({"execution": execution_to_json(run), "task": core.show(core.store.get_task(run.task_id)), "next": offset})
-
-
-async def op_events_watch(core: Core, params: dict):
-    """Stream events after ``since`` for as long as the connection lasts; without ``since`` only new ones."""
-    task_id = core.store.resolve_task(params["task"]) if params["task"] else None
-    async for batch in core.bus.follow(params["since"], task_id):
-        for event in batch:
-            yield event
-
-
-async def op_agent_status(core: Core, params: dict) -> dict:
-    """The agent kinds: running, bounds, parking, and whether their program is installed."""
-    return {"agents": core.pool.agents() if core.pool else []}
-
-
-def _check_kind(core: Core, kind: str) -> None:
-    if kind not in core.kinds:
-        raise NotFound(f"there is no agent kind {kind!r}{did_you_mean(kind, core.kinds)}; there are: {', '.join(core.kinds)}")
-
-
-async def op_agent_park(core: Core, params: dict) -> dict:
-    """Start no agent of a kind until a time (RFC 3339 or a delay), or until it is unparked."""
-    _check_kind(core, params["agent"])
-    until = None
-    if params["until"]:
-        try:
-            until = core.store.clock() + parse_duration(params["until"])
-        except ValueError:
-            try:
-                until = parse_time(params["until"])
-            except ValueError:
-                raise InvalidInput(f"until: {params['until']!r} is neither a delay like 2h nor a time like"
-                                   " 2026-12-01T22:00:00Z") from None
-    core.life.park(params["agent"], until, "operator", "parked by the operator")
-    core.pool.wake()
-    return {"agents": core.pool.agents()}
-
-
-async def op_agent_unpark(core: Core, params: dict) -> dict:
-    """Let a kind start again."""
-    _check_kind(core, params["agent"])
-    core.life.unpark(params["agent"], "operator")
-    core.pool.wake()
-    return {"agents": core.pool.agents()}
-
-
-async def op_pool_status(core: Core, params: dict) -> dict:
-    """What ``ctl`` shows: the daemon, agent kinds, counts, and the tasks that matter now."""
-    tasks: list[Task] = []
-    for state, limit in ((RUNNING, 100), (BLOCKED, 50), (QUEUED, 50), (READY, 50), (PENDING, 20)):
-        tasks += core.store.queued_page(limit=limit) if state == QUEUED else core.store.list_tasks(states=(state,), limit=limit)
-    ended = core.store.list_tasks(states=tuple(sorted(ENDED_STATES)), limit=params["ended"])
-    tasks += sorted(ended, key=lambda task: -task.updated_at)
-    return {"daemon": daemon_facts(core), "agents": core.pool.agents(), "counts": core.store.counts(),
-            "tasks": [{**core.show(task), "why": core.pool.explain(task)} for task in tasks]}
-
-
-def daemon_facts(core: Core) -> dict:
-    """The daemon's own state."""
-    return {"version": __version__, "pid": os.getpid(), "started_at": format_time(core.started_at),
-            "data_dir": core.config.data_dir, "max_concurrent": core.config.max_concurrent,
-            "running": core.pool.running_count() if core.pool else 0, **(core.pool.holds() if core.pool else {}),
-            "last_event": core.store.last_event_seq()}
-
-
-def _hold(core: Core, params: dict, held: bool) -> dict:
-    target = {"agent": params["agent"], "project": params["project"]}
-    if params["agent"]:
-        _check_kind(core, params["agent"])
-    core.pool.hold(held, **target)
-    return daemon_facts(core)
-
-
-async def op_pool_pause(core: Core, params: dict) -> dict:
-    """Start nothing new: at all, of one agent kind, or of one project.  What runs goes on."""
-    return _hold(core, params, True)
-
-
-async def op_pool_resume(core: Core, params: dict) -> dict:
-    """End a pause or a drain."""
-    return _hold(core, params, False)
-
-
-async def op_pool_drain(core: Core, params: dict) -> dict:
-    """Start nothing new and, with ``wait``, answer when nothing runs any more."""
-    core.pool.drain()
-    if params["wait"]:
-        await core.pool.wait_idle()
-    return daemon_facts(core)
-
-
-async def op_project_list(core: Core, params: dict) -> dict:
-    """The projects of the configuration."""
-    return {"projects": [dict(project.__dict__) for project in core.config.projects]}
-
-
-async def op_sandbox_list(core: Core, params: dict) -> dict:
-    """The sandboxes that are kept, newest first."""
-    found = []
-    for run in core.store.kept_sandboxes():
-        if os.path.isdir(run.sandbox_dir) and run.sandbox_dir not in {item["path"] for item in found}:
-            found.append({"path": run.sandbox_dir, "task_id": run.task_id, "execution_id": run.id, "status": run.status,
-                          "reason": run.reason or None, "end_time": format_time(run.end_time),
-                          **await in_thread(sandbox_summary, run.sandbox_dir, dict(os.environ))})
-    return {"sandboxes": found}
-
-
-async def op_sandbox_rm(core: Core, params: dict) -> dict:
-    """Delete the kept sandboxes of tasks that neither run nor wait for an answer."""
-    removed = []
-    for task in core.select(params["ids"]):
-        if task.state in (RUNNING, BLOCKED, QUEUED) and task.resume is not None or task.state == RUNNING:
-            raise WrongState(f"task {task.id[:8]} is {task.state} and still needs its sandbox", state=task.state)
-        for run in core.store.executions_of(task.id, limit=1000):
-            if run.sandbox_dir:
-                await in_thread(remove_sandbox, run.sandbox_dir, core.config.sandboxes_dir)
-                core.store.update_execution(run.id, sandbox_dir="")
-                removed.append(run.sandbox_dir)
-    return {"removed": removed}
-
-
-async def op_daemon_status(core: Core, params: dict) -> dict:
-    """Version, pid, uptime, holds, counts."""
-    return {**daemon_facts(core), "counts": core.store.counts()}
-
-
-async def op_daemon_reload(core: Core, params: dict) -> dict:
-    """Read the configuration file again; a bad one is refused and the present one stays."""
-    return core.reload()
-
-
-async def op_daemon_backup(core: Core, params: dict) -> dict:
-    """Copy the database to a file while the daemon works."""
-    path = os.path.abspath(params["path"])
-    return {"path": path, "bytes": await in_thread(core.store.backup, path)}
 
 
 def remove_execution_files(execution: Execution, config: Config) -> None:
@@ -6231,71 +5609,329 @@ def remove_execution_files(execution: Execution, config: Config) -> None:
             remove_sandbox(path, root)
 
 
+def is_over(task: Task) -> bool:
+    """Whether nothing more happens to a task without a person."""
+    return task.state in SETTLED_STATES or task.state == BLOCKED and bool(task.question)
+
+
+async def _task_wait(core: Core, params: dict) -> dict:
+    import asyncio
+    ids, over, done = [task.id for task in core.select(params["ids"])], {}, False
+    events, touched = core.bus.follow(None), set(ids)
+    try:
+        async with asyncio.timeout(params["timeout_s"]):
+            while True:
+                for task in map(core.store.get_task, touched):
+                    over[task.id] = is_over(task) or params["parked_ends"] and core.pool.is_parked(task)
+                done = (any if params["any"] else all)(over.values())
+                if done:
+                    break
+                named = {event["task_id"] for event in await anext(events)}
+                touched = set(ids) if None in named else named.intersection(ids)
+    except TimeoutError:
+        pass
+    finally:
+        await events.aclose()
+    return {"tasks": [core.show(core.store.get_task(task_id)) for task_id in ids], "timed_out": not done}
+
+
+async def _task_diff(core: Core, params: dict) -> dict:
+    task = core.one(params)
+    run = core.last_run(task)
+    diff = ""
+    if run.sandbox_dir and os.path.isdir(run.sandbox_dir):
+        diff = await in_thread(sandbox_diff, run.sandbox_dir, run.start_head, dict(os.environ), 1 << 20)
+    elif run.commits and task.agent.project_dir:
+        diff = await in_thread(commits_diff, task.agent.project_dir, run.source, [c["hash"] for c in run.commits],
+                               dict(os.environ), 1 << 20)
+    return {"task_id": task.id, "execution_id": run.id, "commits": list(run.commits), "diff": diff}
+
+
+def tail_offset(path: str, lines: int) -> int:
+    """Byte offset at which the last ``lines`` lines of a file begin."""
+    with open_plain(path) as file:
+        at = file.seek(0, os.SEEK_END)
+        if not lines or not at:
+            return at
+        file.seek(at - 1)
+        wanted = lines + (file.read(1) == b"\n")  # the LF that ends the last line does not begin another
+        while at > 0:
+            step = min(LOG_CHUNK, at)
+            at -= step
+            file.seek(at)
+            block = file.read(step)
+            cut, count = len(block), block.count(b"\n")
+            if count >= wanted:
+                for _ in range(wanted):
+                    cut = block.rfind(b"\n", 0, cut)
+                return at + cut + 1
+            wanted -= count
+    return 0
+
+
+def read_log(path: str, offset: int, ended: bool) -> tuple[str, int]:
+    """(text, next offset) of a piece of a log, cut after a line where there is one, and never inside a character
+    unless the log has ``ended`` there.
+
+    Bytes that are no UTF-8 become lone surrogates, as Python's ``surrogateescape`` makes them, so that none is lost.
+    """
+    try:
+        with open_plain(path) as file:
+            file.seek(offset)
+            block = file.read(LOG_CHUNK)
+    except OSError:
+        return "", offset
+    unfinished = 0 if ended and len(block) < LOG_CHUNK else unfinished_utf8(block[-3:])
+    block = block[:block.rfind(b"\n") + 1 or len(block) - unfinished]
+    return block.decode("utf-8", "surrogateescape"), offset + len(block)
+
+
+def log_path(core: Core, run: Execution, stream: str) -> str:
+    """Where an execution's log is.  Raises ``NotFound`` where it is gone."""
+    path = os.path.join(core.config.executions_dir, run.id, f"{stream}.log")
+    if os.path.exists(path) or run.status == RUNNING:
+        return path
+    stored = run.stderr_path if stream == "stderr" else run.stdout_path  # the Go server's paths
+    if stored and os.path.exists(stored):
+        return stored
+    if run.pid is None:
+        raise NotFound(f"execution {run.id[:8]} has no log: its agent never started ({run.reason}: {run.detail})")
+    raise NotFound(f"the log of execution {run.id[:8]} is gone"
+                   f" (keep_logs = {format_duration(core.config.keep_logs_s)})")
+
+
+async def _log_pieces(core: Core, run: Execution, stream: str, offset: int, follow: bool) -> object:
+    """Yield one execution's log in pieces, with ``follow`` until it has ended."""
+    import asyncio
+    path = os.path.join(core.config.executions_dir, run.id, f"{stream}.log") if follow else log_path(core, run, stream)
+    yield {"execution_id": run.id, "agent": run.agent, "round": run.round, "offset": offset, "next": offset, "text": ""}
+    while True:
+        ended = core.store.get_execution(run.id).status != RUNNING
+        while (piece := read_log(path, offset, ended))[1] > offset:
+            yield {"execution_id": run.id, "offset": offset, "next": piece[1], "text": piece[0]}
+            offset = piece[1]
+        if ended or not follow:
+            return
+        await asyncio.sleep(LOG_POLL_S)
+
+
+async def _execution_log(core: Core, params: dict) -> object:
+    if params["stream"] not in ("stdout", "stderr") or not params["id"] and not params["execution"]:
+        raise InvalidInput("execution.log: give id (a task) or execution, and as stream stdout or stderr")
+    follow, offset, task = params["follow"], params["offset"], core.one(params) if params["id"] else None
+    run = core.store.get_execution(core.store.resolve_execution(params["execution"])) if params["execution"] else \
+        core.store.last_execution(task) if follow else core.last_run(task)
+    if run and params["tail"] is not None:
+        offset = await in_thread(tail_offset, log_path(core, run, params["stream"]), params["tail"])
+    events = core.bus.follow(None, task.id if task else None)
+    try:
+        while True:
+            if run:
+                async for piece in _log_pieces(core, run, params["stream"], offset, follow):
+                    yield piece
+                task = task if follow else None
+            if task is None:
+                break
+            later = []  # of a task that is followed: what comes next, a further round or another try
+            while not later:
+                task, runs = core.store.get_task(task.id), core.store.executions_of(task.id)
+                later = [other for other in runs if run is None or other.seq > run.seq]
+                if not later and is_over(task):
+                    break
+                if not later:
+                    await anext(events)
+            if not later:
+                break
+            run, offset = later[-1], 0
+    finally:
+        await events.aclose()
+    run = run and core.store.get_execution(run.id)
+    task = core.store.get_task(run.task_id if run else task.id)
+    yield Final({"execution": run and execution_to_json(run), "task": core.show(task)})
+
+
+async def _events_watch(core: Core, params: dict) -> object:
+    task_id = core.store.resolve_task(params["task"]) if params["task"] else None
+    async for batch in core.bus.follow(params["since"], task_id):
+        for event in batch:
+            yield event
+
+
+def _agent_park(core: Core, params: dict) -> dict:
+    core.check_kind(params["agent"])
+    until, now = None, core.store.clock()
+    if params["until"]:
+        for read in (lambda text: now + parse_duration(text), parse_time):
+            try:
+                until = until or read(params["until"])
+            except ValueError:
+                pass
+        if until is None or until < now:
+            raise InvalidInput(f"until: expected a delay like 2h or a time to come like 2026-12-01T22:00:00Z,"
+                               f" got {params['until']!r}")
+    core.life.park(params["agent"], until, "operator", "parked by the operator")
+    core.pool.wake()
+    return {"agents": core.pool.agents()}
+
+
+def _agent_unpark(core: Core, params: dict) -> dict:
+    core.check_kind(params["agent"])
+    core.life.unpark(params["agent"], "operator")
+    core.pool.wake()
+    return {"agents": core.pool.agents()}
+
+
+def _pool_status(core: Core, params: dict) -> dict:
+    tasks = core.store.queued_page(limit=50)
+    for state, limit in ((RUNNING, 100), (BLOCKED, 50), (READY, 50), (PENDING, 20)):
+        tasks += core.store.list_tasks(states=(state,), limit=limit)
+    ended = core.store.list_tasks(states=tuple(sorted(ENDED_STATES)), limit=max(1, min(params["ended"], 1000)))
+    tasks += sorted(ended, key=lambda task: -task.updated_at)
+    return {"daemon": daemon_facts(core), "agents": core.pool.agents(), "counts": core.store.counts(),
+            "tasks": [core.show(task, why=True) for task in tasks]}
+
+
+def daemon_facts(core: Core) -> dict:
+    """The daemon's own state."""
+    return {"version": __version__, "pid": os.getpid(), "started_at": format_time(core.started_at),
+            "data_dir": core.config.data_dir, "max_concurrent": core.config.max_concurrent,
+            "running": core.pool.running_count(), **core.pool.holds(), "last_event": core.store.published_seq}
+
+
+def hold(core: Core, params: dict, held: bool) -> dict:
+    """Pause or resume all, an agent kind or a project."""
+    if params["agent"]:
+        core.check_kind(params["agent"])
+    if held and params["project"] and core.config.project_named(params["project"]) is None:
+        raise NotFound(f"there is no project {params['project']!r} in the configuration")
+    core.pool.hold(held, agent=params["agent"], project=params["project"])
+    return daemon_facts(core)
+
+
+async def _pool_drain(core: Core, params: dict) -> dict:
+    core.pool.drain()
+    if params["wait"]:
+        await core.pool.wait_idle()
+    return daemon_facts(core)
+
+
+async def _sandbox_list(core: Core, params: dict) -> dict:
+    found = {}
+    for run in core.store.kept_sandboxes():
+        if os.path.isdir(run.sandbox_dir) and run.sandbox_dir not in found:
+            found[run.sandbox_dir] = {
+                "path": run.sandbox_dir, "task_id": run.task_id, "execution_id": run.id, "status": run.status,
+                "reason": run.reason or None, "end_time": format_time(run.end_time),
+                **await in_thread(sandbox_summary, run.sandbox_dir, dict(os.environ))}
+    return {"sandboxes": list(found.values())}
+
+
+async def _sandbox_rm(core: Core, params: dict) -> dict:
+    tasks, removed = core.select(params["ids"]), []
+    for task in tasks:
+        if task.state in (RUNNING, BLOCKED) or task.state == QUEUED and task.resume is not None:
+            raise wrong_state(task, f"is {task.state} and still needs its sandbox; cancel it first")
+    for run in [run for task in tasks for run in core.store.executions_of(task.id, limit=1000) if run.sandbox_dir]:
+        await in_thread(remove_sandbox, run.sandbox_dir, core.config.sandboxes_dir)
+        core.store.update_execution(run.id, sandbox_dir="")
+        removed.append(run.sandbox_dir)
+    return {"removed": list(dict.fromkeys(removed))}
+
+
+async def _daemon_backup(core: Core, params: dict) -> dict:
+    path = os.path.realpath(params["path"])
+    if not os.path.isabs(params["path"]) or path.startswith(os.path.realpath(core.config.db_path)):
+        raise InvalidInput(f"path: expected an absolute path that is not the database itself, got {params['path']!r}")
+    return {"path": path, "bytes": await in_thread(core.store.backup, path)}
+
+
+def changes_each(change) -> object:
+    """A handler that applies ``change(core, task_id, params)`` to the tasks of ``ids``: to all or to none, so that a
+    wrong id in a list does not leave half of it done."""
+    def handler(core: Core, params: dict) -> dict:
+        with core.store.atomic():
+            return {"tasks": [core.show(change(core, task.id, params)) for task in core.select(params["ids"])]}
+    return handler
+
+
 IDS = Param("ids", "ids", "task ids or unique beginnings of them", required=True)
 ONE_ID = Param("id", "str", "a task id or a unique beginning of it", required=True)
-HOLD_PARAMS = (Param("agent", "str", "only this agent kind", default=""), Param("project", "str", "only this project", default=""))
+KIND = Param("agent", "str", "the kind", required=True)
+HOLD_PARAMS = (Param("agent", "str", "only this agent kind"), Param("project", "str", "only this project"))
 
 OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in (
-    Operation("task.create", op_task_create, "create tasks from a task document", (
+    Operation("task.create", _task_create, "create tasks from a task document", (
         Param("tasks", "any", "a task, or an object with a list under `tasks`, as in a task file", required=True),
         Param("source", "str", "what errors call the document", default="request"),
-        Param("queue", "bool", "queue them at once", default=False),
-        Param("auto_accept", "bool", "go to COMPLETED without a person's accept", default=False))),
-    Operation("task.list", op_task_list, "list tasks, newest first", (
-        Param("states", "names", "only these states"), Param("tag", "str", "only with this tag", default=""),
-        Param("project", "str", "only of this project", default=""),
-        Param("agent", "str", "only of this agent kind", default=""),
-        Param("parent", "str", "only subtasks of this task", default=""),
+        Param("queue", "bool", "queue them at once"),
+        Param("auto_accept", "bool", "go to COMPLETED without a person's accept"))),
+    Operation("task.list", _task_list, "list tasks, newest first", (
+        Param("states", "names", "only these states"), Param("tag", "str", "only with this tag"),
+        Param("project", "str", "only of this project"), Param("agent", "str", "only of this agent kind"),
+        Param("parent", "str", "only subtasks of this task"),
         Param("limit", "int", "at most so many, up to 1000", default=50),
         Param("before", "int", "continue after a list: its `next`"))),
-    Operation("task.get", op_task_get, "one task with its executions and subtasks", (ONE_ID,)),
-    Operation("task.run", op_task_run, "queue tasks, or run ended ones again", (IDS,)),
-    Operation("task.start_next", op_task_start_next, "queue the oldest PENDING task"),
-    Operation("task.cancel", op_task_cancel, "cancel tasks; answers when they are proven stopped", (IDS,)),
-    Operation("task.accept", op_task_accept, "accept READY tasks", (IDS,)),
-    Operation("task.reject", op_task_reject, "send READY tasks back", (
-        IDS, Param("comment", "text", "what the next run must know", required=True))),
-    Operation("task.answer", op_task_answer, "answer a BLOCKED task's question", (
-        ONE_ID, Param("text", "text", "the answer", required=True))),
-    Operation("task.resume", op_task_resume, "run ended tasks again in their last session", (
-        IDS, Param("message", "text", "what to tell the agent", default=""))),
-    Operation("task.edit", op_task_edit, "change a task that is not running", (
-        ONE_ID, Param("changes", "object", "keys of a task file with their new values", required=True))),
-    Operation("task.delete", op_task_delete, "delete tasks with their logs and sandboxes", (IDS,)),
-    Operation("task.subtasks", op_task_subtasks, "the subtasks of a task", (ONE_ID,)),
-    Operation("task.wait", op_task_wait, "wait until tasks have ended, are READY or ask something", (
-        IDS, Param("any", "bool", "one of them is enough", default=False),
-        Param("timeout_s", "number", "give up after so many seconds"),
-        Param("parked_ends", "bool", "a task whose agent kind is parked ends the wait too", default=False))),
-    Operation("task.diff", op_task_diff, "what a task changed", (ONE_ID,)),
-    Operation("execution.list", op_execution_list, "the executions of a task", (ONE_ID,)),
-    Operation("execution.get", op_execution_get, "one execution", (Param("id", "str", "an execution id", required=True),)),
-    Operation("execution.log", op_execution_log, "stream a log", (
-        Param("id", "str", "a task: its newest execution", default=""),
-        Param("execution", "str", "or an execution id", default=""),
+    Operation("task.get", _task_get, "one task with its executions and subtasks", (ONE_ID,)),
+    Operation("task.run", changes_each(lambda core, task_id, params: core.life.enqueue(task_id)),
+              "queue PENDING tasks, or run ended ones again from the beginning", (IDS,)),
+    Operation("task.start_next", _task_start_next, "queue the oldest PENDING task"),
+    Operation("task.cancel", _task_cancel, "cancel tasks; answers when they are proven stopped", (IDS,)),
+    Operation("task.accept", changes_each(lambda core, task_id, params: core.life.accept(task_id)),
+              "accept READY work: the task is COMPLETED", (IDS,)),
+    Operation("task.reject", changes_each(lambda core, task_id, params: core.life.reject(task_id, params["comment"])),
+              "send READY work back: the task is PENDING", (
+                  IDS, Param("comment", "str", "what the next run must know", required=True))),
+    Operation("task.answer", lambda core, params: {"task": core.show(
+        core.life.answer(core.one(params).id, params["text"]))}, "answer a BLOCKED task's question", (
+            ONE_ID, Param("text", "str", "the answer", required=True))),
+    Operation("task.resume", changes_each(lambda core, task_id, params: core.life.resume_session(
+        task_id, params["message"])), "run ended tasks again in their last session and sandbox", (
+            IDS, Param("message", "str", "what to tell the agent"))),
+    Operation("task.edit", changes_each(lambda core, task_id, params: core.life.edit(
+        task_id, params["changes"], config=core.config, kinds=core.kinds)), "change tasks that do not run", (
+            IDS, Param("changes", "object", "keys of a task file with their new values", required=True))),
+    Operation("task.delete", _task_delete, "delete tasks with their logs and sandboxes", (IDS,)),
+    Operation("task.subtasks", lambda core, params: {"tasks": [
+        core.show(child) for child in core.store.subtasks(core.one(params).id)]}, "a task's subtasks", (ONE_ID,)),
+    Operation("task.wait", _task_wait, "wait until tasks have ended, are READY or ask something", (
+        IDS, Param("any", "bool", "one of them is enough"), Param("timeout_s", "number", "give up after so long"),
+        Param("parked_ends", "bool", "a task whose agent kind is parked ends the wait too")), lasting=True),
+    Operation("task.diff", _task_diff, "what a task changed", (ONE_ID,)),
+    Operation("execution.list", lambda core, params: {"executions": [
+        execution_to_json(run) for run in core.store.executions_of(core.one(params).id)]},
+              "the executions of a task, newest first", (ONE_ID,)),
+    Operation("execution.get", lambda core, params: {"execution": execution_to_json(
+        core.store.get_execution(core.store.resolve_execution(params["id"])))}, "one execution", (
+            Param("id", "str", "an execution id", required=True),)),
+    Operation("execution.log", _execution_log, "stream a log", (
+        Param("id", "str", "a task: its newest execution, with `follow` also those that come after it"),
+        Param("execution", "str", "an execution; beside id: where to begin"),
         Param("stream", "str", "stdout or stderr", default="stdout"),
-        Param("offset", "int", "start at this byte", default=0),
-        Param("tail", "int", "or at the last so many lines"),
-        Param("follow", "bool", "go on until the execution has ended", default=False)), stream=True),
-    Operation("events.watch", op_events_watch, "stream events", (
+        Param("offset", "int", "start at this byte", default=0), Param("tail", "int", "or at the last so many lines"),
+        Param("follow", "bool", "go on to the end of the execution, or of the task")), stream=True, lasting=True),
+    Operation("events.watch", _events_watch, "stream events", (
         Param("since", "int", "all after this sequence number; absent: only new ones"),
-        Param("task", "str", "only of this task", default="")), stream=True),
-    Operation("agent.status", op_agent_status, "the agent kinds"),
-    Operation("agent.park", op_agent_park, "start no agent of a kind for a while", (
-        Param("agent", "str", "the kind", required=True), Param("until", "str", "a time or a delay", default=""))),
-    Operation("agent.unpark", op_agent_unpark, "let a kind start again", (Param("agent", "str", "the kind", required=True),)),
-    Operation("pool.status", op_pool_status, "daemon, agents, counts and the tasks that matter now", (
+        Param("task", "str", "only of this task")), stream=True, lasting=True),
+    Operation("agent.status", lambda core, params: {"agents": core.pool.agents()},
+              "the agent kinds: running, bounds, parking, and whether their program is installed"),
+    Operation("agent.park", _agent_park, "start no agent of a kind for a while", (
+        KIND, Param("until", "str", "a time or a delay; absent: until it is unparked"))),
+    Operation("agent.unpark", _agent_unpark, "let a kind start again", (KIND,)),
+    Operation("pool.status", _pool_status, "daemon, agents, counts and the tasks that matter now", (
         Param("ended", "int", "so many ended tasks", default=10),)),
-    Operation("pool.pause", op_pool_pause, "start nothing new", HOLD_PARAMS),
-    Operation("pool.resume", op_pool_resume, "end a pause or a drain", HOLD_PARAMS),
-    Operation("pool.drain", op_pool_drain, "start nothing new and wait until nothing runs", (
-        Param("wait", "bool", "answer when nothing runs any more", default=False),)),
-    Operation("project.list", op_project_list, "the configured projects"),
-    Operation("sandbox.list", op_sandbox_list, "the kept sandboxes"),
-    Operation("sandbox.rm", op_sandbox_rm, "delete the kept sandboxes of tasks", (IDS,)),
-    Operation("daemon.status", op_daemon_status, "the daemon's own state"),
-    Operation("daemon.reload", op_daemon_reload, "read the configuration again"),
-    Operation("daemon.backup", op_daemon_backup, "copy the database to a file", (
+    Operation("pool.pause", lambda core, params: hold(core, params, True),
+              "start nothing new: at all, of one agent kind, or of one project", HOLD_PARAMS),
+    Operation("pool.resume", lambda core, params: hold(core, params, False), "end a pause or a drain", HOLD_PARAMS),
+    Operation("pool.drain", _pool_drain, "start nothing new until pool.resume or a restart", (
+        Param("wait", "bool", "answer when nothing runs any more"),), lasting=True),
+    Operation("project.list", lambda core, params: {"projects": [
+        dict(project.__dict__) for project in core.config.projects]}, "the configured projects"),
+    Operation("sandbox.list", _sandbox_list, "the kept sandboxes"),
+    Operation("sandbox.rm", _sandbox_rm, "delete the kept sandboxes of tasks", (IDS,)),
+    Operation("daemon.status", lambda core, params: {**daemon_facts(core), "counts": core.store.counts()},
+              "the daemon's own state"),
+    Operation("daemon.reload", lambda core, params: core.reload(), "read the configuration; a bad one is refused"),
+    Operation("daemon.backup", _daemon_backup, "copy the database to a file", (
         Param("path", "str", "where to; absolute, on the daemon's machine", required=True),)),
 )}
 
@@ -6313,6 +5949,7 @@ SETTLE_RETRY_S = 5.0  # how long to wait before the end of an execution is writt
 ENDING_S = 3.0  # how long a stopping daemon waits for executions whose agents have already ended
 RECONCILE_S = 60.0
 RETENTION_S = 3600.0
+LOOK_S = 5.0  # how long it is believed that an agent's program is, or is not, installed
 
 
 class LogReader:
@@ -6325,13 +5962,14 @@ class LogReader:
     def read_more(self) -> tuple[bool, list[dict]]:
         """(whether a whole block came, so that there may be more; notable events in it)."""
         try:
-            with open(self.path, "rb", buffering=0) as file:
+            with open_plain(self.path) as file:
                 file.seek(self._offset)
                 block = file.read(LOG_BLOCK)
         except OSError:
             return False, []
         self._offset += len(block)
-        events = [event for line in self._splitter.feed(block) for event in self.stream.feed_line(line)]
+        events = [event for line in self._splitter.feed(block, self.stream.BORING)
+                  for event in self.stream.feed_line(line)]
         return len(block) == LOG_BLOCK, events
 
     def finish(self) -> None:
@@ -6341,87 +5979,24 @@ class LogReader:
             self.stream.feed_line(line)
 
 
-class Run:
-    """One execution on its way.  ``drive`` is its whole life; ``stop`` makes it end early."""
+class Workplace:
+    """Where a run works: its directory and its sandbox, what it is given, and what becomes of its work."""
 
-    def __init__(self, pool: Pool, task: Task, execution: Execution):
-        self.pool, self.core, self.task, self.execution = pool, pool.core, task, execution
-        self.runner = RUNNERS.get(execution.agent)
-        self.directory = os.path.join(self.core.config.executions_dir, execution.id)
-        self.log = LogReader(os.path.join(self.directory, "stdout.log"),
-                             STREAMS[self.runner.format if self.runner else "text"]())
+    def __init__(self, core: Core, task: Task, execution: Execution):
+        self.core, self.task, self.execution = core, task, execution
+        self.runner = RUNNERS.get(execution.agent, RUNNERS["shell"])  # of a kind that this version does not know
+        self.directory = os.path.join(core.config.executions_dir, execution.id)
+        self.project = core.config.project_named(task.project) if task.project else None
         self.sandbox: Sandbox | None = None
-        self.resumed = False
+        self.own_sandbox = os.path.join(core.config.sandboxes_dir, execution.id)  # unless it continues in another's
+        self.resumed = execution.session_id not in ("", execution.id)
         self.stop_reason = execution.stop_reason
-        self._stop_task = None
-        self.job = None
-
-    def is_alive(self) -> bool:
-        """Whether its supervisor still runs."""
-        return is_same_process(self.execution.pid, self.execution.pid_start, self.execution.boot_id)
-
-    # -- stopping
-
-    def stop(self, reason: str) -> None:
-        """End the run for ``cancelled`` or ``stalled``: now, in whatever phase it is."""
-        if not self.stop_reason:
-            self.stop_reason = reason
-        if self._stop_task is None:
-            import asyncio
-            self._stop_task = asyncio.get_running_loop().create_task(self._stop())
-
-    async def _stop(self) -> None:
-        """SIGTERM to the supervisor, which passes it on, waits and kills; if it does not, do it from here."""
-        import asyncio
-        import signal
-        execution = self.execution
-        if execution.pid is not None and signal_process(execution.pid, execution.pid_start, signal.SIGTERM):
-            deadline = time.monotonic() + STOP_GRACE_S + STOP_MARGIN_S
-            while time.monotonic() < deadline and process_start(execution.pid) == execution.pid_start:
-                await asyncio.sleep(0.05)
-            signal_process(execution.pid, execution.pid_start, signal.SIGKILL)
-        while self in self.pool.runs.values():  # clone, build, verify or push: they carry the mark too
-            await sweep([execution.id])
-            await asyncio.sleep(0.2)
-
-    # -- life
-
-    async def drive(self, phase: str) -> None:
-        """Go through the phases from ``new``, ``attached`` (the agent runs) or ``ended`` (its end must be settled)."""
-        import asyncio
-        try:
-            verdict, facts = await self._work(phase)
-        except asyncio.CancelledError:
-            return  # the daemon stops; the agent goes on without it
-        except (SandboxError, SpawnError, StorageError, OSError, InvalidInput) as error:
-            reason = error.reason if isinstance(error, SandboxError) else \
-                "spawn_failed" if isinstance(error, SpawnError) else "sandbox_failed"
-            verdict, facts = failed_verdict(reason, str(error)), {}
-        except Exception as error:  # a fault of ours must not hold a slot for ever
-            import traceback
-            self.core.log("error", f"execution {self.execution.id[:8]}: {traceback.format_exc()}")
-            verdict, facts = failed_verdict("sandbox_failed", f"internal error: {error!r}"), {}
-        if verdict is not None:
-            await self._settle(verdict, facts)
-
-    async def _work(self, phase: str):
-        if phase == "new":
-            await self.core.store.durable()
-            await self._prepare()
-            if self.stop_reason:
-                return failed_verdict("cancelled", "cancelled before the agent started"), {}
-            await self._start()
-        elif self.execution.sandbox_dir and self.execution.pid is not None:
-            self.sandbox = open_sandbox(self.execution.sandbox_dir)
-        if phase != "ended":
-            await self._follow()
-        return await self._finish()
+        self.pushed: dict | None = None
+        self.feedback: dict | None = None  # what a failed check says to the next round
 
     def _environment(self) -> dict:
         """For git, setup, build and verify: the daemon's own, with the mark so that a stop reaches them."""
         return {**os.environ, MARK: self.execution.id}
-
-    # -- prepare and start
 
     async def _prepare(self) -> None:
         """Make the execution's directory and its sandbox, or take the sandbox of the run that this one continues."""
@@ -6444,16 +6019,15 @@ class Run:
             artifact_dir=self.directory, stdout_path=os.path.join(self.directory, "stdout.log"),
             stderr_path=os.path.join(self.directory, "stderr.log"),
             **({"sandbox_dir": self.sandbox.path, "branch": self.sandbox.branch, "source": self.sandbox.source,
-                "start_head": self.sandbox.start_head} if self.sandbox else {}))
+                "start_head": self.sandbox.start_head} if self.sandbox else {"sandbox_dir": ""}))
 
     async def _clone(self) -> None:
-        path = os.path.join(self.core.config.sandboxes_dir, self.execution.id)
+        path = self.own_sandbox
         os.makedirs(self.core.config.sandboxes_dir, mode=0o700, exist_ok=True)
         self.core.store.update_execution(self.execution.id, sandbox_dir=path)
         await self.core.store.durable()
-        project = self.core.config.project_named(self.task.project) if self.task.project else None
         self.sandbox = await in_thread(create_sandbox, self.task.agent.project_dir, path, env=self._environment(),
-                                       setup=project.setup if project else "", timeout_s=self.execution.timeout_s,
+                                       setup=self.project.setup if self.project else "", timeout_s=self.execution.timeout_s,
                                        log_path=os.path.join(self.directory, "prepare.log"))
 
     def _working_directory(self) -> str:
@@ -6482,6 +6056,131 @@ class Run:
             write_private(os.path.join(self.directory, "feedback.txt"), feedback or self.task.rejection_comment)
         return launch, cwd
 
+    async def _deliver(self, verdict: Verdict):
+        """Autocommit, build, verify and push; a failure replaces the verdict.  Returns (verdict, facts)."""
+        if not self.execution.sandbox_dir:
+            if self.task.verify:
+                result = await in_thread(run_command, ["/bin/sh", "-c", self.task.verify], env=self._environment(),
+                                         cwd=self._working_directory(), timeout_s=self.execution.timeout_s)
+                if result.exit_code != 0:
+                    return self._undelivered("verify_failed", f"verify failed: {self.task.verify}", result.output), {}
+            printed = read_tail(os.path.join(self.directory, "stdout.log"), 1 << 14)
+            return verdict, {"changestats": parse_changestats(printed)}
+        try:
+            self.sandbox = self.sandbox or open_sandbox(self.execution.sandbox_dir)
+            result = await in_thread(
+                finish_sandbox, self.sandbox, env=self._environment(), build=self.project.build if self.project else "",
+                verify=self.task.verify, timeout_s=self.execution.timeout_s,
+                log_path=os.path.join(self.directory, "deliver.log"), on_step=self._unless_cancelled)
+        except SandboxError as error:
+            return self._undelivered(error.reason, str(error), error.data.get("output", "")), {}
+        if result.commits:
+            self.pushed = {"branch": result.pushed_branch, "commits": len(result.commits), "rebased": result.rebased}
+        facts = {"commits": tuple(result.commits), "changestats": result.changestats, "pushed_branch": result.pushed_branch}
+        return verdict.replace(detail=result.note), facts
+
+    def _unless_cancelled(self, step: str) -> None:
+        """Called before each step and while the push waits for its turn."""
+        if self.stop_reason == "cancelled":
+            raise SandboxError(f"cancelled before {step}", "cancelled")
+
+    def _undelivered(self, reason: str, message: str, output: str) -> Verdict:
+        if self.stop_reason:
+            return failed_verdict("cancelled", "cancelled while its work was being checked")
+        self.feedback = {"kind": reason, "text": (output or message)[-FEEDBACK_OUTPUT_LIMIT:],
+                         "command": self.task.verify}
+        return failed_verdict(reason, message)
+
+
+class Run(Workplace):
+    """One execution on its way.  ``drive`` is its whole life; ``stop`` makes it end early."""
+
+    def __init__(self, pool: Pool, task: Task, execution: Execution):
+        super().__init__(pool.core, task, execution)
+        self.pool = pool
+        self.log = LogReader(os.path.join(self.directory, "stdout.log"), STREAMS[self.runner.format]())
+        self.events: list[dict] = []  # read from the log and not stored yet
+        self.known_events = self.core.store.count_log_events(execution) if execution.pid else 0  # stored before a restart
+        self._stop_task = None
+        self.job = None
+
+    def is_alive(self) -> bool:
+        """Whether its supervisor still runs."""
+        return is_same_process(self.execution.pid, self.execution.pid_start, self.execution.boot_id)
+
+    # -- stopping
+
+    def stop(self, reason: str) -> None:
+        """End the run for ``cancelled`` or ``stalled``: now, in whatever phase it is."""
+        if not self.stop_reason or reason == "cancelled":
+            self.stop_reason = reason
+        if self._stop_task is None:
+            import asyncio
+            self._stop_task = asyncio.get_running_loop().create_task(self._stop())
+
+    async def _stop(self) -> None:
+        """SIGTERM to the supervisor, which passes it on, waits and kills; if it does not, do it from here."""
+        import asyncio
+        import signal
+        execution = self.execution
+        if execution.pid is not None and signal_process(execution.pid, execution.pid_start, signal.SIGTERM):
+            deadline = time.monotonic() + STOP_GRACE_S + STOP_MARGIN_S
+            while time.monotonic() < deadline and process_start(execution.pid) == execution.pid_start:
+                await asyncio.sleep(0.05)
+            signal_process(execution.pid, execution.pid_start, signal.SIGKILL)
+        while self in self.pool.runs.values():  # clone, build, verify or push: they carry the mark too
+            await self.pool.sweeps.clean(execution.id)
+            await asyncio.sleep(0.2)
+
+    # -- life
+
+    async def drive(self, phase: str) -> None:
+        """Go through the phases from ``new``, ``attached`` (the agent runs) or ``ended`` (its end must be settled)."""
+        import asyncio
+        verdict = None
+        while verdict is None:
+            try:
+                verdict, facts = await self._work(phase)
+                if verdict is None:
+                    return self._leave()
+            except asyncio.CancelledError:
+                return  # the daemon stops; the agent goes on without it
+            except (NotFound, WrongState) as error:  # the disk refused the claim: it never happened
+                self.core.log("error", f"execution {self.execution.id[:8]}: {error}")
+                return self._leave()
+            except Exception as error:
+                if not isinstance(error, ClaudomatorError):
+                    import traceback
+                    self.core.log("error", f"execution {self.execution.id[:8]}: {traceback.format_exc()}")
+                if self.is_alive() or isinstance(error, StorageError):  # the agent's work is not given up for that
+                    self.core.log("error", f"execution {self.execution.id[:8]} waits: {error}")
+                    await asyncio.sleep(SETTLE_RETRY_S)
+                    phase = "attached" if self.is_alive() else "ended"
+                    continue
+                reason = error.reason if isinstance(error, SandboxError) else \
+                    "spawn_failed" if isinstance(error, SpawnError) else "sandbox_failed"
+                words = str(error) if isinstance(error, (ClaudomatorError, OSError)) else f"internal error: {error!r}"
+                verdict, facts = failed_verdict(reason, words), {}
+        if self.sandbox or self.task.verify or not verdict.ok:  # what setup, build and verify left in the background
+            await self.pool.sweeps.clean(self.execution.id)
+        if self.execution.pid is None:  # nothing of an agent's is in it
+            await self.pool.discard(remove_sandbox, self.own_sandbox, self.core.config.sandboxes_dir)
+        await self._settle(verdict, facts)
+
+    async def _work(self, phase: str):
+        if phase == "new":
+            await self.core.store.durable()
+            if not self.stop_reason:
+                await self._prepare()
+            if self.stop_reason:
+                return await self._never_started()
+            await self._start()
+        if phase != "ended":
+            await self._follow()
+        return await self._finish()
+
+    # -- prepare and start
+
     async def _start(self) -> None:
         launch, cwd = self._launch()
         program = find_program(launch.argv[0], launch.env.get("PATH", ""))
@@ -6505,11 +6204,9 @@ class Run:
             await self.core.store.durable()
         except BaseException:
             supervisor.abandon()
+            await wait_for_exit(supervisor.pid, supervisor.start)
             raise
-        supervisor.open_gate()
-        if self.stop_reason:  # a stop that came while the pid was being written
-            self._stop_task = None
-            self.stop(self.stop_reason)
+        supervisor.abandon() if self.stop_reason else supervisor.open_gate()  # a stop may have come meanwhile
 
     # -- follow
 
@@ -6518,17 +6215,19 @@ class Run:
         import asyncio
         ended = asyncio.ensure_future(wait_for_exit(self.execution.pid, self.execution.pid_start))
         limit_s = self._stall_limit_s()
-        last_sizes, last_growth = None, time.monotonic()
+        last_output = None
         try:
             while not ended.done():
                 await asyncio.wait((ended,), timeout=FOLLOW_S)
                 await self._read_log()
-                sizes = tuple(file_size(os.path.join(self.directory, name)) for name in ("stdout.log", "stderr.log"))
-                if sizes != last_sizes:
-                    last_sizes, last_growth = sizes, time.monotonic()
-                elif limit_s and time.monotonic() - last_growth > limit_s and not self.stop_reason:
+                output = max(map(modified_at, (self.log.path, os.path.join(self.directory, "stderr.log"))))
+                if output != last_output:  # the first time it is from the wall clock: silence without a daemon counts
+                    silence = time.time() - output if last_output is None and output else 0.0
+                    last_output, last_growth = output, time.monotonic() - max(0.0, silence)
+                if limit_s and time.monotonic() - last_growth > limit_s and not self.stop_reason:
                     self.core.store.update_execution(self.execution.id, stop_reason="stalled")
                     self.stop("stalled")
+            ended.result()
         finally:
             ended.cancel()
 
@@ -6541,9 +6240,13 @@ class Run:
         more = True
         while more:
             more, events = self.log.read_more()
-            for event in events:
-                kind = event.pop("kind")
-                self.core.store.append_event(f"agent.{kind}", self.task.id, self.execution.id, **event)
+            known = min(self.known_events, len(events))
+            self.known_events -= known
+            self.events += events[known:]
+            while self.events:
+                event = {name: value for name, value in self.events[0].items() if name != "kind"}
+                self.core.store.append_event(f"agent.{self.events[0]['kind']}", self.task.id, self.execution.id, **event)
+                del self.events[0]
             if more:
                 await asyncio.sleep(0)  # a log of gigabytes must not hold up the loop
 
@@ -6554,9 +6257,13 @@ class Run:
         await self._read_log()
         self.log.finish()
         await self.pool.sweeps.clean(self.execution.id)
-        exit_code = read_exit_status(self.directory)
-        if exit_code is None and not self.stop_reason:
+        exit_code, was_told = read_exit_status(self.directory)
+        if exit_code is None and not os.path.exists(self.log.path):
+            return await self._never_started()
+        if not self.stop_reason and (exit_code is None or was_told and exit_code != 0):
             return self._lost()
+        if self._stop_task and self.stop_reason != "cancelled":
+            self._stop_task.cancel()  # it has stopped; its work, if it was done in time, is checked in peace
         agent = self.log.stream.facts()
         stop_reason = self._stop_cause(exit_code)
         verdict = judge(
@@ -6584,48 +6291,22 @@ class Run:
         ended, started = exit_time(self.directory), self.execution.start_time
         return "timed_out" if ended and started and ended - started >= self.execution.timeout_s - 0.05 else ""
 
+    async def _never_started(self):
+        """The agent was never there: back to the queue, unless the task is to be stopped.  Its sandbox goes."""
+        await self.pool.sweeps.clean(self.execution.id)
+        await self.pool.discard(remove_sandbox, self.own_sandbox, self.core.config.sandboxes_dir)
+        if self.stop_reason:
+            return failed_verdict("cancelled", "cancelled before the agent started"), \
+                {} if self.resumed else {"session_id": ""}
+        self.core.life.requeue_unstarted(self.execution, "the daemon stopped before the agent started")
+        return None, {}
+
     def _lost(self):
-        """The supervisor is gone and left no status: nobody can know how the agent ended."""
-        if not os.path.exists(os.path.join(self.directory, "stdout.log")):
-            self.core.life.requeue_unstarted(self.execution, "the daemon stopped before the agent started")
-            self._leave()
-            return None, {}
+        """The supervisor is gone without a status, or a stranger stopped it: nobody knows how the agent would have ended."""
         agent = self.log.stream.facts()
         facts = {"cost_usd": agent.cost_usd, "tokens_in": agent.tokens_in, "tokens_out": agent.tokens_out}
-        verdict = failed_verdict("lost", "its supervisor vanished without an exit status (killed, or the machine restarted)")
+        verdict = failed_verdict("lost", "its supervisor was stopped from outside (killed, or the machine restarted)")
         return verdict.replace(resume=bool(agent.session_id) and self.runner.resumable), facts
-
-    async def _deliver(self, verdict: Verdict):
-        """Autocommit, build, verify and push; a failure replaces the verdict.  Returns (verdict, facts)."""
-        project = self.core.config.project_named(self.task.project) if self.task.project else None
-        if self.sandbox is None:
-            if self.task.verify:
-                result = await in_thread(run_command, ["/bin/sh", "-c", self.task.verify], env=self._environment(),
-                                         cwd=self._working_directory(), timeout_s=self.execution.timeout_s)
-                if result.exit_code != 0:
-                    return self._undelivered("verify_failed", f"verify failed: {self.task.verify}", result.output), {}
-            return verdict, {}
-        try:
-            result = await in_thread(
-                finish_sandbox, self.sandbox, env=self._environment(), build=project.build if project else "",
-                verify=self.task.verify, timeout_s=self.execution.timeout_s,
-                log_path=os.path.join(self.directory, "deliver.log"))
-        except SandboxError as error:
-            return self._undelivered(error.reason, str(error), error.data.get("output", "")), {}
-        if result.commits:
-            self.core.store.append_event("sandbox.pushed", self.task.id, self.execution.id, branch=result.pushed_branch,
-                                         commits=len(result.commits), rebased=result.rebased)
-        facts = {"commits": tuple(result.commits), "changestats": result.changestats, "pushed_branch": result.pushed_branch}
-        return verdict.replace(detail=result.note), facts
-
-    def _undelivered(self, reason: str, message: str, output: str) -> Verdict:
-        if self.stop_reason:
-            return failed_verdict("cancelled", "cancelled while its work was being checked")
-        self.feedback = {"kind": reason, "text": (output or message)[-FEEDBACK_OUTPUT_LIMIT:],
-                         "command": self.task.verify}
-        return failed_verdict(reason, message)
-
-    feedback: dict | None = None
 
     # -- settle
 
@@ -6641,8 +6322,8 @@ class Run:
             except StorageError as error:
                 self.core.log("error", f"execution {self.execution.id[:8]} has ended but cannot be recorded: {error}")
                 await asyncio.sleep(SETTLE_RETRY_S)
-            except (NotFound, WrongState) as error:
-                self.core.log("error", f"execution {self.execution.id[:8]}: {error}")
+            except Exception as error:  # a fault of ours must not hold a slot for ever; ``reconcile`` looks at it again
+                self.core.log("error", f"execution {self.execution.id[:8]} cannot be settled: {error!r}")
                 break
         self._leave()
 
@@ -6654,18 +6335,23 @@ class Run:
             sandbox_dir = ""
         execution = self.execution.replace(session_id=facts.get("session_id", self.execution.session_id),
                                            sandbox_dir=sandbox_dir)
-        continuation = continuation_of(execution) if self.runner and (self.runner.resumable or sandbox_dir) else None
+        continuation = continuation_of(execution) if self.runner.resumable or sandbox_dir else None
         if continuation is not None and self.feedback:
             continuation.update(self.feedback)
         follow_up = decide_follow_up(task, verdict, continuation, store.clock(), life.jitter())
-        life.settle(self.execution, verdict, follow_up, **{"sandbox_dir": sandbox_dir, **facts})
         keep = self.core.config.keep_executions
-        pruned = store.prune_executions(task.id, keep) if keep else []
+        with store.atomic():
+            if self.pushed:
+                store.append_event("sandbox.pushed", task.id, self.execution.id, **self.pushed)
+            life.settle(self.execution, verdict, follow_up, **{"sandbox_dir": sandbox_dir, **facts})
+            pruned = store.prune_executions(task.id, keep) if keep else []
         await store.durable()
         if verdict.ok and self.sandbox:  # only now: a daemon that dies before this line finds the sandbox again
-            await in_thread(remove_sandbox, self.sandbox.path, self.core.config.sandboxes_dir)
+            await self.pool.discard(remove_sandbox, self.sandbox.path, self.core.config.sandboxes_dir)
         for old in pruned:
-            await in_thread(remove_execution_files, old, self.core.config)
+            shared = store.sandbox_users(old.sandbox_dir)
+            await self.pool.discard(remove_execution_files, old.replace(sandbox_dir="") if shared else old,
+                                    self.core.config)
 
     def _leave(self) -> None:
         if self._stop_task:
@@ -6678,8 +6364,11 @@ def remove_orphans(root: str, before: float, in_use: set[str]) -> int:
     count = 0
     for entry in os.scandir(root) if os.path.isdir(root) else ():
         if entry.is_dir(follow_symlinks=False) and entry.path not in in_use and entry.stat().st_mtime < before:
-            remove_sandbox(entry.path, root)
-            count += 1
+            try:
+                remove_sandbox(entry.path, root)
+                count += 1
+            except SandboxError:
+                pass  # the next pass tries again
     return count
 
 
@@ -6702,27 +6391,18 @@ def write_private(path: str, text: str) -> None:
         file.write(text)
 
 
-def file_size(path: str) -> int:
-    """The size of a file in bytes, 0 where there is none."""
+def modified_at(path: str) -> float:
+    """When a file was last written (unix seconds), 0 where there is none."""
     try:
-        return os.stat(path).st_size
+        return os.stat(path).st_mtime
     except OSError:
-        return 0
-
-
-def read_head(path: str, limit: int) -> str:
-    """The first ``limit`` bytes of a file as text, empty where there is none."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(limit).decode("utf-8", "replace")
-    except OSError:
-        return ""
+        return 0.0
 
 
 def read_tail(path: str, limit: int) -> str:
     """The last ``limit`` bytes of a file as text, empty where there is none."""
     try:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - limit))
             return file.read(limit).decode("utf-8", "replace")
     except OSError:
@@ -6741,8 +6421,8 @@ def find_program(name: str, path: str) -> str | None:
     return None
 
 
-class Pool:
-    """Starts what may start, adopts what runs, and knows why the rest waits."""
+class Dispatcher:
+    """The queue and the runs: it hears of every move and starts what may start."""
 
     def __init__(self, core: Core):
         self.core, self.queue, self.runs = core, Queue(), {}
@@ -6751,7 +6431,9 @@ class Pool:
         self.draining = False
         self.after_seq = 0  # ``run`` without a daemon starts only what it created itself
         self._holds = core.store.get_setting("holds", {"paused": False, "kinds": [], "projects": []})
-        self._wake_handle = self._timer = None
+        self._wake_handle = self._timer = self._reconcile_timer = self._reload_timer = None
+        self._impossible: list | None = None
+        self._programs: dict[str, tuple[float, bool]] = {}
         self._idle_waiters: list = []
         self._loop = None
         core.pool = self
@@ -6765,7 +6447,7 @@ class Pool:
             self._enqueue(task)
         elif old_state == QUEUED:
             self.queue.discard(task.id)
-        self._settle_dependents(task, task.state)
+        self._settle_dependents(task.id, task.state, task)
         self.wake()
 
     def _changed(self, task: Task) -> None:
@@ -6779,24 +6461,34 @@ class Pool:
 
     def _deleted(self, task_id: str) -> None:
         self.queue.discard(task_id)
-        for waiting in self.queue.settle(task_id, "DELETED")[1]:
-            self.core.life.fail_dependency(waiting, None)
+        self._settle_dependents(task_id, "DELETED", None)
         self.wake()
 
-    def _settle_dependents(self, task: Task, state: str) -> None:
-        for waiting in self.queue.settle(task.id, state)[1]:
-            if self.queue.entry(waiting):
-                self.core.life.fail_dependency(waiting, task)
+    def _settle_dependents(self, task_id: str, state: str, task: Task | None) -> None:
+        """Tell the queue of an end, and fail what can never run now; one after the other, for a chain may be long."""
+        impossible = [(waiting, task) for waiting in self.queue.settle(task_id, state)[1]]
+        if self._impossible is not None:  # called by ``fail_dependency`` below
+            self._impossible += impossible
+            return
+        self._impossible = impossible
+        try:
+            while self._impossible:
+                waiting, cause = self._impossible.pop()
+                if self.queue.entry(waiting):
+                    self.core.life.fail_dependency(waiting, cause)
+        finally:
+            self._impossible = None
 
     def _rolled_back(self) -> None:
-        """The disk refused a tick's transaction: what is stored decides, so read the queue again."""
-        if self._loop is not None and not self.stopping:
-            self._loop.call_soon(self.load_queue)
+        """The disk refused a tick's transaction: what is stored decides, so read the queue again when it may have room."""
+        if self._loop is not None and not self.stopping and self._reload_timer is None:
+            self._reload_timer = self._loop.call_later(SETTLE_RETRY_S, self.load_queue)
 
     def load_queue(self) -> None:
         """Fill the queue with the stored QUEUED tasks."""
+        self._reload_timer = None
         self.queue = Queue()
-        after = (-1, -1)
+        after = (0, 0)
         while page := self.core.store.queued_page(after):
             for task in page:
                 self._enqueue(task)
@@ -6824,14 +6516,6 @@ class Pool:
 
     # -- dispatch
 
-    def start(self, loop) -> None:
-        """Reconcile what runs, load the queue, and begin to dispatch."""
-        self._loop = loop
-        os.makedirs(self.core.config.executions_dir, mode=0o700, exist_ok=True)
-        self.reconcile()
-        self.load_queue()
-        loop.call_later(RETENTION_S, self._keep_house)
-
     def wake(self) -> None:
         """Look at the queue once, later in this tick."""
         if self._loop is not None and self._wake_handle is None and not self.stopping:
@@ -6845,31 +6529,35 @@ class Pool:
         if self.stopping:
             return
         now = self.core.store.clock()
-        self._unpark_due(now)
-        decision = plan(self.queue, self._running(), self._limits(), now)
-        for start in decision.starts:
-            try:
+        try:
+            self._unpark_due(now)
+            decision = plan(self.queue, self._running(), self._limits(), now)
+            for start in decision.starts:
                 self._claim(start)
-            except (NotFound, WrongState) as error:  # somebody else was faster; what is stored decides
-                self.queue.discard(start.task_id)
-                self.core.log("info", f"task {start.task_id[:8]} was not started: {error}")
-            except StorageError as error:
-                self.core.log("error", f"nothing can be started: {error}")
-                self._timer = self._loop.call_later(SETTLE_RETRY_S, self.wake)
-                return
+        except StorageError as error:
+            self.core.log("error", f"nothing can be started: {error}")
+            self._timer = self._loop.call_later(SETTLE_RETRY_S, self.wake)
+            return
         if decision.wake_at is not None:
             self._timer = self._loop.call_later(min(max(0.0, decision.wake_at - now), 3600.0), self.wake)
 
     def _claim(self, start: Start) -> None:
-        task = self.core.store.get_task(start.task_id)
-        model = task.agent.model or self.core.config.agent_settings(start.kind).model
-        timeout_s = task.timeout_s or self.core.config.default_timeout_s
-        task, execution = self.core.life.claim(task, start.kind, model, timeout_s)
-        self._drive(Run(self, task, execution), "new")
+        try:
+            task = self.core.store.get_task(start.task_id)
+            model = task.agent.model or self.core.config.agent_settings(start.kind).model
+            timeout_s = task.timeout_s or self.core.config.default_timeout_s
+            task, execution = self.core.life.claim(task, start.kind, model, timeout_s)
+        except (NotFound, WrongState) as error:  # somebody else was faster; what is stored decides
+            self.queue.discard(start.task_id)
+            self.core.log("info", f"task {start.task_id[:8]} was not started: {error}")
+        else:
+            self._drive(Run(self, task, execution), "new")
 
     def _drive(self, run: Run, phase: str) -> None:
         self.runs[run.execution.id] = run
         run.job = self._loop.create_task(run.drive(phase))
+        if self._reconcile_timer is None:
+            self._reconcile_timer = self._loop.call_later(RECONCILE_S, self.reconcile)
 
     def leave(self, run: Run) -> None:
         """A run's slot is free."""
@@ -6892,30 +6580,50 @@ class Pool:
         bounds = {kind: config.agent_settings(kind).max_concurrent for kind in self.core.kinds}
         parked = {kind: float("inf") if info["until"] is None else info["until"]
                   for kind, info in self.core.store.parked_agents().items()}
-        path = os.environ.get("PATH", "")
         return Limits(
             max_concurrent=config.max_concurrent, per_kind={kind: n for kind, n in bounds.items() if n is not None},
             paused=self._holds["paused"], draining=self.draining, paused_kinds=frozenset(self._holds["kinds"]),
             paused_projects=frozenset(self._holds["projects"]), parked=parked,
-            available_kinds=tuple(kind for kind in self.core.kinds if RUNNERS[kind].chosen
-                                  and find_program(runner_binary(kind, config), path)))
+            available_kinds=tuple(kind for kind in self.core.kinds if RUNNERS[kind].chosen and self.is_installed(kind)))
+
+    def is_installed(self, kind: str) -> bool:
+        """Whether an agent kind's program is there; looked at again after a few seconds."""
+        program, now = runner_binary(kind, self.core.config), time.monotonic()
+        if now > self._programs.get(program, (0.0, False))[0]:
+            self._programs[program] = now + LOOK_S, bool(find_program(program, os.environ.get("PATH", "")))
+        return self._programs[program][1]
 
     def _unpark_due(self, now: float) -> None:
-        for kind, info in self.core.store.parked_agents().items():
+        for kind, info in list(self.core.store.parked_agents().items()):
             if info["until"] is not None and info["until"] <= now:
                 self.core.life.unpark(kind, "its time has come")
+
+
+class Pool(Dispatcher):
+    """Adopts what runs, keeps house, and answers for what people ask."""
+
+    def start(self, loop) -> None:
+        """Reconcile what runs, load the queue, and begin to dispatch."""
+        self._loop = loop
+        os.makedirs(self.core.config.executions_dir, mode=0o700, exist_ok=True)
+        self.reconcile()
+        self.load_queue()
+        loop.call_later(RECONCILE_S, self._keep_house)
 
     # -- reconciliation
 
     def reconcile(self) -> None:
         """Look at every RUNNING execution that nobody drives: adopt it, finish it, or settle it as lost."""
+        self._reconcile_timer = None
         for execution in self.core.store.running_executions():
             if execution.id in self.runs:
                 continue
             task = self.core.store.find_task(execution.task_id)
-            if task is None or task.state != RUNNING or task.execution_id != execution.id or execution.agent not in RUNNERS:
-                self.core.store.update_execution(execution.id, status=FAILED, reason="lost", end_time=self.core.store.clock(),
+            if task is None or task.state != RUNNING or task.execution_id != execution.id:
+                self.core.store.update_execution(execution.id, status=FAILED, reason="lost",
+                                                 end_time=self.core.store.clock(),
                                                  detail="its task went on without it")
+                self._loop.create_task(self.sweeps.clean(execution.id))
                 continue
             run = Run(self, task, execution)
             if run.is_alive():
@@ -6925,8 +6633,8 @@ class Pool:
                     run.stop(run.stop_reason)
             else:
                 self._drive(run, "ended")
-        if self._loop is not None and self.runs:
-            self._loop.call_later(RECONCILE_S, self.reconcile)
+        if self.runs and self._reconcile_timer is None:
+            self._reconcile_timer = self._loop.call_later(RECONCILE_S, self.reconcile)
 
     def _keep_house(self) -> None:
         """Delete logs and sandboxes that are older than the configuration keeps, a few at a time."""
@@ -6938,25 +6646,32 @@ class Pool:
         """One pass of the retention; returns how many executions' files were deleted."""
         store, config, now, count = self.core.store, self.core.config, self.core.store.clock(), 0
         if config.keep_logs_s:
-            for execution in store.executions_before(now - config.keep_logs_s, step):
-                await in_thread(remove_execution_files, execution.replace(sandbox_dir=""), config)
+            for execution in store.ended_before(now - config.keep_logs_s, step):
+                await self.discard(remove_execution_files, execution.replace(sandbox_dir=""), config)
                 store.update_execution(execution.id, artifact_dir="")
                 count += 1
             store.prune_events(now - config.keep_logs_s, 1000)
         if config.keep_sandboxes_s:
-            for execution in store.kept_sandboxes():
+            for execution in store.kept_sandboxes(limit=100_000):
                 task = store.find_task(execution.task_id)
                 waits = task is not None and task.state in (BLOCKED, QUEUED, RUNNING)
-                if (execution.end_time or now) < now - config.keep_sandboxes_s and not waits:
-                    if os.path.isdir(execution.sandbox_dir):
-                        await in_thread(remove_sandbox, execution.sandbox_dir, config.sandboxes_dir)
+                used = max(user.end_time or now for user in store.sandbox_users(execution.sandbox_dir))
+                if used < now - config.keep_sandboxes_s and not waits:
+                    await self.discard(remove_sandbox, execution.sandbox_dir, config.sandboxes_dir)
                     store.update_execution(execution.id, sandbox_dir="")
                     count += 1
         return count + await in_thread(remove_orphans, config.sandboxes_dir, now - RETENTION_S, self._sandboxes_in_use())
 
     def _sandboxes_in_use(self) -> set[str]:
         kept = {execution.sandbox_dir for execution in self.core.store.kept_sandboxes(limit=100_000)}
-        return kept | {os.path.join(self.core.config.sandboxes_dir, run.execution.id) for run in self.runs.values()}
+        return kept | {path for run in self.runs.values() for path in (run.own_sandbox, run.execution.sandbox_dir)}
+
+    async def discard(self, function, *args) -> None:
+        """Delete files in a thread; what cannot be deleted is logged, and left to a later pass."""
+        try:
+            await in_thread(function, *args)
+        except (OSError, SandboxError) as error:
+            self.core.log("warning", str(error))
 
     # -- what people ask for
 
@@ -6993,10 +6708,9 @@ class Pool:
     def agents(self) -> list[dict]:
         """The agent kinds for ``ctl agent``."""
         running, parked, config = self._running(), self.core.store.parked_agents(), self.core.config
-        path = os.environ.get("PATH", "")
         return [{"kind": kind, "running": running.by_kind.get(kind, 0),
                  "max_concurrent": config.agent_settings(kind).max_concurrent,
-                 "installed": find_program(runner_binary(kind, config), path) is not None,
+                 "installed": self.is_installed(kind),
                  "parked": kind in parked, "parked_until": format_time(parked[kind]["until"]) if kind in parked else None,
                  "park_reason": parked[kind]["reason"] if kind in parked else "",
                  "park_detail": parked[kind]["detail"] if kind in parked else ""} for kind in self.core.kinds]
@@ -7010,7 +6724,8 @@ class Pool:
         """Why a task is where it is, in a few words."""
         if task.state == QUEUED and self.queue.entry(task.id):
             def name_of(task_id: str) -> str:
-                return self.core.store.task_names([task_id]).get(task_id, task_id[:8])
+                task = self.core.store.find_task(task_id)
+                return task.name if task else task_id[:8]
             return explain(self.queue, task.id, self._running(), self._limits(), self.core.store.clock(), name_of,
                            local_offset_s(self.core.store.clock()))
         if task.state == RUNNING and task.execution_id in self.runs:
@@ -7063,186 +6778,270 @@ def local_offset_s(now: float) -> int:
 
 
 # ---- 19 Control server -----------------------------------------------------------------------------------------
-# The operations on a Unix socket: a protocol of its own, because streams cost twice as much per line.  A client can only
-# hurt itself: lines are bounded, requests under way are bounded, and one that does not read is not read from either.
+# The operations on a Unix socket: a protocol of its own, because streams cost twice as much per line.  A client can
+# only hurt itself: its lines are bounded, it is served in short turns, and while it does not read its answers nothing
+# more of it is read or begun.
 
-MAX_CONNECTIONS = 512
+MAX_CONNECTIONS = 512  # beyond that the longest idle one is closed
 MAX_PENDING = 64  # requests under way on one connection; beyond that its bytes wait in the kernel
 WRITE_HIGH = 1 << 18  # bytes of unsent answers before a client must read
+READ_SIZE = 1 << 16  # bytes read from a client at once
+TURN_S = 0.005  # how long one client is served before the others have their turn
 
 
 class ControlConnection:
-    """One client (an asyncio protocol).  Answers come in the order in which the requests end."""
+    """One client (an asyncio protocol).  Answers come in the order in which the requests end.
+
+    All connections read into the server's one buffer: asyncio would otherwise allocate 256 KiB for each read, which
+    takes longer than all the rest of a round trip.
+    """
 
     def __init__(self, server: ControlServer):
         import asyncio
-        self._server, self._core = server, server.core
-        self._splitter, self._transport = RequestSplitter(), None
-        self._tasks: dict = {}
-        self._count = 0
-        self._eof = self._reading_paused = False
+        from collections import deque
+        self._server, self._core, self._transport = server, server.core, None
+        self._splitter, self._lines = RequestSplitter(), deque()
+        self._tasks: dict = {}  # ("stream", request id), ("wait", number) or ("call", number): the asyncio task
+        self._count, self.heard_at = 0, time.monotonic()
+        self._eof = self._reading_paused = self._turn_over = False
         self._can_write = asyncio.Event()
         self._can_write.set()
+        self._hangup = None
 
     def connection_made(self, transport) -> None:
         """Check who it is (SO_PEERCRED): the daemon's own user and root, nobody else."""
+        import socket
         import struct
         self._transport = transport
         transport.set_write_buffer_limits(high=WRITE_HIGH)
         peer = transport.get_extra_info("socket")
-        uid = struct.unpack("3i", peer.getsockopt(1, 17, 12))[1]  # SOL_SOCKET, SO_PEERCRED
-        refusal = None
+        uid = struct.unpack("3I", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
         if uid not in (0, os.geteuid()):
-            refusal = Forbidden(f"user {uid} may not use the control socket of user {os.geteuid()}")
-        elif len(self._server.connections) >= MAX_CONNECTIONS:
-            refusal = Forbidden(f"there are {MAX_CONNECTIONS} connections already; close some")
-        self._server.connections.add(self)
-        if refusal is not None:
-            self._send(encode_error(None, refusal))
-            transport.close()
+            refusal = f"user {uid} may not use the control socket of user {os.geteuid()}"
+        elif not self._server.admit(self):
+            refusal = f"all of {MAX_CONNECTIONS} connections are busy; close some"
+        else:
+            return
+        self._send(encode_error(None, Forbidden(refusal)))
+        transport.close()
+
+    def is_idle(self) -> bool:
+        """Whether it waits for nothing."""
+        return not self._tasks
 
     def connection_lost(self, error) -> None:
-        """Forget the client and end what it asked for; tasks go on, only the telling ends."""
+        """Forget the client, and what only tells it something; what changes something goes on to its end."""
         self._server.connections.discard(self)
+        self._lines.clear()
         self._can_write.set()
-        for task in self._tasks.values():
-            task.cancel()
+        for (kind, _), task in self._tasks.items():
+            if kind != "call":
+                task.cancel()
+        if self._hangup is not None:
+            self._server.loop.remove_reader(self._hangup.fileno())
+            self._hangup.close()
 
     def pause_writing(self) -> None:
         """The client does not read: take no more of its requests until it does."""
         self._can_write.clear()
-        self._update_reading()
 
     def resume_writing(self) -> None:
         """The client reads again."""
         self._can_write.set()
-        self._update_reading()
+        self._work()
 
     def eof_received(self) -> bool:
-        """The client has said everything; it may still want its answers."""
+        """The client has said everything; it may still want its answers, unless it has left altogether.
+
+        EPOLLHUP, which is always reported, tells the two apart: it comes when both directions are shut (epoll_ctl(2)).
+        """
+        import select
         self._eof = True
-        self.data_received(b"\n")
-        self._close_when_done()
+        self._take(b"\n")
+        self._hangup = select.epoll()
+        self._hangup.register(self._transport.get_extra_info("socket").fileno(), 0)
+        self._server.loop.add_reader(self._hangup.fileno(), self._transport.abort)
         return True
 
-    def _close_when_done(self) -> None:
-        if self._eof and not self._tasks:
-            self._transport.close()
+    def get_buffer(self, size_hint: int) -> memoryview:
+        """Where the next bytes go."""
+        return self._server.buffer
 
-    def data_received(self, data: bytes) -> None:
-        """Take requests out of the bytes and start each."""
-        for line in self._splitter.feed(data):
+    def buffer_updated(self, size: int) -> None:
+        """Take requests out of the bytes that have come."""
+        self._take(bytes(self._server.buffer[:size]))
+
+    def _take(self, data: bytes) -> None:
+        self._lines.extend(self._splitter.feed(data))
+        self.heard_at = time.monotonic()
+        self._work()
+
+    def _work(self) -> None:
+        """Begin requests, for a turn at most, as long as the client reads its answers."""
+        turn_ends = time.monotonic() + TURN_S
+        while self._lines and not self._turn_over and self._can_write.is_set() and len(self._tasks) < MAX_PENDING:
+            if time.monotonic() > turn_ends:
+                self._turn_over = True
+                self._server.loop.call_soon(self._next_turn)
+                break
+            line, request = self._lines.popleft(), None
             try:
                 if isinstance(line, WireError):
                     raise line
-                self._start(parse_request(line))
+                request = parse_request(line)
+                self._begin(request)
             except WireError as error:
                 self._send(encode_error(error.request_id, error))
-        self._update_reading()
-
-    def _update_reading(self) -> None:
-        pause = len(self._tasks) >= MAX_PENDING or not self._can_write.is_set()
+            except Exception as error:
+                self._refuse(request, error)
+        pause = bool(self._lines) or not self._can_write.is_set() or len(self._tasks) >= MAX_PENDING
         if pause != self._reading_paused and not self._transport.is_closing():
             self._reading_paused = pause
             (self._transport.pause_reading if pause else self._transport.resume_reading)()
+        if self._eof and not self._tasks and not self._lines:
+            self._transport.close()
 
-    def _start(self, request: Request) -> None:
+    def _next_turn(self) -> None:
+        self._turn_over = False
+        self._work()
+
+    def _begin(self, request: Request) -> None:
         if request.method == "stream.cancel":
-            task = self._tasks.get(("stream", request.params.get("stream")))
+            stream = request.params.get("stream")
+            task = self._tasks.pop(("stream", stream), None) if isinstance(stream, (str, int, float)) else None
             if task:
                 task.cancel()
-            if request.id is not None:
-                self._send(encode_result(request.id, {"cancelled": task is not None}))
-            return
+                self._send(encode_result(stream, {}))
+            return self._answer(request, {"cancelled": task is not None})
         operation = OPERATIONS.get(request.method)
         if operation is None:
             raise WireError(METHOD_NOT_FOUND, f"there is no method {request.method!r}"
                             f"{did_you_mean(request.method, OPERATIONS)}", request.id)
         self._count += 1
-        key = ("stream", request.id) if operation.stream else ("call", self._count)
+        key = ("stream", request.id) if operation.stream else ("wait" if operation.lasting else "call", self._count)
         if key in self._tasks:
             raise WireError(INVALID_REQUEST, f"a stream with id {request.id!r} is already open", request.id)
-        task = self._server.loop.create_task(self._serve(operation, request))
-        self._tasks[key] = task
-        task.add_done_callback(lambda done: self._ended(key))
+        work = operation.handler(self._core, check_params(operation, request.params))
+        if isinstance(work, dict):  # most operations wait for nothing but the disk, and reading ones not even for that
+            synced = self._core.store.durable()
+            if synced.done():
+                return self._answer(request, work)
+            work = _after(synced, work)
+        task = self._tasks[key] = self._server.loop.create_task(self._serve(operation, request, work))
+        task.add_done_callback(lambda done: self._ended(key, done))
 
-    def _ended(self, key) -> None:
-        self._tasks.pop(key, None)
-        self._update_reading()
-        self._close_when_done()
+    def _ended(self, key: tuple, task) -> None:
+        if self._tasks.get(key) is task:  # not a cancelled stream, whose id may be in use again
+            del self._tasks[key]
+        self._work()
 
-    async def _serve(self, operation: Operation, request: Request) -> None:
+    async def _serve(self, operation: Operation, request: Request, work) -> None:
         import asyncio
         try:
-            params = check_params(operation, request.params)
-            if operation.stream:
-                result = await self._stream(operation, params, request)
-            else:
-                result = await operation.handler(self._core, params)
+            result = await (self._stream(operation, request, work) if operation.stream else work)
             await self._core.store.durable()
-            answer = encode_result(request.id, result)
+            self._answer(request, result)
         except asyncio.CancelledError:
-            return
-        except ClaudomatorError as error:
-            answer = encode_error(request.id, error)
+            pass
         except Exception as error:
-            import traceback
-            self._core.log("error", f"{operation.name}: {traceback.format_exc()}")
-            answer = encode_error(request.id, ClaudomatorError(f"internal error: {error!r}; the daemon's log has more"))
-        if request.id is not None:
-            self._send(answer)
+            self._refuse(request, error)
 
-    async def _stream(self, operation: Operation, params: dict, request: Request) -> dict:
-        items = operation.handler(self._core, params)
+    async def _stream(self, operation: Operation, request: Request, items) -> dict:
         try:
             async for item in items:
                 if isinstance(item, Final):
                     return item.result
-                await self._can_write.wait()
-                if self._transport.is_closing():
-                    break
+                while not self._can_write.is_set():
+                    await self._can_write.wait()
                 self._send(encode_notification(operation.name, {"stream": request.id, "item": item}))
         finally:
             await items.aclose()
         return {}
 
+    def _answer(self, request: Request, result: dict) -> None:
+        if request.id is not None:
+            self._send(encode_result(request.id, result))
+
+    def _refuse(self, request: Request, error: Exception) -> None:
+        if not isinstance(error, ClaudomatorError):
+            import traceback
+            self._core.log("error", f"{request.method}: {''.join(traceback.format_exception(error))}")
+            error = ClaudomatorError(f"internal error: {error!r}; the daemon's log has more")
+        if request.id is not None:
+            self._send(encode_error(request.id, error))
+
     def _send(self, data: bytes) -> None:
         if not self._transport.is_closing():
             self._transport.write(data)
 
+    def close(self) -> None:
+        """Drop the client; it reconnects to the next daemon."""
+        self._transport.abort() if self._transport.is_closing() else self._transport.close()
+
+
+async def _after(synced, result: dict) -> dict:
+    await synced
+    return result
+
 
 class ControlServer:
-    """Listens on the control socket.  The caller holds the data directory's lock, so an old socket file is stale."""
+    """Listens on the control socket.  The caller holds the data directory's lock."""
 
     def __init__(self, core: Core):
-        self.core, self.connections = core, set()
+        self.core = core
+        self.connections: set[ControlConnection] = set()
         self.loop = self._server = self._path = None
+        self.buffer = memoryview(bytearray(READ_SIZE))
+
+    def admit(self, connection: ControlConnection) -> bool:
+        """Count a new connection; where there are too many, the one that was silent longest goes, if one is idle."""
+        if len(self.connections) >= MAX_CONNECTIONS:
+            idle = [other for other in self.connections if other.is_idle()]
+            if not idle:
+                return False
+            silent = min(idle, key=lambda other: other.heard_at)
+            self.connections.discard(silent)
+            silent.close()
+        self.connections.add(connection)
+        return True
 
     async def listen(self, path: str) -> None:
-        """Bind and listen; the socket is 0600 in a 0700 directory.  Raises ``StorageError`` where it cannot."""
+        """Bind and listen; the socket is 0600 in a 0700 directory, and what a dead daemon left is taken over.
+
+        Raises ``StorageError`` where it cannot, ``WrongState`` where somebody listens there.
+        """
         import asyncio
+        import errno
         import socket
+        import stat
         self.loop = asyncio.get_running_loop()
         try:
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             listener.setblocking(False)
-            if os.path.lexists(path):
-                os.unlink(path)
             with short_socket_path(path) as address:
+                if os.path.lexists(path):
+                    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                        raise StorageError(f"{path} is no socket; move it away, or set another socket_path")
+                    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                        probe.setblocking(False)
+                        if probe.connect_ex(address) != errno.ECONNREFUSED:
+                            raise WrongState(f"another program listens on {path}; set another socket_path")
+                    os.unlink(path)
                 listener.bind(address)
             os.chmod(path, 0o600)
         except OSError as error:
             raise StorageError(f"cannot listen on the control socket {path}: {error}") from error
         self._path = path
-        self._server = await self.loop.create_unix_server(lambda: ControlConnection(self), sock=listener, backlog=128)
+        kind = type("Connection", (ControlConnection, asyncio.BufferedProtocol), {})  # not above: asyncio comes late
+        self._server = await self.loop.create_unix_server(lambda: kind(self), sock=listener, backlog=128)
 
     def close(self) -> None:
         """Stop listening and drop the clients; they reconnect to the next daemon."""
         if self._server is not None:
             self._server.close()
             for connection in tuple(self.connections):
-                connection._transport.abort() if connection._transport.is_closing() else connection._transport.close()
+                connection.close()
             try:
                 os.unlink(self._path)
             except OSError:
@@ -7273,7 +7072,7 @@ class short_socket_path:
 # Puts the parts together and owns the process: the data directory's lock, signals, reload, the way down.
 
 
-def import_asyncio():
+def import_asyncio() -> Any:
     """asyncio without ``ssl``: nothing here speaks TLS by asyncio, and ssl is a fifth of the start and of the memory."""
     absent = "ssl" not in sys.modules
     if absent:
@@ -7331,6 +7130,8 @@ class Daemon:
         """
         import asyncio
         os.umask(0o077)
+        keep_descriptors()
+        seal_descriptors()
         loop = asyncio.get_running_loop()
         self._stop = loop.create_future()
         self._lock = lock_data_dir(self.config)
@@ -7340,7 +7141,7 @@ class Daemon:
         self.core.reload = self.reload
         self.pool = Pool(self.core)
         if only_new:
-            self.pool.after_seq = store.last_task_seq()
+            self.pool.after_seq = store.last_seq("tasks")
         self.server = ControlServer(self.core)
         for warning in self.config.warnings:
             self.log("warning", warning)
@@ -7383,8 +7184,11 @@ class Daemon:
             if left:
                 self.log("info", f"{left} agent{'s'[:left > 1]} at work without the daemon; the next one adopts them")
         if self.core is not None:
-            self.core.store.append_event("daemon.stopped", pid=os.getpid())
-            self.core.store.close()
+            try:
+                self.core.store.append_event("daemon.stopped", pid=os.getpid())
+                self.core.store.close()
+            except StorageError as error:
+                self.log("error", str(error))
         if self._lock >= 0:
             os.close(self._lock)
 
@@ -7438,6 +7242,7 @@ class ControlClient:
 
     def __init__(self, path: str):
         self.path, self._socket, self._buffer, self._next_id = path, None, b"", 0
+        self.was_connected = False
 
     def connect(self) -> None:
         """Connect, if that has not happened yet."""
@@ -7454,7 +7259,7 @@ class ControlClient:
             raise Unreachable(f"no daemon answers on {self.path} ({error.strerror or error}); start one with"
                               " `claudomator serve`, or name its socket with --socket or --data-dir") from None
         connection.settimeout(None)
-        self._socket = connection
+        self._socket, self.was_connected = connection, True
 
     def close(self) -> None:
         """Close the connection; the next call opens another."""
@@ -7463,14 +7268,19 @@ class ControlClient:
             self._socket, self._buffer = None, b""
 
     def _send(self, method: str, params: dict) -> int:
-        self.connect()
         self._next_id += 1
-        line = format_json({"jsonrpc": "2.0", "id": self._next_id, "method": method, "params": params}).encode() + b"\n"
-        try:
-            self._socket.sendall(line)
-        except OSError as error:
-            self._lost(error)
-        return self._next_id
+        request = {"jsonrpc": "2.0", "id": self._next_id, "method": method, "params": params}
+        line = format_json(request).encode() + b"\n"
+        while True:
+            is_new = self._socket is None
+            self.connect()
+            try:
+                self._socket.sendall(line)
+                return self._next_id
+            except OSError as error:
+                if is_new:
+                    self._lost(error)
+                self.close()  # the daemon had closed it while it was idle, so it has not seen the line
 
     def _lost(self, error) -> None:
         self.close()
@@ -7487,37 +7297,38 @@ class ControlClient:
                 self._lost(None)
             self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\n")
-        return parse_json(line)
+        message = parse_json_or(line, None)
+        if not isinstance(message, dict):
+            self.close()
+            raise Unreachable(f"what answers on {self.path} is no claudomator daemon")
+        return message
 
     def call(self, method: str, **params) -> dict:
         """The result of an operation."""
-        request_id = self._send(method, {name: value for name, value in params.items() if value is not None})
+        stream = self.stream(method, **params)
         while True:
-            message = self._receive()
-            if message.get("id") == request_id:
-                if "error" in message:
-                    raise error_from_wire(message["error"])
-                return message["result"]
-            if message.get("id") is None and "error" in message:
-                raise error_from_wire(message["error"])
+            try:
+                next(stream)
+            except StopIteration as done:
+                return done.value
 
-    def stream(self, method: str, **params):
+    def stream(self, method: str, **params) -> object:
         """Yield a stream's items; the generator's return value is its result."""
         request_id = self._send(method, {name: value for name, value in params.items() if value is not None})
         while True:
             message = self._receive()
             if message.get("method") == method and message["params"].get("stream") == request_id:
                 yield message["params"]["item"]
+            elif "error" in message and message.get("id") in (request_id, None):
+                raise error_from_wire(message["error"])
             elif message.get("id") == request_id:
-                if "error" in message:
-                    raise error_from_wire(message["error"])
                 return message["result"]
 
 
 # ---- 22 Command line -------------------------------------------------------------------------------------------
-# The third edge: errors become sentences on stderr (or one JSON document with --json) and exit codes, here alone.  stdout
-# is data, stderr is talk.  One table of commands serves parsing, help and docs/cli.md; argparse would double the time of
-# a short command.
+# The third edge: errors become sentences on stderr (or one JSON document with --json) and exit codes, here alone.
+# stdout is data, stderr is talk.  One table of commands serves parsing, help and docs/cli.md; argparse would double
+# the time of a short command.
 
 
 class Option(Record):
@@ -7544,28 +7355,36 @@ class Command(Record):
     most: int = 0
 
 
+def flag(names: str, help: str) -> Option:
+    """An option without a value; ``names`` are its spellings."""
+    return Option(tuple(names.split()), "flag", help)
+
+
+def value(names: str, metavar: str, help: str, kind: str = "str") -> Option:
+    """An option with a value."""
+    return Option(tuple(names.split()), kind, help, metavar)
+
+
 GLOBAL_OPTIONS = (
-    Option(("--config",), "str", "the configuration file (CLAUDOMATOR_CONFIG)", "FILE"),
-    Option(("--data-dir",), "str", "the data directory (CLAUDOMATOR_DATA_DIR)", "DIR"),
-    Option(("--socket",), "str", "the control socket (CLAUDOMATOR_SOCKET)", "PATH"),
-    Option(("--color",), "str", "auto, always or never (NO_COLOR)", "WHEN"),
-    Option(("--json",), "flag", "one JSON document on stdout; lines of JSON for streams"),
-    Option(("--help", "-h"), "flag", "show help"),
-    Option(("--version",), "flag", "show the version"),
+    value("--config", "FILE", "the configuration file (CLAUDOMATOR_CONFIG)"),
+    value("--data-dir", "DIR", "the data directory (CLAUDOMATOR_DATA_DIR)"),
+    value("--socket", "PATH", "the control socket (CLAUDOMATOR_SOCKET)"),
+    value("--color", "WHEN", "auto, always or never (NO_COLOR)"),
+    flag("--json", "one JSON document on stdout; lines of JSON for streams"), flag("--help -h", "show help"),
+    flag("--version", "show the version"),
 )
 SELECTORS = (
-    Option(("--tag",), "str", "tasks with this tag", "TAG"), Option(("--project",), "str", "tasks of this project", "NAME"),
-    Option(("--state",), "list", "tasks in this state; may be repeated", "STATE"),
-    Option(("--agent",), "str", "tasks of this agent kind", "KIND"), Option(("--all",), "flag", "all tasks"),
+    value("--tag", "TAG", "tasks with this tag"), value("--project", "NAME", "tasks of this project"),
+    value("--state", "STATE", "tasks in this state; may be repeated", "list"),
+    value("--agent", "KIND", "tasks of this agent kind"), flag("--all", "all tasks"),
 )
-WAITING = (Option(("--wait",), "flag", "wait for the end; the exit code tells it"),
-           Option(("--follow",), "flag", "show the log meanwhile"),
-           Option(("--timeout-wait",), "str", "give up waiting after this long", "D"))
+WAITING = (flag("--wait", "wait for the end; the exit code tells it"), flag("--follow -f", "show the log meanwhile"),
+           value("--timeout-wait", "D", "give up waiting after this long"))
 EXIT_CODES = (
     (EXIT_OK, "ok"), (EXIT_FAILED, "the task failed"), (EXIT_USAGE, "wrong usage or a bad file"),
     (EXIT_NOT_FOUND, "not found, or in the wrong state"), (EXIT_UNREACHABLE, "no daemon answers"),
-    (EXIT_BLOCKED, "blocked: a question waits"), (EXIT_PARKED, "parked: try later"), (EXIT_TIMEOUT, "timed out"),
-    (EXIT_INTERRUPTED, "interrupted"),
+    (EXIT_BLOCKED, "blocked: a question waits"), (EXIT_PARKED, "parked: try later"),
+    (EXIT_TIMEOUT, "the wait timed out"), (EXIT_INTERRUPTED, "interrupted"),
 )
 
 
@@ -7587,7 +7406,8 @@ def parse_arguments(argv: list[str], options: tuple, command: str) -> tuple[dict
         name, equals, value = word.partition("=") if word.startswith("--") else (word, "", "")
         option = known.get(name)
         if option is None:
-            raise UsageError(f"{command}: unknown option {name}{did_you_mean(name, known)}; try `claudomator {command} --help`")
+            raise UsageError(f"{command}: unknown option {name}{did_you_mean(name, known)};"
+                             f" try `claudomator {command} --help`")
         if option.kind == "flag":
             if equals:
                 raise UsageError(f"{command}: {name} takes no value")
@@ -7597,20 +7417,13 @@ def parse_arguments(argv: list[str], options: tuple, command: str) -> tuple[dict
             if not rest:
                 raise UsageError(f"{command}: {name} needs a value ({option.metavar}: {option.help})")
             value = rest.pop(0)
-        _set_option(values, option, value, f"{command}: {name}")
+        if option.kind == "list":
+            values[option.key()].append(value)
+            continue
+        values[option.key()] = value if option.kind == "str" else parse_json_or(value, None)
+        if option.kind != "str" and not is_number(values[option.key()], int if option.kind == "int" else (int, float)):
+            raise UsageError(f"{command}: {name}: expected a number, got {value!r}")
     return values, positionals
-
-
-def _set_option(values: dict, option: Option, value: str, where: str) -> None:
-    if option.kind == "list":
-        values[option.key()].append(value)
-    elif option.kind in ("int", "number"):
-        try:
-            values[option.key()] = int(value) if option.kind == "int" else float(value)
-        except ValueError:
-            raise UsageError(f"{where}: expected a number, got {value!r}") from None
-    else:
-        values[option.key()] = value
 
 
 def quick_paths(text: str) -> dict | None:
@@ -7618,22 +7431,22 @@ def quick_paths(text: str) -> dict | None:
 
     Importing ``tomllib`` costs more than a whole ``ctl list``; the two keys are usually absent or plain strings.
     """
-    if '"""' in text or "'''" in text:
-        return None
-    found = {}
-    for line in text.split("\n"):
-        line = line.strip()
+    found: dict[str, str] = {}
+    for line in text.removeprefix("\ufeff").split("\n"):
+        line = line.strip(" \t\r")
         if line.startswith("["):
             break
-        if line.startswith(('"', "'")):
-            return None
-        key, equals, value = line.partition("=")
-        if equals and key.strip() in ("data_dir", "socket_path"):
-            value = value.strip()
-            plain = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" and value.count(value[0]) == 2
-            if not plain or "\\" in value:
+        if not line or line.startswith("#"):
+            continue
+        key, _, value = (part.strip(" \t") for part in line.partition("="))
+        if key in ("data_dir", "socket_path"):
+            inner = value[1:-1]
+            plain = value in (f"'{inner}'", f'"{inner}"') and inner.startswith(("/", "~/")) and inner.isprintable()
+            if not plain or key in found or any(char in inner for char in "'\"\\"):
                 return None
-            found[key.strip()] = value[1:-1]
+            found[key] = inner
+        elif not key.replace("_", "").isalnum() or value[:1] in "[{" or '"""' in value or "'''" in value:
+            return None
     return found
 
 
@@ -7645,6 +7458,9 @@ class Cli:
         self.json = bool(options.get("json"))
         self.home = environ.get("HOME") or os.path.expanduser("~")
         self._client: ControlClient | None = None
+        self._core: Core | None = None
+        if options.get("color") not in (None, "auto", "always", "never"):
+            raise UsageError(f"--color: expected auto, always or never, got {options['color']!r}")
 
     def __getattr__(self, name: str):
         try:
@@ -7677,51 +7493,58 @@ class Cli:
         text = self.config_text()
         config = parse_config_text(text, self.config_path(), self.home) if text.strip() else \
             parse_config({}, self.config_path(), self.home)
-        overrides = self._path_overrides()
-        return config.replace(**overrides) if overrides else config
+        return config.replace(**self._path_overrides())
 
     def _path_overrides(self) -> dict:
-        data_dir = self.options.get("data_dir") or self.environ.get("CLAUDOMATOR_DATA_DIR")
-        socket_path = self.options.get("socket") or self.environ.get("CLAUDOMATOR_SOCKET")
-        overrides = {}
-        if data_dir:
-            overrides["data_dir"] = os.path.abspath(os.path.expanduser(data_dir))
-        if socket_path:
-            overrides["own_socket_path"] = os.path.abspath(os.path.expanduser(socket_path))
-        elif data_dir:
-            overrides["own_socket_path"] = ""
-        return overrides
+        """What options and environment say of the paths.  An explicit data directory overrides a configured socket."""
+        data_dir, socket_path = (self.options.get(option) or self.environ.get(variable) or "" for option, variable in (
+            ("data_dir", "CLAUDOMATOR_DATA_DIR"), ("socket", "CLAUDOMATOR_SOCKET")))
+        overrides = {"data_dir": data_dir} if data_dir else {}
+        overrides.update({"own_socket_path": socket_path} if socket_path or data_dir else {})
+        return {name: path and os.path.abspath(self.expand(path)) for name, path in overrides.items()}
+
+    def expand(self, path: str) -> str:
+        """A path with ``~`` resolved."""
+        return os.path.join(self.home, path[2:]) if path.startswith("~/") else os.path.expanduser(path)
+
+    def socket_path(self) -> str:
+        """The control socket, found without a TOML parser where the configuration allows."""
+        paths = self._path_overrides()
+        found = {} if paths else quick_paths(self.config_text())
+        if found is None:
+            return self.load_config().socket_path
+        data_dir = paths.get("data_dir") or found.get("data_dir", "~/.claudomator")
+        return self.expand(paths.get("own_socket_path") or found.get("socket_path") or f"{data_dir}/claudomator.sock")
 
     def client(self) -> ControlClient:
         """The client of the daemon that the options name."""
         if self._client is None:
-            self._client = ControlClient(self._socket_path())
+            self._client = ControlClient(self.socket_path())
         return self._client
-
-    def _socket_path(self) -> str:
-        """The control socket, without a TOML parser where the configuration allows."""
-        overrides = self._path_overrides()
-        if overrides.get("own_socket_path"):
-            return overrides["own_socket_path"]
-        if "data_dir" in overrides:
-            return os.path.join(overrides["data_dir"], "claudomator.sock")
-        paths = quick_paths(self.config_text())
-        if paths is None:
-            return self.load_config().socket_path
-        path = paths.get("socket_path") or os.path.join(paths.get("data_dir") or "~/.claudomator", "claudomator.sock")
-        return os.path.join(self.home, path[2:]) if path.startswith("~/") else path
 
     def call(self, method: str, **params) -> dict:
         """Call an operation."""
         return self.client().call(method, **params)
+
+    def read(self, method: str, **params) -> dict:
+        """Call an operation that only reads; where no daemon runs, the database answers."""
+        if self._core is None:
+            try:
+                return self.call(method, **params)
+            except Unreachable:
+                if self.command.startswith("ctl"):
+                    raise
+                config = self.load_config()
+                self._core = Core(config, Store(config.db_path, readonly=True), stderr_log)
+                self.say("(no daemon runs; this is what the database says)")
+        given = {name: value for name, value in params.items() if value is not None}
+        return OPERATIONS[method].handler(self._core, check_params(OPERATIONS[method], given))
 
     # -- terminal
 
     def color(self) -> bool:
         """Whether stdout gets colours."""
         when = self.options.get("color") or "auto"
-        if when not in ("auto", "always", "never"):
-            raise UsageError(f"--color: expected auto, always or never, got {when!r}")
         return when == "always" or when == "auto" and sys.stdout.isatty() and not self.environ.get("NO_COLOR") \
             and self.environ.get("TERM") != "dumb"
 
@@ -7744,113 +7567,124 @@ class Cli:
         """Data: stdout."""
         sys.stdout.write(text + "\n")
 
-    def document(self, value, text=None) -> None:
+    def document(self, value, text) -> None:
         """The command's result: JSON with --json, else ``text()``."""
-        if self.json:
-            self.out(format_json(value))
-        elif text is not None:
-            shown = text()
-            if shown:
-                self.out(shown.rstrip("\n"))
+        shown = format_json(value) if self.json else text().rstrip("\n")
+        if shown:
+            self.out(shown)
+
+    def table(self, render, *args, zone: bool = False) -> str:
+        """``render(*args, width, color)`` for this terminal, with ``zone`` for its time zone too."""
+        more = {"tz_offset_s": local_offset_s(time.time())} if zone else {}
+        return render(*args, self.width(), self.color(), **more)
 
     # -- selecting
 
-    def selected(self) -> list[str]:
-        """The task ids that arguments and selectors name.  Raises ``UsageError`` where nothing was named."""
+    def selected(self, states=None) -> list[str]:
+        """The task ids that arguments or selectors name; of the tasks that selectors match, those in ``states``.
+
+        Raises ``UsageError`` where nothing was named, ``NotFound`` where nothing matches.
+        """
         filters = self.filters()
-        if self.arguments and filters:
-            raise UsageError(f"{self.command}: give ids or selectors, not both")
+        selectors = " ".join(f"--{name.removesuffix('s')} {value}" for name, value in filters.items()) \
+            or "--all" * bool(self.options.get("all"))
+        if bool(self.arguments) == bool(selectors):
+            raise UsageError(f"{self.command}: " + ("give ids or selectors, not both" if selectors else
+                             "which tasks? Give ids, or --tag, --project, --state, --agent or --all"))
         if self.arguments:
             return self.arguments
-        if not filters and not self.options.get("all"):
-            raise UsageError(f"{self.command}: which tasks? Give ids, or --tag, --project, --state, --agent or --all")
-        found = [task["id"] for task in self.all_tasks(**filters)]
+        found = [task["id"] for task in self.all_tasks(self.call, **{"states": states, **filters})]
         if not found:
-            raise NotFound("no task matches " + (" ".join(f"{key}={value}" for key, value in filters.items()) or "--all"))
+            raise NotFound(f"no task matches {selectors}" + (f" and is {' or '.join(states)}" if states else ""))
         return found
+
+    def only(self) -> str:
+        """The one task that arguments or selectors name."""
+        ids = self.selected()
+        if len(ids) > 1:
+            raise UsageError(f"{self.command}: {len(ids)} tasks match; name one of them")
+        return ids[0]
 
     def filters(self) -> dict:
         """The selectors as parameters of ``task.list``."""
         filters = {"tag": self.options.get("tag"), "project": self.options.get("project"),
-                   "agent": self.options.get("agent"), "states": self.options.get("state") or None}
+                   "agent": self.options.get("agent"), "states": self.options.get("state")}
         return {name: value for name, value in filters.items() if value}
 
-    def all_tasks(self, **filters) -> list[dict]:
+    def all_tasks(self, call, **filters) -> list[dict]:
         """Every task that matches, page by page."""
-        tasks, before = [], None
-        while True:
-            page = self.call("task.list", limit=1000, before=before, **filters)
+        page = call("task.list", limit=1000, **filters)
+        tasks = page["tasks"]
+        while page["next"] is not None:
+            page = call("task.list", limit=1000, before=page["next"], **filters)
             tasks += page["tasks"]
-            before = page["next"]
-            if before is None:
-                return tasks
+        return tasks
+
+    def seconds(self, text: str | None) -> float | None:
+        """The seconds of a duration that an option gave."""
+        try:
+            return None if text is None else parse_duration(text)
+        except ValueError as error:
+            raise UsageError(f"{self.command}: {error}") from None
 
 
-def exit_code_of(task: dict) -> int:
-    """What a task's end means as an exit code."""
-    if task["state"] in FAILURE_STATES:
-        return EXIT_FAILED
-    if task["state"] == BLOCKED:
-        return EXIT_BLOCKED
-    if task["state"] in (QUEUED, RUNNING, PENDING):
-        return EXIT_PARKED
-    return EXIT_OK
-
-
-def worst_exit_code(tasks: list[dict]) -> int:
-    """One exit code for several tasks: a failure counts most, then a question, then parking."""
-    codes = {exit_code_of(task) for task in tasks}
-    return next((code for code in (EXIT_FAILED, EXIT_BLOCKED, EXIT_PARKED) if code in codes), EXIT_OK)
-
-
-def next_step(task: dict) -> str:
-    """What a person can do about a task that failed, with its own id and agent kind in the commands."""
-    kind = (task["execution"] or {}).get("agent") or task["agent"].get("type") or "KIND"
-    return REASONS[task["reason"]]["next"].replace("KIND", kind).replace(" ID", " " + task["id"][:8])
+def exit_code_of(tasks: list[dict]) -> int:
+    """What became of tasks as one exit code: a failure counts most, then a question, then one that still waits."""
+    states = {task["state"] for task in tasks}
+    return EXIT_FAILED if states & FAILURE_STATES else EXIT_BLOCKED if BLOCKED in states else \
+        EXIT_PARKED if states & {PENDING, QUEUED, RUNNING} else EXIT_OK
 
 
 def task_line(task: dict, color: bool) -> str:
-    """One line on what became of a task."""
-    run = task["execution"] or {}
-    parts = [paint_state(task["state"], color), task["id"][:8], task["name"]]
-    if run.get("cost_usd") is not None and run.get("agent") != "shell":
+    """What became of a task: a line, and below it what it says and what can be done next."""
+    run, question = task["execution"] or {}, task["question"] or {}
+    parts = [paint_state(task["state"], color), task["id"][:8], one_line(task["name"])]
+    if run.get("cost_usd"):
         parts.append(format_cost(run["cost_usd"]))
     if run.get("commits"):
-        parts.append(f"{len(run['commits'])} commit{'s'[:len(run['commits']) > 1]} pushed to {run['pushed_branch']}")
-    line = "  ".join(parts)
-    if task["state"] == BLOCKED and task["question"]:
-        line += f"\n    asks: {task['question'].get('text', '')}"
-        if task["question"].get("options"):
-            line += f" [{' | '.join(map(str, task['question']['options']))}]"
-        line += f"\n    answer with: claudomator ctl answer {task['id'][:8]} \"...\""
+        pushed = f" pushed to {run['pushed_branch']}" if run["pushed_branch"] else ""
+        parts.append(f"{len(run['commits'])} commit{'s'[:len(run['commits']) > 1]}{pushed}")
+    lines = ["  ".join(parts)]
+    if task["state"] == BLOCKED and question:
+        options = " | ".join(map(str, question.get("options") or ()))
+        lines.append(f"asks: {question.get('text', '')}" + (f" [{options}]" if options else ""))
     elif task["reason"]:
-        line += f"\n    {task['reason']}: {task['detail']}\n    next: {next_step(task)}"
-    elif task["summary"]:
-        line += "\n    " + task["summary"].strip().replace("\n", "\n    ")
-    return line
+        lines.append(f"{task['reason']}: {task['detail']}")
+    elif task["state"] in SETTLED_STATES and task["summary"]:
+        lines.append(task["summary"])
+    if next_step(task):
+        lines.append(f"next: {next_step(task)}")
+    return "\n    ".join([lines[0], *(part for text in lines[1:] for part in safe_text(text).strip().split("\n"))])
+
+
+def task_lines(cli: Cli, tasks: list[dict]) -> str:
+    """What became of several tasks."""
+    return "\n".join(task_line(task, cli.color()) for task in tasks)
 
 
 # -- reading task files
 
 
-def read_document(cli: Cli, path: str) -> tuple[object, str]:
-    """(task document, source name) of a file, ``-`` for stdin, checked here so that errors name the file's keys."""
+def read_document(cli: Cli) -> tuple[object, str]:
+    """(task document, source name) of the file that is the argument, ``-`` for stdin.
+
+    It is checked here, so that errors name the file's keys; directories are made absolute.
+    """
+    path = cli.arguments[0]
     source = "stdin" if path == "-" else path
     try:
-        if path == "-":
-            text = sys.stdin.buffer.read().decode("utf-8")
-        else:
-            with open(path, "rb") as file:
-                text = file.read().decode("utf-8")
+        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+            text = file.read().decode("utf-8")
     except FileNotFoundError:
         raise NotFound(f"there is no file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{source} cannot be read: {error}") from None
-    specs = parse_task_text(text, source, time.time())
-    base = os.getcwd()
-    specs = [spec.replace(agent=spec.agent.replace(project_dir=os.path.normpath(os.path.join(base, spec.agent.project_dir))
-                                                   if spec.agent.project_dir else "")) for spec in specs]
-    return {"tasks": [spec_to_json(spec) for spec in specs]}, source
+    documents = [spec_to_json(spec) for spec in parse_task_text(text, source, time.time())]
+    for document in documents:
+        agent = document["agent"]
+        if agent.get("project_dir"):
+            agent["project_dir"] = os.path.abspath(cli.expand(agent["project_dir"]))
+    return {"tasks": documents}, source
 
 
 # -- commands without a daemon
@@ -7862,52 +7696,25 @@ def cmd_serve(cli: Cli) -> int:
     return EXIT_OK
 
 
-def open_readonly(cli: Cli) -> Core:
-    """What the database says, for ``list`` and ``status`` while no daemon runs."""
-    config = cli.load_config()
-    return Core(config, Store(config.db_path, readonly=True), stderr_log)
-
-
-def run_operation(core: Core, name: str, **params) -> dict:
-    """Run an operation that awaits nothing, without a loop."""
-    operation = OPERATIONS[name]
-    coroutine = operation.handler(core, check_params(operation, params))
-    try:
-        coroutine.send(None)
-    except StopIteration as done:
-        return done.value
-    coroutine.close()
-    raise WrongState(f"{name} needs the daemon; start it with `claudomator serve`")
-
-
-def reading_call(cli: Cli, name: str, **params) -> dict:
-    """Ask the daemon, or the database where none runs."""
-    try:
-        return cli.call(name, **params)
-    except Unreachable:
-        cli.say("(no daemon runs; this is what the database says)")
-        return run_operation(open_readonly(cli), name, **params)
-
-
 def cmd_list(cli: Cli) -> int:
     """``list``: tasks, newest first, also without a daemon."""
-    limit = 1000 if cli.options.get("all") else cli.limit or 50
-    result = reading_call(cli, "task.list", limit=limit, **cli.filters())
-    if cli.options.get("all") and result["next"]:
-        tasks, page = result["tasks"], result
-        while page["next"]:
-            page = reading_call(cli, "task.list", limit=limit, before=page["next"], **cli.filters())
-            tasks += page["tasks"]
-        result = {"tasks": tasks, "next": None}
-    cli.document(result, lambda: render_tasks(result["tasks"], time.time(), cli.width(), cli.color())
-                 or "no tasks yet; `claudomator ctl add \"...\"` makes one")
+    if cli.all:
+        result = {"tasks": cli.all_tasks(cli.read, **cli.filters()), "next": None}
+    else:
+        result = cli.read("task.list", limit=cli.limit, **cli.filters())
+    none = "no task matches" if cli.filters() else NO_TASKS
+    cli.document(result, lambda: cli.table(render_tasks, result["tasks"], time.time()) if result["tasks"] else none)
+    if result["next"]:
+        cli.say(f"(the newest {len(result['tasks'])}; --all shows the others too)")
     return EXIT_OK
 
 
-def cmd_status(cli: Cli) -> int:
-    """``status ID``: one task in full, also without a daemon."""
-    result = reading_call(cli, "task.get", id=cli.arguments[0])
-    cli.document(result, lambda: render_task(result["task"], result["executions"], cli.color()))
+def cmd_show(cli: Cli) -> int:
+    """``status ID``, also without a daemon, and ``ctl show``: tasks in full."""
+    results = [cli.read("task.get", id=task_id) for task_id in cli.selected()]
+    cli.document(results[0] if len(results) == 1 else results, lambda: "\n\n".join(
+        render_task(result["task"], result["executions"], cli.color(), cli.width(), local_offset_s(time.time()))
+        for result in results))
     return EXIT_OK
 
 
@@ -7915,7 +7722,8 @@ def program_version(program: str) -> str | None:
     """The first line of ``program --version``, or ``None`` where it is not installed."""
     import subprocess
     try:
-        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL)
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20,
+                              stdin=subprocess.DEVNULL)
         return (done.stdout or done.stderr).strip().split("\n")[0] or "installed"
     except FileNotFoundError:
         return None
@@ -7940,503 +7748,400 @@ def cmd_init(cli: Cli) -> int:
         found["pyyaml"] = yaml.__version__
     except ImportError:
         found["pyyaml"] = None
-    hints = []
-    if found["git"] is None:
-        hints.append("git is not installed: sandboxes need it (apt-get install git)")
-    if found["claude"] is None:
-        hints.append(f"{config.claude_binary_path} is not installed: tasks of type claude need it"
-                     " (npm install -g @anthropic-ai/claude-code), tasks of type shell do not")
-    if found["pyyaml"] is None:
-        hints.append("PyYAML is not installed: write task files as JSON, or: pip install pyyaml")
-    result = {"config": path, "written": written, "data_dir": config.data_dir, "found": found, "hints": hints,
-              "warnings": list(config.warnings)}
-
-    def text() -> str:
-        lines = [f"configuration  {path}  ({'written' if written else 'was there; left as it is'})",
-                 f"data           {config.data_dir}"]
-        lines += [f"{name:14} {version or 'not found'}" for name, version in found.items()]
-        lines += ["", *(f"note: {hint}" for hint in (*hints, *config.warnings))]
-        lines += ["", "next: claudomator serve      then, in another terminal: claudomator ctl add \"...\" --dir REPOSITORY",
-                  "      claudomator demo       shows the whole way without any account"]
-        return "\n".join(lines)
-    cli.document(result, text)
+    hints = [hint for name, hint in (
+        ("git", "git is not installed: sandboxes need it (apt-get install git)"),
+        ("claude", f"{config.claude_binary_path} is not installed: tasks of type claude need it"
+                   " (npm install -g @anthropic-ai/claude-code), tasks of type shell do not"),
+        ("pyyaml", "PyYAML is not installed: write task files as JSON, or: pip install pyyaml"))
+             if found[name] is None]
+    cli.document({"config": path, "written": written, "data_dir": config.data_dir, "found": found, "hints": hints,
+                  "warnings": list(config.warnings)}, lambda: "\n".join([
+                      f"configuration  {path}  ({'written' if written else 'was there; left as it is'})",
+                      f"data           {config.data_dir}",
+                      *(f"{name:14} {version or 'not found'}" for name, version in found.items()), "",
+                      *(f"note: {hint}" for hint in (*hints, *config.warnings)), "",
+                      "next: claudomator serve",
+                      'then, in another terminal: claudomator ctl add "what to do" --dir REPOSITORY',
+                      "or see the whole way without any account: claudomator demo"]))
     return EXIT_OK
 
 
 def cmd_run(cli: Cli) -> int:
     """``run FILE``: a task file to its end, by the daemon if one runs, else by a pool in this process."""
-    document, source = read_document(cli, cli.arguments[0])
+    document, source = read_document(cli)
+    if cli.parallel is not None and cli.parallel < 1:
+        raise UsageError("run: --parallel must be at least 1")
     if cli.dry_run:
-        return _dry_run(cli, document)
+        return _dry_run(cli, document, source)
+    stop = None
     try:
         cli.client().connect()
         cli.say("handed to the daemon; it goes on even if this command ends")
-        return _run_with_daemon(cli, document, source)
     except Unreachable:
-        pass
-    return _run_in_process(cli, document, source)
+        stop = start_pool_here(cli)
+    try:
+        since = last_event(cli)
+        ids = [task["id"] for task in cli.call("task.create", tasks=document, source=source, queue=True,
+                                               auto_accept=True)["tasks"]]
+        tasks = watch_tasks(cli, ids, since)
+    except KeyboardInterrupt:
+        if stop:
+            cli.say("the tasks stay; what runs goes on, and `claudomator serve` takes all of it over")
+        raise
+    finally:
+        if stop:
+            stop()
+    cli.document({"tasks": tasks}, lambda: task_lines(cli, tasks))
+    return exit_code_of(tasks)
 
 
-def _dry_run(cli: Cli, document: dict) -> int:
+def _dry_run(cli: Cli, document: dict, source: str) -> int:
     config = cli.load_config()
-    for task in document["tasks"]:
-        kind = task.get("agent", {}).get("type", "")
-        if kind and kind not in RUNNERS:
-            raise InvalidInput(f"task {task['name']!r}: agent.type: {kind!r} is not available here"
-                               f"{did_you_mean(kind, RUNNERS)}; there are: {', '.join(RUNNERS)}")
-
-    def text() -> str:
-        rows = [[task["name"], task["agent"].get("type") or "chosen at start",
-                 task["agent"].get("project_dir") or "none", task.get("timeout") or format_duration(config.default_timeout_s),
-                 ", ".join(dep if isinstance(dep, str) else dep["task"] for dep in task.get("depends_on", []))]
-                for task in document["tasks"]]
-        return render_table(rows, ["NAME", "AGENT", "PROJECT", "TIMEOUT", "AFTER"], cli.width(), cli.color())
-    cli.document(document, text)
-    cli.say(f"{len(document['tasks'])} tasks, all well-formed; nothing was started")
+    tasks = [complete_spec(spec, config, tuple(RUNNERS)) for spec in parse_tasks(document, source, time.time())]
+    rows = [[task.name, task.agent.type or "chosen at start", task.agent.project_dir or "none",
+             format_duration(task.timeout_s or config.default_timeout_s),
+             ", ".join(dependency.task for dependency in task.depends_on)] for task in tasks]
+    cli.document(document, lambda: cli.table(render_table, rows, ["NAME", "AGENT", "PROJECT", "TIMEOUT", "AFTER"]))
+    cli.say(f"{len(tasks)} task{'s'[:len(tasks) > 1]}, well-formed; nothing was started")
     return EXIT_OK
 
 
-def _report_run(cli: Cli, tasks: list[dict]) -> int:
-    cli.document({"tasks": tasks}, lambda: "\n".join(task_line(task, cli.color()) for task in tasks))
-    return worst_exit_code(tasks)
+def start_pool_here(cli: Cli) -> object:
+    """Run a daemon in a thread of this process, for the tasks of this command alone; returns what stops it.
 
-
-def _run_with_daemon(cli: Cli, document: dict, source: str) -> int:
-    created = cli.call("task.create", tasks=document, source=source, queue=True, auto_accept=True)["tasks"]
-    ids = [task["id"] for task in created]
-    for task in created:
-        cli.say(f"{task['id'][:8]}  {task['name']}")
-    result = wait_through_restarts(cli, ids, None, False, parked_ends=True)
-    return _report_run(cli, result["tasks"])
-
-
-def _run_in_process(cli: Cli, document: dict, source: str) -> int:
+    Raises what its start raised.
+    """
+    import signal
+    import threading
     asyncio = import_asyncio()
     config = cli.load_config()
-    if cli.parallel is not None:
-        if cli.parallel < 1:
-            raise UsageError("run: --parallel must be at least 1")
-        config = config.replace(max_concurrent=cli.parallel)
+    config = config.replace(max_concurrent=cli.options.get("parallel") or config.max_concurrent)
+    daemon = Daemon(config, None, lambda level, message: cli.say(f"{level}: {message}"))
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
 
-    def log(level: str, message: str) -> None:
-        cli.say(f"{level}: {message}")
+    def run(coroutine) -> None:
+        asyncio.run_coroutine_threadsafe(coroutine, loop).result()
 
-    async def work() -> list[dict]:
-        import signal
-        daemon = Daemon(config, None, log)
-        loop = asyncio.get_running_loop()
-        main = asyncio.current_task()
-        loop.add_signal_handler(signal.SIGINT, main.cancel)
-        loop.add_signal_handler(signal.SIGTERM, main.cancel)
-        try:
-            await daemon.start(only_new=True)
-            for kind, info in daemon.core.store.parked_agents().items():
-                if info["reason"] == "auth":  # a person is here, and may have logged in: one try costs nothing
-                    daemon.core.life.unpark(kind, "run")
-            daemon.core.bus.subscribe(lambda events: [cli.say(line) for event in events
-                                                      if (line := render_event(event, sys.stderr.isatty()))])
-            tasks = parse_tasks(document, source, time.time())
-            tasks = daemon.core.life.create([spec.replace(auto_accept=True) for spec in tasks], queue=True, config=config,
-                                            kinds=daemon.core.kinds)
-            wait = OPERATIONS["task.wait"]
-            result = await wait.handler(daemon.core, check_params(wait, {"ids": [task.id for task in tasks],
-                                                                         "parked_ends": True}))
-            await daemon.core.store.durable()
-            return result["tasks"]
-        finally:
-            await daemon.close()
+    def stop() -> None:
+        run(daemon.close())
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    thread.start()
     try:
-        tasks = asyncio.run(work())
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
-    return _report_run(cli, tasks)
+        run(daemon.start(only_new=True))
+    except BaseException:
+        stop()
+        raise
+    for agent in cli.call("agent.status")["agents"]:
+        if agent["park_reason"] == "auth":  # a person is here, and may have logged in: one try costs nothing
+            cli.call("agent.unpark", agent=agent["kind"])
+    return stop
 
 
 # -- commands of ctl
 
 
-def cmd_ctl(cli: Cli) -> int:
-    """``ctl``: the status table."""
-    status = cli.call("pool.status")
-    cli.document(status, lambda: render_status(status, time.time(), cli.width(), cli.color(), local_offset_s(time.time())))
-    return EXIT_OK
-
-
-def patiently(cli: Cli, attempt, give_up_s: float = 60.0):
+def patiently(cli: Cli, attempt, give_up_s: float = 60.0) -> object:
     """``attempt()`` again and again while the daemon restarts, at most ``give_up_s`` at a stretch."""
-    deadline = None
+    gone_since = None
     while True:
+        started = time.monotonic()
         try:
             return attempt()
         except Unreachable:
             now = time.monotonic()
-            if deadline is None:
+            if not cli.client().was_connected:
+                raise
+            if gone_since is None or now - started > 1:  # it was there for a while
                 cli.say("the daemon is gone; waiting for it to come back")
-                deadline = now + give_up_s
-            if now > deadline:
+                gone_since = now
+            if now - gone_since > give_up_s:
                 raise
             time.sleep(0.2)
 
 
-def wait_through_restarts(cli: Cli, ids: list[str], timeout_s: float | None, any_one: bool, parked_ends=False) -> dict:
-    """``task.wait`` that survives a restart of the daemon."""
+def follow_stream(cli: Cli, method: str, params: dict, resume) -> object:
+    """Yield a stream's items without a gap across restarts of the daemon; ``resume(item)`` says with which parameters
+    to go on after an item.  The generator's return value is the stream's result."""
+    client, stream = ControlClient(cli.socket_path()), None
+
+    def following() -> dict:
+        nonlocal stream
+        try:
+            stream = stream or client.stream(method, **params)
+            return next(stream)
+        except Unreachable:
+            stream = None
+            raise
+    patiently(cli, cli.client().connect)
+    while True:
+        try:
+            item = patiently(cli, following)
+        except StopIteration as done:
+            return done.value
+        params = {**params, **resume(item)}
+        yield item
+
+
+def follow_events(cli: Cli, since: int) -> object:
+    """Yield events after ``since`` for ever."""
+    return follow_stream(cli, "events.watch", {"since": since}, lambda event: {"since": event["seq"]})
+
+
+def last_event(cli: Cli) -> int:
+    """The number of the newest event."""
+    return patiently(cli, lambda: cli.call("daemon.status"))["last_event"]
+
+
+def watch_tasks(cli: Cli, ids: list[str], since: int) -> list[dict]:
+    """Tell what happens to tasks until nothing more can happen without a person; returns them."""
+    color, offset_s = sys.stderr.isatty() and cli.color(), local_offset_s(time.time())
+
+    def state() -> dict:
+        return patiently(cli, lambda: cli.call("task.wait", ids=ids, timeout_s=0, parked_ends=True))
+    result, events = state(), follow_events(cli, since)
+    while result["timed_out"]:
+        event = next(events)
+        if event["task_id"] in ids and event["kind"] not in ("task.created", "execution.started"):
+            cli.say(render_event(event, color, offset_s))
+        if event["kind"] in ("task.state", "task.question", "task.deleted", "agent.parked"):
+            result = state()
+    return result["tasks"]
+
+
+def cmd_wait(cli: Cli) -> int:
+    """``ctl wait``."""
+    return wait_for(cli, cli.selected(VERB_STATES["wait"]), cli.timeout, bool(cli.any))
+
+
+def wait_for(cli: Cli, ids: list[str], timeout: str | None, any_one: bool = False) -> int:
+    """Wait for the end of tasks and print them; returns what became of them as an exit code."""
+    timeout_s = cli.seconds(timeout)
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
 
     def attempt() -> dict:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        return cli.call("task.wait", ids=ids, any=any_one, timeout_s=left, parked_ends=parked_ends)
-    return patiently(cli, attempt)
-
-
-def _finish_waiting(cli: Cli, ids: list[str], timeout: str | None, any_one: bool = False) -> int:
-    timeout_s = None
-    if timeout:
-        try:
-            timeout_s = parse_duration(timeout)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
-    result = wait_through_restarts(cli, ids, timeout_s, any_one)
-    cli.document(result, lambda: "\n".join(task_line(task, cli.color()) for task in result["tasks"]))
+        return cli.call("task.wait", ids=ids, any=any_one, timeout_s=left)
+    result = patiently(cli, attempt)
+    cli.document(result, lambda: task_lines(cli, result["tasks"]))
     if result["timed_out"]:
         cli.say(f"gave up after {timeout}; the tasks go on")
         return EXIT_TIMEOUT
-    done = [task for task in result["tasks"] if not any_one or task["state"] not in (QUEUED, RUNNING, PENDING)]
-    return worst_exit_code(done)
+    return exit_code_of([task for task in result["tasks"]
+                         if not any_one or task["state"] not in (QUEUED, RUNNING, PENDING)])
 
 
-def _created(cli: Cli, tasks: list[dict]) -> int:
-    """Print what was created; wait or follow as asked."""
+def _show_tasks(cli: Cli, tasks: list[dict], text=None) -> int:
+    """The end of a command that made or moved tasks: print them; or wait, or follow, as asked."""
     ids = [task["id"] for task in tasks]
     if cli.options.get("follow"):
-        codes = [follow_task(cli, task_id) for task_id in ids]
-        return max(codes)
+        return exit_code_of([follow_log(cli, {"id": task_id, "follow": True}) for task_id in ids])
     if cli.options.get("wait"):
-        if not cli.json:
-            for task_id in ids:
-                cli.say(task_id)
-        return _finish_waiting(cli, ids, cli.options.get("timeout_wait"))
-    cli.document({"tasks": tasks}, lambda: "\n".join(ids))
+        cli.say("\n".join(ids))
+        return wait_for(cli, ids, cli.timeout_wait)
+    cli.document({"tasks": tasks}, text or (lambda: task_lines(cli, tasks)))
     return EXIT_OK
+
+
+def _create(cli: Cli, document: object, source: str, queue: bool) -> int:
+    tasks = cli.call("task.create", tasks=document, source=source, queue=queue)["tasks"]
+    return _show_tasks(cli, tasks, lambda: "\n".join(task["id"] for task in tasks))
 
 
 def cmd_create(cli: Cli) -> int:
     """``ctl create`` and ``ctl submit``: tasks from a file."""
-    document, source = read_document(cli, cli.arguments[0])
-    result = cli.call("task.create", tasks=document, source=source, queue=cli.command == "ctl submit")
-    return _created(cli, result["tasks"])
+    return _create(cli, *read_document(cli), queue=cli.command == "ctl submit")
 
 
 def cmd_add(cli: Cli) -> int:
     """``ctl add``: a task from the command line."""
     text = sys.stdin.read() if cli.arguments[0] == "-" else cli.arguments[0]
+    directory = os.path.abspath(cli.expand(cli.dir)) if cli.dir else None
+    if directory and not os.path.isdir(directory):
+        raise UsageError(f"ctl add: --dir: there is no directory {directory}")
     agent = {"type": cli.agent, "model": cli.model, "instructions": text, "max_budget_usd": cli.budget,
-             "project_dir": os.path.abspath(os.path.expanduser(cli.dir)) if cli.dir else None}
-    name = cli.name or (text.strip().split("\n")[0][:60].strip() or "task")
-    task = {"name": name, "agent": {key: value for key, value in agent.items() if value is not None},
-            "project": cli.project, "timeout": cli.timeout, "verify": cli.verify, "tags": cli.tag or None,
-            "depends_on": cli.after or None, "start_at": cli.at, "priority": cli.priority}
-    document = {key: value for key, value in task.items() if value is not None}
-    result = cli.call("task.create", tasks=document, source="ctl add", queue=True)
-    return _created(cli, result["tasks"])
+             "project_dir": directory}
+    task = {"name": cli.name or one_line(text.strip().partition("\n")[0], 60) or "task", "project": cli.project,
+            "timeout": cli.timeout, "verify": cli.verify, "tags": cli.tag, "depends_on": cli.after, "start_at": cli.at,
+            "priority": cli.priority, "agent": {name: value for name, value in agent.items() if value is not None}}
+    return _create(cli, {name: value for name, value in task.items() if value}, "ctl add", queue=True)
 
 
-def cmd_show(cli: Cli) -> int:
-    """``ctl show``: tasks in full."""
-    results = [cli.call("task.get", id=task_id) for task_id in cli.selected()]
-    cli.document(results[0] if len(results) == 1 else results,
-                 lambda: "\n\n".join(render_task(r["task"], r["executions"], cli.color()) for r in results))
-    return EXIT_OK
+VERB_STATES = {  # which of the tasks that a selector matches a verb means; ids are taken as they are
+    "run": (PENDING, *sorted(FAILURE_STATES)), "cancel": (PENDING, QUEUED, RUNNING, BLOCKED), "accept": (READY,),
+    "reject": (READY,), "resume": tuple(sorted(FAILURE_STATES)), "edit": tuple(sorted(EDITABLE_STATES)),
+    "delete": tuple(state for state in STATES if state != RUNNING),
+    "wait": tuple(state for state in STATES if state != PENDING),
+    "sandbox rm": (PENDING, READY, *sorted(ENDED_STATES)),
+}
 
 
 def cmd_verb(cli: Cli) -> int:
-    """``ctl run|cancel|accept|reject|resume|delete``: one operation on the selected tasks."""
+    """``ctl run|cancel|accept|reject|resume|edit|delete``: one operation on the selected tasks."""
     verb = cli.command.split()[1]
-    params: dict = {"ids": cli.selected()}
-    if verb == "reject":
-        if not cli.message:
-            raise UsageError('ctl reject: say why with -m "comment"; it reaches the next run')
-        params["comment"] = cli.message
-    elif verb == "resume" and cli.message:
-        params["message"] = cli.message
-    result = cli.call(f"task.{verb}", **params)
-    if verb in ("run", "resume") and (cli.wait or cli.follow):
-        return _created(cli, result["tasks"])
-    if verb == "delete":
-        cli.document(result, lambda: "\n".join(f"deleted {task_id}" for task_id in result["deleted"]))
-    else:
-        cli.document(result, lambda: "\n".join(task_line(task, cli.color()) for task in result["tasks"]))
+    if verb == "reject" and not cli.message:
+        raise UsageError('ctl reject: say why with -m "comment"; it reaches the next run')
+    params = {"comment": cli.message} if verb == "reject" else {"message": cli.message} if verb == "resume" else \
+        {"changes": read_settings(cli.set)} if verb == "edit" else {}
+    result = cli.call(f"task.{verb}", ids=cli.selected(VERB_STATES[verb]), **params)
+    if verb != "delete":
+        return _show_tasks(cli, result["tasks"])
+    cli.document(result, lambda: "\n".join(f"deleted {task_id}" for task_id in result["deleted"]))
     return EXIT_OK
+
+
+def read_settings(settings: list[str]) -> dict:
+    """The changes that ``--set KEY=VALUE`` options ask for; a value is JSON, or else a string."""
+    changes: dict = {}
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        *parents, last = path.split(".")
+        target = changes
+        for parent in parents:
+            target = target.setdefault(parent, {}) if isinstance(target, dict) else None
+        if not equals or not isinstance(target, dict):
+            raise UsageError(f"ctl edit: --set {setting}: write it like --set timeout=30m or --set agent.model=opus")
+        try:
+            target[last] = parse_json(text)
+        except ValueError:
+            target[last] = text
+    if not changes:
+        raise UsageError("ctl edit: what shall change? --set KEY=VALUE, with the keys of a task file")
+    return changes
 
 
 def cmd_answer(cli: Cli) -> int:
     """``ctl answer ID TEXT``."""
     text = sys.stdin.read() if cli.arguments[1] == "-" else " ".join(cli.arguments[1:])
-    task = cli.call("task.answer", id=cli.arguments[0], text=text)["task"]
-    if cli.wait or cli.follow:
-        return _created(cli, [task])
-    cli.document({"task": task}, lambda: task_line(task, cli.color()))
-    return EXIT_OK
-
-
-def cmd_edit(cli: Cli) -> int:
-    """``ctl edit ID --set KEY=VALUE``."""
-    changes: dict = {}
-    for setting in cli.set:
-        path, equals, text = setting.partition("=")
-        if not equals:
-            raise UsageError(f"ctl edit: --set {setting}: write it like --set timeout=30m or --set agent.model=opus")
-        try:
-            value = parse_json(text)
-        except ValueError:
-            value = text
-        target = changes
-        *parents, last = path.split(".")
-        for parent in parents:
-            target = target.setdefault(parent, {})
-        target[last] = value
-    if not changes:
-        raise UsageError("ctl edit: what shall change? --set KEY=VALUE, with the keys of a task file")
-    tasks = [cli.call("task.edit", id=task_id, changes=changes)["task"] for task_id in cli.selected()]
-    cli.document({"tasks": tasks}, lambda: "\n".join(task_line(task, cli.color()) for task in tasks))
-    return EXIT_OK
-
-
-def cmd_wait(cli: Cli) -> int:
-    """``ctl wait``."""
-    return _finish_waiting(cli, cli.selected(), cli.timeout, bool(cli.any))
+    return _show_tasks(cli, [cli.call("task.answer", id=cli.arguments[0], text=text)["task"]])
 
 
 def cmd_executions(cli: Cli) -> int:
     """``ctl executions ID``."""
-    results = [run for task_id in cli.selected() for run in cli.call("execution.list", id=task_id)["executions"]]
-    cli.document({"executions": results}, lambda: render_executions(results, time.time(), cli.width(), cli.color()))
-    return EXIT_OK
-
-
-def cmd_diff(cli: Cli) -> int:
-    """``ctl diff ID``."""
-    result = cli.call("task.diff", id=cli.arguments[0])
-    cli.document(result, lambda: result["diff"] or "no changes")
+    runs = [run for task_id in cli.selected() for run in cli.call("execution.list", id=task_id)["executions"]]
+    cli.document({"executions": runs}, lambda: cli.table(render_executions, runs, time.time(), zone=True) if runs
+                 else "none of these tasks has run yet")
     return EXIT_OK
 
 
 def cmd_watch(cli: Cli) -> int:
     """``ctl watch``: events as they come, across restarts of the daemon."""
-    seen = [cli.since]
-
-    def attempt() -> None:
-        if seen[0] is None:
-            seen[0] = cli.call("daemon.status")["last_event"]
-        for event in cli.client().stream("events.watch", since=seen[0]):
-            seen[0] = event["seq"]
-            cli.out(format_json(event) if cli.json else render_event(event, cli.color()) or "")
-            sys.stdout.flush()
-    while True:
-        patiently(cli, attempt)
-
-
-class LogPrinter:
-    """Prints pieces of a log as they come: readable lines, raw with --raw, one JSON object a piece with --json."""
-
-    def __init__(self, cli: Cli, agent: str):
-        self._cli, self._splitter = cli, LineSplitter()
-        self._format = RUNNERS[agent].format if agent in RUNNERS else "claude"
-
-    def show(self, item: dict) -> None:
-        """Print what is whole of a piece."""
-        if self._cli.json:
-            self._cli.out(format_json(item))
-        elif self._cli.raw:
-            sys.stdout.write(item["text"])
-        else:
-            for line in self._splitter.feed(item["text"].encode()):
-                self._line(line)
+    for event in follow_events(cli, last_event(cli) if cli.since is None else cli.since):
+        cli.out(format_json(event) if cli.json else render_event(event, cli.color(), local_offset_s(time.time())))
         sys.stdout.flush()
-
-    def finish(self) -> None:
-        """Print an unfinished last line."""
-        line = self._splitter.finish()
-        if line is not None and not self._cli.json and not self._cli.raw:
-            self._line(line)
-
-    def _line(self, line: bytes) -> None:
-        text = render_log_line(line, self._format, self._cli.color())
-        if text is not None:
-            self._cli.out(text)
+    return EXIT_OK
 
 
 def follow_log(cli: Cli, params: dict) -> dict:
-    """Print a log, from where it broke off if the daemon restarts; returns the stream's result."""
-    state: dict = {"offset": params.get("offset", 0), "printer": None}
+    """Print a log as it comes: readable, raw with --raw, a JSON object a piece with --json; with ``follow`` tell the
+    outcome too.  Returns the task."""
+    # after a restart of the daemon: the same execution, and from where it broke off
+    items = follow_stream(cli, "execution.log", params, lambda item: {
+        "execution": item["execution_id"], "offset": item["next"], "tail": None})
+    splitter, offset_s, kind = LineSplitter(), local_offset_s(time.time()), ""
 
-    def attempt() -> dict:
-        now = {**params, "offset": state["offset"], "tail": None if state["printer"] else params.get("tail")}
-        stream = cli.client().stream("execution.log", **now)
-        try:
-            while True:
-                item = next(stream)
-                if state["printer"] is None:
-                    state["printer"] = LogPrinter(cli, item["agent"])
-                    params["execution"] = item["execution_id"]  # after a restart: this one, not a newer one
-                state["printer"].show(item)
-                state["offset"] = item["next"]
-        except StopIteration as done:
-            return done.value
-    result = patiently(cli, attempt)
-    if state["printer"]:
-        state["printer"].finish()
-    return result
+    def show(lines: list[bytes]) -> None:
+        for line in lines:
+            text = render_log_line(line, RUNNERS[kind].format if kind in RUNNERS else "claude", cli.color(), offset_s)
+            if text is not None:
+                cli.out(text)
 
-
-def follow_task(cli: Cli, task_id: str) -> int:
-    """Follow a task's executions, one after the other, until it has ended; its outcome is the exit code."""
-    seen: set = set()
+    def finish() -> None:
+        last = splitter.finish()
+        show([] if last is None else [last])
     while True:
-        task = patiently(cli, lambda: cli.call("task.get", id=task_id))["task"]
-        run = task["execution"]
-        if run and run["id"] not in seen:
-            seen.add(run["id"])
-            if len(seen) > 1:
-                cli.say(f"— round {run['round']}, execution {run['id'][:8]}")
-            follow_log(cli, {"execution": run["id"], "follow": True})
-        elif task["state"] in (QUEUED, RUNNING, PENDING) or task["state"] == BLOCKED and not task["question"]:
-            since = patiently(cli, lambda: cli.call("daemon.status"))["last_event"]
-            again = patiently(cli, lambda: cli.call("task.get", id=task_id))["task"]
-            if again["updated_at"] == task["updated_at"]:
-                patiently(cli, lambda: _next_event(cli, task_id, since))
+        try:
+            item = next(items)
+        except StopIteration as done:
+            finish()
+            task = done.value["task"]
+            if params.get("follow") and cli.json:
+                cli.out(format_json({"task": task}))
+            elif params.get("follow"):
+                cli.say(task_line(task, sys.stderr.isatty() and cli.color()))
+            return task
+        if "agent" in item and item["offset"] == 0 and kind:
+            finish()
+            cli.say(f"— round {item['round']}, execution {item['execution_id'][:8]}")
+        kind, data = item.get("agent", kind), item["text"].encode("utf-8", "surrogateescape")
+        if cli.json:
+            cli.out(format_json(item))
+        elif cli.options.get("raw"):
+            sys.stdout.flush()
+            sys.stdout.buffer.write(data)
         else:
-            if not cli.json:
-                cli.say(task_line(task, sys.stderr.isatty()))
-            return exit_code_of(task)
-
-
-def _next_event(cli: Cli, task_id: str, since: int) -> None:
-    for _ in cli.client().stream("events.watch", since=since, task=task_id):
-        cli.client().close()
-        return
+            show(splitter.feed(data))
+        sys.stdout.flush()
 
 
 def cmd_logs(cli: Cli) -> int:
     """``ctl logs ID``."""
-    params: dict = {"id": cli.arguments[0] if cli.arguments else "", "execution": cli.execution or "",
-                    "stream": "stderr" if cli.stderr else "stdout", "tail": cli.lines, "follow": bool(cli.f)}
-    if not params["id"] and not params["execution"]:
-        raise UsageError("ctl logs: whose log? Give a task's id, or --execution ID")
-    if params["id"] and not params["execution"] and cli.f:
-        task = cli.call("task.get", id=params["id"])["task"]
-        if cli.lines is None and not cli.stderr:
-            return follow_task(cli, task["id"])
-    result = follow_log(cli, params)
-    if not cli.f:
+    task = follow_log(cli, {"id": None if cli.execution else cli.only(), "execution": cli.execution, "tail": cli.lines,
+                            "stream": "stderr" if cli.stderr else "stdout", "follow": bool(cli.follow)})
+    return exit_code_of([task]) if cli.follow else EXIT_OK
+
+
+def pool_text(cli: Cli, result: dict) -> str:
+    """What the pool does, and how to let go what is held."""
+    held = [(name, "") for name in ("paused", "draining") if result[name]]
+    held += [(f"agent {kind} paused", f" --agent {kind}") for kind in result["paused_kinds"]]
+    held += [(f"project {name} paused", f" --project {name}") for name in result["paused_projects"]]
+    busy = f"{result['running']} of {result['max_concurrent']} slots busy; {', '.join(dict(held)) or 'open'}"
+    return "\n".join([busy, *dict.fromkeys(f"next: claudomator ctl pool resume{option}" for _, option in held)])
+
+
+def agents_text(cli: Cli, result: dict) -> str:
+    """The table of agent kinds."""
+    return cli.table(render_agents, result["agents"], zone=True)
+
+
+def sandboxes_text(cli: Cli, result: dict) -> str:
+    """The table of kept sandboxes."""
+    rows = [[box["task_id"][:8], box["status"], box["reason"] or "", "" if box["ahead"] is None else str(box["ahead"]),
+             box["path"]] for box in result["sandboxes"]]
+    headers = ["TASK", "STATUS", "REASON", "COMMITS", "PATH"]
+    return cli.table(render_table, rows, headers) if rows else "no sandboxes are kept"
+
+
+def asks(method: str, text, params=lambda cli: {}) -> object:
+    """A command that calls one operation and shows ``text(cli, result)``."""
+    def run(cli: Cli) -> int:
+        result = cli.call(method, **params(cli))
+        cli.document(result, lambda: text(cli, result))
         return EXIT_OK
-    if not cli.json:
-        cli.say(task_line(result["task"], sys.stderr.isatty()))
-    return exit_code_of(result["task"])
+    return run
 
 
-def cmd_agent(cli: Cli) -> int:
-    """``ctl agent [park|unpark KIND]``."""
-    verb = cli.arguments[0] if cli.arguments else "status"
-    if verb not in ("status", "park", "unpark") or verb != "status" and len(cli.arguments) != 2:
-        raise UsageError("ctl agent: expected nothing, `park KIND [--until T]` or `unpark KIND`")
-    params = {} if verb == "status" else {"agent": cli.arguments[1]}
-    if verb == "park" and cli.until:
-        params["until"] = cli.until
-    result = cli.call(f"agent.{verb}", **params)
-    if verb == "unpark":
-        result = cli.call("agent.status")
-    cli.document(result, lambda: render_agents(result["agents"], cli.width(), cli.color()))
-    return EXIT_OK
-
-
-def cmd_pool(cli: Cli) -> int:
-    """``ctl pool [pause|resume|drain]``."""
-    verb = cli.arguments[0] if cli.arguments else "status"
-    if verb not in ("status", "pause", "resume", "drain"):
-        raise UsageError(f"ctl pool: expected pause, resume or drain, got {verb!r}")
-    if verb == "status":
-        result = cli.call("daemon.status")
-    elif verb == "drain":
-        result = cli.call("pool.drain", wait=bool(cli.wait))
-    else:
-        result = cli.call(f"pool.{verb}", agent=cli.agent, project=cli.project)
-
-    def text() -> str:
-        held = ["paused"] if result["paused"] else []
-        held += ["draining"] if result["draining"] else []
-        held += [f"agent {kind} paused" for kind in result["paused_kinds"]]
-        held += [f"project {name} paused" for name in result["paused_projects"]]
-        return f"{result['running']} of {result['max_concurrent']} slots busy; {', '.join(held) or 'open'}"
-    cli.document(result, text)
-    return EXIT_OK
-
-
-def cmd_project(cli: Cli) -> int:
-    """``ctl project``."""
-    result = cli.call("project.list")
-    cli.document(result, lambda: render_table(
-        [[project["name"], project["dir"], project["verify"]] for project in result["projects"]],
-        ["NAME", "DIR", "VERIFY"], cli.width(), cli.color()) if result["projects"]
-        else "no projects; [[projects]] in the configuration names them")
-    return EXIT_OK
-
-
-def cmd_sandbox(cli: Cli) -> int:
-    """``ctl sandbox [list|rm ID...]``."""
-    verb = cli.arguments.pop(0) if cli.arguments else "list"
-    if verb == "rm":
-        result = cli.call("sandbox.rm", ids=cli.selected())
-        cli.document(result, lambda: "\n".join(f"removed {path}" for path in result["removed"]) or "nothing to remove")
-        return EXIT_OK
-    if verb != "list":
-        raise UsageError(f"ctl sandbox: expected list or rm, got {verb!r}")
-    result = cli.call("sandbox.list")
-    cli.document(result, lambda: render_table(
-        [[box["task_id"][:8], box["status"], box["reason"] or "", "" if box["ahead"] is None else str(box["ahead"]), box["path"]]
-         for box in result["sandboxes"]], ["TASK", "STATUS", "REASON", "COMMITS", "PATH"], cli.width(), cli.color())
-        if result["sandboxes"] else "no sandboxes are kept")
-    return EXIT_OK
-
-
-def cmd_backup(cli: Cli) -> int:
-    """``ctl backup FILE``."""
-    result = cli.call("daemon.backup", path=os.path.abspath(cli.arguments[0]))
-    cli.document(result, lambda: f"{result['path']}  ({result['bytes']} bytes)")
-    return EXIT_OK
-
-
-def cmd_reload(cli: Cli) -> int:
-    """``ctl reload``."""
-    result = cli.call("daemon.reload")
-    cli.document(result, lambda: f"changed: {', '.join(result['changed']) or 'nothing'}")
-    return EXIT_OK
+def projects_text(cli: Cli, result: dict) -> str:
+    """The table of projects."""
+    rows = [[project["name"], project["dir"], project["verify"]] for project in result["projects"]]
+    return cli.table(render_table, rows, ["NAME", "DIR", "VERIFY"]) if rows \
+        else "no projects; [[projects]] in the configuration names them"
 
 
 def cmd_call(cli: Cli) -> int:
     """``ctl call METHOD [JSON]``: any operation, raw."""
-    method = cli.arguments[0]
     try:
         params = parse_json(cli.arguments[1]) if len(cli.arguments) > 1 else {}
     except ValueError as error:
         raise UsageError(f"ctl call: the parameters are not JSON: {error}") from None
     if not isinstance(params, dict):
         raise UsageError("ctl call: the parameters must be a JSON object")
-    if method in OPERATIONS and OPERATIONS[method].stream:
-        stream = cli.client().stream(method, **params)
-        try:
-            while True:
-                cli.out(format_json(next(stream)))
-                sys.stdout.flush()
-        except StopIteration as done:
-            cli.out(format_json(done.value))
-    else:
-        cli.out(format_json(cli.call(method, **params)))
+    stream = cli.client().stream(cli.arguments[0], **params)
+    try:
+        while True:
+            cli.out(format_json(next(stream)))
+            sys.stdout.flush()
+    except StopIteration as done:
+        cli.out(format_json(done.value))
     return EXIT_OK
 
 
 # ---- 23 Demo ---------------------------------------------------------------------------------------------------
-# The whole way without any account: a real daemon on a temporary data directory, a scratch repository with a bug, and
+# The whole way without any account: a daemon on a temporary data directory, a scratch repository with a bug, and
 # five shell agents.  It is also the first thing that a newcomer sees, so it explains itself.
 
 DEMO_PROGRAM = '''\
@@ -8449,7 +8154,7 @@ if __name__ == "__main__":
     assert mean([2, 4, 6]) == 4, f"mean([2, 4, 6]) is {mean([2, 4, 6])}, it should be 4"
     print("ok")
 '''
-DEMO_CHECK = f"{{python}} mean.py"
+DEMO_CHECK = "{python} mean.py"
 DEMO_FIX = """\
 sed -i 's/ (len(values) - 1)/ len(values)/' mean.py
 git commit -qam 'fix: mean divides by the number of values'
@@ -8503,232 +8208,222 @@ def demo_repository(root: str) -> str:
     git(["init", "-q", "--bare", "-b", "main", bare], env=env)
     git(["init", "-q", "-b", "main"], env=env, cwd=copy)
     write_private(os.path.join(copy, "mean.py"), DEMO_PROGRAM)
+    write_private(os.path.join(copy, ".gitignore"), "__pycache__/\n")
     env.update(agent_git_env(env, copy))
-    for args in (["add", "mean.py"], ["commit", "-qm", "feat: the mean of a list (with a bug)"],
+    for args in (["add", "."], ["commit", "-qm", "feat: the mean of a list (with a bug)"],
                  ["remote", "add", "origin", bare], ["push", "-q", "-u", "origin", "main"]):
         git(args, env=env, cwd=copy)
     return copy
 
 
-def own_command() -> list[str]:
-    """How to run this program again, with the same isolation flags."""
-    flags = [flag for flag, on in (("-I", sys.flags.isolated), ("-S", sys.flags.no_site)) if on]
-    return [sys.executable, *flags, os.path.abspath(__file__)]
-
-
 class DemoScreen:
-    """The live status table: redrawn in place on a terminal, event lines elsewhere."""
+    """The live status table: redrawn in place on a terminal, a line for each event elsewhere."""
 
     def __init__(self, cli: Cli):
         self._cli, self._live, self._height = cli, sys.stdout.isatty() and not cli.json, 0
 
-    def draw(self) -> dict:
-        """Fetch the status and show it; returns it."""
+    def show(self, event: dict) -> dict:
+        """Show that something has happened; returns the status."""
         status = self._cli.call("pool.status")
         if self._live:
-            text = render_status(status, time.time(), self._cli.width(), self._cli.color(), local_offset_s(time.time()))
-            up = f"\033[{self._height}A\033[J" if self._height else ""
-            sys.stdout.write(up + text.rstrip("\n") + "\n")
+            text = self._cli.table(render_status, status, time.time(), zone=True).rstrip("\n")
+            sys.stdout.write((f"\033[{self._height}A\033[J" if self._height else "") + text + "\n")
             sys.stdout.flush()
-            self._height = text.rstrip("\n").count("\n") + 1
+            self._height = text.count("\n") + 1
+        elif event["task_id"] and event["kind"] not in ("task.created", "execution.started"):
+            self._cli.say(render_event(event, sys.stderr.isatty() and self._cli.color(), local_offset_s(time.time())))
         return status
 
 
-def demo_story(cli: Cli, ids: dict) -> list[dict]:
-    """Watch the batch, answer the question, cancel the endless task; returns the tasks as they ended."""
-    screen, answered, cancelled = DemoScreen(cli), False, False
-    deadline = time.monotonic() + 60
+def demo_story(cli: Cli, ids: list[str]) -> list[dict]:
+    """Show the batch, answer its question, cancel its endless task; returns the tasks as they ended."""
+    screen, answered, cancelled, events = DemoScreen(cli), False, False, follow_events(cli, 0)
     while True:
-        tasks = {task["name"]: task for task in screen.draw()["tasks"]}
-        asking, endless = tasks["choose a licence"], tasks["watch paint dry"]
-        if asking["state"] == BLOCKED and not answered:
-            answered = True
-            cli.call("task.answer", id=asking["id"], text="MIT")
-        others = [task for name, task in tasks.items() if name != "watch paint dry"]
-        if not cancelled and endless["state"] == RUNNING and all(task["state"] in ENDED_STATES for task in others):
-            cancelled = True
-            cli.call("task.cancel", ids=[endless["id"]])
-        if all(tasks[name]["state"] in ENDED_STATES for name in ids):
-            screen.draw()
-            return [tasks[name] for name in ids]
-        if time.monotonic() > deadline:
-            raise WaitTimeout("the demo did not end within a minute; what is shown above is where it stands")
-        time.sleep(0.15)
+        event = next(events)
+        status = screen.show(event)
+        tasks = {task["id"]: task for task in status["tasks"]}
+        open_tasks = [tasks[task_id] for task_id in ids if tasks[task_id]["state"] not in ENDED_STATES]
+        asking = [task for task in open_tasks if task["state"] == BLOCKED]
+        if asking and not answered:
+            answered = bool(cli.call("task.answer", id=asking[0]["id"], text="MIT"))
+        if len(open_tasks) == 1 and open_tasks[0]["tags"] == ["endless"] and not cancelled:
+            cancelled = bool(cli.call("task.cancel", ids=[open_tasks[0]["id"]]))
+        if not open_tasks and event["seq"] >= status["daemon"]["last_event"]:
+            return [tasks[task_id] for task_id in ids]
 
 
 def cmd_demo(cli: Cli) -> int:
     """``demo``: see the head of this section."""
     import shutil
-    import subprocess
     import tempfile
     if program_version("git") is None:
         raise NotFound("the demo needs git; install it first (apt-get install git)")
-    root = tempfile.mkdtemp(prefix="claudomator-demo-")
-    data_dir = os.path.join(root, "data")
-    repository = demo_repository(root)
-    cli.options.update(data_dir=data_dir, socket=None, config=None)
-    cli.environ = {**cli.environ, "CLAUDOMATOR_CONFIG": "", "CLAUDOMATOR_SOCKET": "", "HOME": root}
-    cli.home = root
-    with open(os.path.join(root, "daemon.log"), "wb") as log:
-        daemon = subprocess.Popen([*own_command(), "serve", "--data-dir", data_dir], stdin=subprocess.DEVNULL, stdout=log,
-                                  stderr=log, env={**os.environ, "CLAUDOMATOR_CONFIG": "", "HOME": root})
+    root, stop = tempfile.mkdtemp(prefix="claudomator-demo-"), None
+    cli.options.update(data_dir=os.path.join(root, "data"), socket=None, config=None)
+    cli.environ, cli.home = {**cli.environ, "CLAUDOMATOR_CONFIG": "", "CLAUDOMATOR_SOCKET": ""}, root
+    os.environ["HOME"] = root  # nobody's git configuration
     try:
+        repository = demo_repository(root)
         cli.say("A daemon on a scratch data directory, a repository with a bug in it, five tasks for shell agents:\n")
-        for _ in range(200):
-            try:
-                cli.client().connect()
-                break
-            except Unreachable:
-                if daemon.poll() is not None:
-                    with open(os.path.join(root, "daemon.log"), encoding="utf-8", errors="replace") as log:
-                        raise Unreachable("the demo's daemon did not start: " + log.read()[-2000:]) from None
-                time.sleep(0.05)
-        created = cli.call("task.create", tasks=demo_tasks(repository, sys.executable), source="demo", queue=True)["tasks"]
-        tasks = demo_story(cli, {task["name"]: task["id"] for task in created})
-        history = git(["log", "--format=%h %s", "main"], env=dict(os.environ), cwd=os.path.join(root, "mean.git"))
-        pushed = history.output.strip().split("\n")
-
-        def text() -> str:
-            lines = ["", *(task_line(task, cli.color()) for task in tasks), "",
-                     "What was pushed (git log main):", *("  " + line for line in pushed), "",
-                     "Next: claudomator init, then claudomator serve; README.md shows a real task."]
-            return "\n".join(lines)
-        cli.document({"tasks": tasks, "log": pushed}, text)
+        stop = start_pool_here(cli)
+        created = cli.call("task.create", tasks=demo_tasks(repository, sys.executable), source="demo", queue=True)
+        tasks = demo_story(cli, [task["id"] for task in created["tasks"]])
+        pushed = git(["log", "--format=%h %s", "main"], env=dict(os.environ), cwd=os.path.join(root, "mean.git"))
+        commits = pushed.output.strip().split("\n")
+        cli.document({"tasks": tasks, "log": commits}, lambda: "\n".join([
+            "", task_lines(cli, tasks), "", "What was pushed (git log main):", *("  " + line for line in commits), "",
+            "Next: claudomator init, then claudomator serve; README.md shows a real task."]))
         expected = [COMPLETED, COMPLETED, COMPLETED, COMPLETED, CANCELLED]
         return EXIT_OK if [task["state"] for task in tasks] == expected else EXIT_FAILED
     finally:
-        daemon.terminate()
-        try:
-            daemon.wait(10)
-        except subprocess.TimeoutExpired:
-            daemon.kill()
+        if stop:
+            stop()
         shutil.rmtree(root, ignore_errors=True)
 
 
 # ---- 24 Commands -----------------------------------------------------------------------------------------------
 # The table of commands and ``main``.
 
-MESSAGE = Option(("--message", "-m"), "str", "a comment for the agent", "TEXT")
+MOST = 1000  # arguments
+
+
+def for_tasks(run, help: str, *options: Option, usage: str = "") -> Command:
+    """A command on tasks: any number of ids, or selectors."""
+    return Command(run, "ID... | SELECTORS" + usage, help, (*SELECTORS, *options), 0, MOST)
+
+
+MESSAGE = value("--message -m", "TEXT", "a comment for the agent")
+LIMIT = value("--limit", "N", "at most so many; otherwise 50", "int")
+HOLD = (value("--agent", "KIND", "only this agent kind"), value("--project", "NAME", "only this project"))
 COMMANDS: dict[str, Command] = {
     "init": Command(cmd_init, "", "write a commented configuration file and say what is installed"),
     "serve": Command(cmd_serve, "", "run the daemon in the foreground"),
     "demo": Command(cmd_demo, "", "see the whole way in half a minute, without any account"),
     "run": Command(cmd_run, "FILE|-", "run a task file to its end and print the result", (
-        Option(("--parallel",), "int", "at most so many at once (without a daemon)", "N"),
-        Option(("--dry-run",), "flag", "check the file and show what would run")), 1, 1),
-    "list": Command(cmd_list, "[SELECTORS]", "tasks, newest first; also without a daemon", (
-        *SELECTORS, Option(("--limit",), "int", "at most so many", "N"))),
-    "status": Command(cmd_status, "ID", "one task in full; also without a daemon", (), 1, 1),
-    "ctl": Command(cmd_ctl, "", "the status table"),
+        value("--parallel", "N", "at most so many at once (without a daemon)", "int"),
+        flag("--dry-run", "check the file and show what would run")), 1, 1),
+    "list": Command(cmd_list, "[SELECTORS]", "tasks, newest first; also without a daemon", (*SELECTORS, LIMIT)),
+    "status": Command(cmd_show, "ID", "one task in full; also without a daemon", (), 1, 1),
+    "ctl": Command(asks("pool.status", lambda cli, status: cli.table(render_status, status, time.time(), zone=True)),
+                   "", "the status table: what runs, asks or waits, and why"),
     "ctl watch": Command(cmd_watch, "", "events as they come", (
-        Option(("--since",), "int", "all after this sequence number", "SEQ"),)),
+        value("--since", "SEQ", "all after this number", "int"),)),
     "ctl create": Command(cmd_create, "FILE|-", "create tasks, leave them PENDING", WAITING, 1, 1),
     "ctl submit": Command(cmd_create, "FILE|-", "create tasks and queue them", WAITING, 1, 1),
     "ctl add": Command(cmd_add, '"instructions"|-', "create and queue one task", (
-        Option(("--name",), "str", "its name; else the first line", "NAME"),
-        Option(("--agent",), "str", "agent kind", "KIND"), Option(("--model",), "str", "model", "MODEL"),
-        Option(("--dir",), "str", "the repository to work on", "DIR"),
-        Option(("--project",), "str", "a project of the configuration", "NAME"),
-        Option(("--budget",), "number", "USD for this run", "USD"), Option(("--timeout",), "str", "time limit", "D"),
-        Option(("--verify",), "str", "command that must pass", "CMD"), Option(("--tag",), "list", "tag; may be repeated", "TAG"),
-        Option(("--after",), "list", "start after this task; may be repeated", "ID"),
-        Option(("--at",), "str", "start at this time, or after this delay", "TIME"),
-        Option(("--priority",), "str", "high, normal or low", "P"), *WAITING), 1, 1),
-    "ctl show": Command(cmd_show, "ID... | SELECTORS", "tasks in full", SELECTORS, 0, 1000),
-    "ctl run": Command(cmd_verb, "ID... | SELECTORS", "queue tasks, or run ended ones again", (*SELECTORS, *WAITING), 0, 1000),
-    "ctl cancel": Command(cmd_verb, "ID... | SELECTORS", "cancel tasks; returns when they are proven stopped", SELECTORS, 0, 1000),
-    "ctl accept": Command(cmd_verb, "ID... | SELECTORS", "accept READY tasks", SELECTORS, 0, 1000),
-    "ctl reject": Command(cmd_verb, "ID... | SELECTORS -m TEXT", "send READY tasks back", (*SELECTORS, MESSAGE), 0, 1000),
-    "ctl resume": Command(cmd_verb, "ID... | SELECTORS [-m TEXT]", "run ended tasks again in their last session",
-                          (*SELECTORS, MESSAGE, *WAITING), 0, 1000),
-    "ctl edit": Command(cmd_edit, "ID... | SELECTORS --set KEY=VALUE", "change tasks that do not run", (
-        *SELECTORS, Option(("--set",), "list", "a key of a task file and its new value", "KEY=VALUE")), 0, 1000),
-    "ctl delete": Command(cmd_verb, "ID... | SELECTORS", "delete tasks with their logs and sandboxes", SELECTORS, 0, 1000),
-    "ctl answer": Command(cmd_answer, "ID TEXT|-", "answer a BLOCKED task's question", WAITING, 2, 1000),
-    "ctl list": Command(cmd_list, "[SELECTORS]", "tasks, newest first", (
-        *SELECTORS, Option(("--limit",), "int", "at most so many", "N"))),
-    "ctl wait": Command(cmd_wait, "ID... | SELECTORS", "wait for the end; the exit code tells it", (
-        *SELECTORS, Option(("--timeout",), "str", "give up after this long", "D"),
-        Option(("--any",), "flag", "one of them is enough")), 0, 1000),
-    "ctl logs": Command(cmd_logs, "ID", "a task's log, readable", (
-        Option(("-f", "--follow"), "flag", "follow it to the end of the task; the exit code tells it"),
-        Option(("--lines", "-n"), "int", "only the last so many lines", "N"),
-        Option(("--raw",), "flag", "as the agent printed it"), Option(("--stderr",), "flag", "stderr instead of stdout"),
-        Option(("--execution",), "str", "this execution instead of the newest", "ID")), 0, 1),
-    "ctl diff": Command(cmd_diff, "ID", "what a task changed", (), 1, 1),
-    "ctl executions": Command(cmd_executions, "ID... | SELECTORS", "the runs of tasks", SELECTORS, 0, 1000),
-    "ctl agent": Command(cmd_agent, "[park|unpark KIND]", "agent kinds, and parking them", (
-        Option(("--until",), "str", "park until this time, or for this long", "T"),), 0, 2),
-    "ctl pool": Command(cmd_pool, "[pause|resume|drain]", "hold the queue, or let it go", (
-        Option(("--agent",), "str", "only this agent kind", "KIND"), Option(("--project",), "str", "only this project", "NAME"),
-        Option(("--wait",), "flag", "drain: return when nothing runs")), 0, 1),
-    "ctl project": Command(cmd_project, "", "the configured projects"),
-    "ctl sandbox": Command(cmd_sandbox, "[list|rm ID...]", "the kept sandboxes", SELECTORS, 0, 1000),
-    "ctl backup": Command(cmd_backup, "FILE", "copy the database while the daemon works", (), 1, 1),
-    "ctl reload": Command(cmd_reload, "", "read the configuration again"),
+        value("--name", "NAME", "its name; else the first line"), value("--agent", "KIND", "agent kind"),
+        value("--model", "MODEL", "model"), value("--dir", "DIR", "the repository to work on"),
+        value("--project", "NAME", "a project of the configuration"),
+        value("--budget", "USD", "USD for a run", "number"), value("--timeout", "D", "time limit"),
+        value("--verify", "CMD", "command that must pass"), value("--tag", "TAG", "tag; may be repeated", "list"),
+        value("--after", "ID", "start after this task; may be repeated", "list"),
+        value("--at", "TIME", "start at this time, or after this delay"),
+        value("--priority", "P", "high, normal or low"), *WAITING), 1, 1),
+    "ctl show": for_tasks(cmd_show, "tasks in full"),
+    "ctl run": for_tasks(cmd_verb, "queue tasks, or run ended ones again", *WAITING),
+    "ctl cancel": for_tasks(cmd_verb, "cancel tasks; returns when they are proven stopped"),
+    "ctl accept": for_tasks(cmd_verb, "accept READY tasks"),
+    "ctl reject": for_tasks(cmd_verb, "send READY tasks back", MESSAGE, usage=" -m TEXT"),
+    "ctl resume": for_tasks(cmd_verb, "run ended tasks again in their last session", MESSAGE, *WAITING,
+                            usage=" [-m TEXT]"),
+    "ctl edit": for_tasks(cmd_verb, "change tasks that do not run", value(
+        "--set", "KEY=VALUE", "a task file's key; may be repeated", "list"), usage=" --set KEY=VALUE"),
+    "ctl delete": for_tasks(cmd_verb, "delete tasks with their logs and sandboxes"),
+    "ctl answer": Command(cmd_answer, "ID TEXT|-", "answer a BLOCKED task's question", WAITING, 2, MOST),
+    "ctl list": Command(cmd_list, "[SELECTORS]", "tasks, newest first", (*SELECTORS, LIMIT)),
+    "ctl wait": for_tasks(cmd_wait, "wait for the end; the exit code tells it", flag("--any", "one is enough"),
+                          value("--timeout", "D", "give up after this long")),
+    "ctl logs": Command(cmd_logs, "ID | SELECTORS", "a task's log, readable", (
+        *SELECTORS, flag("--follow -f", "follow it to the end of the task; the exit code tells it"),
+        value("--lines -n", "N", "only the last so many lines", "int"), flag("--raw", "as the agent printed it"),
+        flag("--stderr", "stderr instead of stdout"),
+        value("--execution", "ID", "this execution instead of the newest")), 0, 1),
+    "ctl diff": Command(
+        asks("task.diff", lambda cli, result: result["diff"] or "no changes", lambda cli: {"id": cli.only()}),
+        "ID | SELECTORS", "what a task changed", SELECTORS, 0, 1),
+    "ctl executions": for_tasks(cmd_executions, "the runs of tasks"),
+    "ctl agent": Command(asks("agent.status", agents_text), "", "the agent kinds, and which are parked"),
+    "ctl agent park": Command(
+        asks("agent.park", agents_text, lambda cli: {"agent": cli.arguments[0], "until": cli.until}), "KIND",
+        "start no agent of a kind until it is unparked", (value("--until", "T", "or until then"),), 1, 1),
+    "ctl agent unpark": Command(asks("agent.unpark", agents_text, lambda cli: {"agent": cli.arguments[0]}), "KIND",
+                                "let a kind start again", (), 1, 1),
+    "ctl pool": Command(asks("daemon.status", pool_text), "", "what runs, and what is held"),
+    "ctl pool pause": Command(asks("pool.pause", pool_text, Cli.filters), "", "start nothing new", HOLD),
+    "ctl pool resume": Command(asks("pool.resume", pool_text, Cli.filters), "", "end a pause or a drain", HOLD),
+    "ctl pool drain": Command(asks("pool.drain", pool_text, lambda cli: {"wait": bool(cli.wait)}), "",
+                              "start nothing new until a resume or a restart", (
+                                  flag("--wait", "return when nothing runs"),)),
+    "ctl project": Command(asks("project.list", projects_text), "", "the configured projects"),
+    "ctl sandbox": Command(asks("sandbox.list", sandboxes_text), "", "the kept sandboxes"),
+    "ctl sandbox list": Command(asks("sandbox.list", sandboxes_text), "", "the kept sandboxes"),
+    "ctl sandbox rm": for_tasks(asks("sandbox.rm", lambda cli, result: "\n".join(
+        f"removed {path}" for path in result["removed"]) or "nothing to remove",
+        lambda cli: {"ids": cli.selected(VERB_STATES["sandbox rm"])}), "delete kept sandboxes"),
+    "ctl backup": Command(asks("daemon.backup", lambda cli, result: f"{result['path']}  ({result['bytes']} bytes)",
+                               lambda cli: {"path": os.path.abspath(cli.arguments[0])}), "FILE",
+                          "copy the database while the daemon works", (), 1, 1),
+    "ctl reload": Command(asks("daemon.reload", lambda cli, result: "\n".join(
+        [f"changed: {', '.join(result['changed']) or 'nothing'}", *result["warnings"]])), "", "read the config again"),
     "ctl call": Command(cmd_call, "METHOD [JSON]", "any operation, raw", (), 1, 2),
 }
 
 
 def find_command(argv: list[str]) -> tuple[str, list[str]]:
-    """(name of the command, the other arguments).  Global options may come first."""
+    """(name of the command, the other arguments).  Global options may come first.
+
+    Raises ``UsageError`` for a command that does not exist.
+    """
     takes_value = {name for option in GLOBAL_OPTIONS if option.kind != "flag" for name in option.names}
-    words, at = [], 0
-    while at < len(argv) and len(words) < 2:
-        if argv[at] in takes_value:
-            at += 2
-        elif argv[at].startswith("-"):
-            at += 1
-        else:
-            words.append(at)
-            at += 1
-            if argv[words[0]] != "ctl":
-                break
-    if not words:
-        return "", argv
-    two = f"{argv[words[0]]} {argv[words[1]]}" if len(words) > 1 else ""
-    taken = words if two in COMMANDS else words[:1]
-    name = two if two in COMMANDS else argv[words[0]]
-    if name not in COMMANDS:
-        raise UsageError(f"there is no command {name!r}{did_you_mean(name, COMMANDS)}; try `claudomator --help`")
-    if name == "ctl" and len(words) > 1:
-        verb = argv[words[1]]
-        verbs = [known.split()[1] for known in COMMANDS if known.startswith("ctl ")]
-        raise UsageError(f"ctl has no command {verb!r}{did_you_mean(verb, verbs)}; try `claudomator ctl --help`")
-    return name, [word for index, word in enumerate(argv) if index not in taken]
+    name, taken, at = "", [], 0
+    while at < len(argv):
+        word, longer = argv[at], [other.split() for other in command_group(name) if other != name]
+        known = [words[len(taken)] for words in longer]
+        if not known:
+            break
+        if word in known:
+            name, taken = f"{name} {word}".lstrip(), [*taken, at]
+        elif not word.startswith("-"):
+            raise UsageError(f"there is no command {f'{name} {word}'.lstrip()!r}{did_you_mean(word, known)};"
+                             f" try `claudomator {f'{name} '.lstrip()}--help`")
+        at += 2 if word in takes_value else 1
+    return name, [word for at, word in enumerate(argv) if at not in taken]
+
+
+def command_group(name: str) -> dict[str, Command]:
+    """A command and those whose names begin with its words."""
+    return {other: command for other, command in COMMANDS.items() if f"{other} ".startswith(f"{name} ".lstrip())}
 
 
 def help_text(name: str) -> str:
     """Help on a command, or on all of them."""
-    if name and name != "ctl":
-        command = COMMANDS[name]
-        lines = [f"usage: claudomator {name} {command.usage}".rstrip(), "", f"  {command.help}"]
-        options = (*command.options, *GLOBAL_OPTIONS)
+    group = command_group(name)
+    if len(group) == 1:
+        options = (*COMMANDS[name].options, *GLOBAL_OPTIONS)
+        lines = [f"usage: claudomator {name} {COMMANDS[name].usage}".rstrip(), "", f"  {COMMANDS[name].help}"]
     else:
-        shown = {n: c for n, c in COMMANDS.items() if not name or n.startswith("ctl")}
-        width = max(len(f"{n} {c.usage}") for n, c in shown.items()) + 2
-        lines = ["usage: claudomator COMMAND [OPTIONS]", ""]
-        lines += [f"  {f'{n} {c.usage}':{width}}{c.help}" for n, c in shown.items()]
-        options = GLOBAL_OPTIONS
-    lines += ["", "options:"]
-    for option in options:
-        spelled = ", ".join(option.names) + ("" if option.kind == "flag" else f" {option.metavar}")
-        lines.append(f"  {spelled:24} {option.help}")
-    lines += ["", "exit codes: " + ", ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES)]
+        options, width = GLOBAL_OPTIONS, max(len(f"{other} {command.usage}") for other, command in group.items()) + 2
+        lines = ["usage: claudomator COMMAND [OPTIONS]      `claudomator COMMAND --help` tells more", ""]
+        lines += [f"  {f'{other} {command.usage}':{width}}{command.help}" for other, command in group.items()]
+    spelled = [", ".join(option.names) + ("" if option.kind == "flag" else f" {option.metavar}") for option in options]
+    lines += ["", "options:", *(f"  {names:24}{option.help}" for names, option in zip(spelled, options))]
+    lines += ["", "exit codes:", *(f"  {code:<24}{meaning}" for code, meaning in EXIT_CODES)]
     return "\n".join(lines)
 
 
 def dispatch(argv: list[str], environ: dict) -> int:
     """Run one command line; returns the exit code.  Raises ``ClaudomatorError``."""
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:], "--help"]
     name, rest = find_command(argv)
     command = COMMANDS.get(name)
-    options, arguments = parse_arguments(rest, (*(command.options if command else ()), *GLOBAL_OPTIONS), name or "claudomator")
+    known = (*(command.options if command else ()), *GLOBAL_OPTIONS)
+    options, arguments = parse_arguments(rest, known, name or "claudomator")
     if options["version"]:
         sys.stdout.write(f"claudomator {__version__}\n")
         return EXIT_OK
     if options["help"] or command is None:
-        stream = sys.stdout if options["help"] else sys.stderr
-        stream.write(help_text(name) + "\n")
+        (sys.stdout if options["help"] else sys.stderr).write(help_text(name) + "\n")
         return EXIT_OK if options["help"] else EXIT_USAGE
     if not command.least <= len(arguments) <= command.most:
         raise UsageError(f"usage: claudomator {name} {command.usage}".rstrip()
@@ -8739,25 +8434,34 @@ def dispatch(argv: list[str], environ: dict) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The program: ``claudomator ...``; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
     try:
         code = dispatch(argv, dict(os.environ))
         sys.stdout.flush()
         return code
-    except ClaudomatorError as error:
-        if "--json" in argv:
-            body = {"code": error.code, "message": str(error), **error.data}
-            sys.stdout.write(format_json({"error": body}) + "\n")
-        else:
-            sys.stderr.write(f"claudomator: {error}\n")
-        return error.exit_code
+    except (ClaudomatorError, OSError, UnicodeDecodeError) as error:
+        code = EXIT_OK if isinstance(error, BrokenPipeError) else tell(error, "--json" in argv)
+        try:
+            sys.stdout.flush()
+        except OSError:  # the reader of our output has left, or its disk is full: what is left goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return EXIT_OK
+
+
+def tell(error: Exception, as_json: bool) -> int:
+    """Print an error for a person, or as a document; returns its exit code."""
+    if not isinstance(error, ClaudomatorError):
+        error = ClaudomatorError(str(error))
+    if as_json:
+        sys.stdout.write(format_json({"error": {"code": error.code, "message": str(error), **error.data}}) + "\n")
+    else:
+        sys.stderr.write(f"claudomator: {error}\n")
+    return error.exit_code
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 DATA = os.path.join(os.path.dirname(__file__), "data", "claude")
 OK, FAIL = ("COMPLETED", ""), "FAILED"
 
-# Written by hand from AGENT_CLIS.md section 1.1: name -> (state, reason, USD, tokens in, tokens out) of that run alone.
+# Written by hand from what the CLI was made to do: name -> (state, reason, USD, tokens in, tokens out) of that run.
 ONE, TWO, NONE = (0.0025, 1000, 50), (0.005, 2000, 100), (None, None, None)
 OPUS = (0.005, 1000, 50)  # one answer of a model at twice the price
 NOTHING = (0, 0, 0)
@@ -30,27 +30,33 @@ EXPECTED = {
     "e_529_retries2": (FAIL, "rate_limited", *NOTHING), "e_hang_default": (FAIL, "agent_error", *NONE),
     "f_400": (FAIL, "bad_task", *NOTHING), "f_401": (FAIL, "agent_error", *NONE),  # killed by the probe
     "f_401_default": (FAIL, "auth", *NOTHING), "f_401_retries1": (FAIL, "auth", *NOTHING),
-    "f_403": (FAIL, "auth", *NOTHING), "f_no_credentials": (FAIL, "auth", *NOTHING), "f_oauth_401": (FAIL, "auth", *NOTHING),
+    "f_403": (FAIL, "auth", *NOTHING), "f_no_credentials": (FAIL, "auth", *NOTHING),
+    "f_oauth_401": (FAIL, "auth", *NOTHING),
     "f_toolong": (FAIL, "bad_task", *NOTHING), "g_budget_loop": ("BUDGET_EXCEEDED", "budget", 0.8, 200_000, 40_000),
     "g_budget_text": ("BUDGET_EXCEEDED", "budget", 0.4, 100_000, 20_000),
     "h_maxturns": (FAIL, "max_turns", 0.0075, 3000, 150), "i_resume_0_first": (*OK, *TWO),
     "i_resume_10_after_budget": (*OK, *ONE),  # total_cost_usd says 0.8025: the session's, not the run's
     "i_resume_11_noprompt": (FAIL, "bad_task", *NONE), "i_resume_1_same_cwd": (*OK, *ONE),
     "i_resume_2_other_cwd": (*OK, *ONE), "i_resume_4_not_uuid": (FAIL, "agent_error", *NOTHING),
-    "i_resume_5_fork": (*OK, *ONE), "i_resume_6_fork_sid": (*OK, *ONE), "i_resume_7_resume_and_sid": (FAIL, "bad_task", *NONE),
-    "i_resume_8_continue": (*OK, *ONE), "i_resume_9_by_path": (*OK, *ONE), "j_bad_session_id": (FAIL, "bad_task", *NONE),
+    "i_resume_5_fork": (*OK, *ONE), "i_resume_6_fork_sid": (*OK, *ONE),
+    "i_resume_7_resume_and_sid": (FAIL, "bad_task", *NONE),
+    "i_resume_8_continue": (*OK, *ONE), "i_resume_9_by_path": (*OK, *ONE),
+    "j_bad_session_id": (FAIL, "bad_task", *NONE),
     "j_same_session_id_again": (FAIL, "bad_task", *NONE), "j_same_session_id_other_cwd": (*OK, *ONE),
     "k_attached_child": (*OK, *TWO), "k_bg_task": (*OK, 0.0075, 3000, 150),  # two result lines
     "k_bg_task_disabled": (*OK, *TWO), "k_detached_child": (*OK, *TWO),
     "k_sigint_streaming": (FAIL, "agent_error", 0.00213, 1000, 13),
-    "k_sigkill_streaming_then_resume_0": (FAIL, "agent_error", *NONE), "k_sigkill_streaming_then_resume_1": (*OK, *ONE),
+    "k_sigkill_streaming_then_resume_0": (FAIL, "agent_error", *NONE),
+    "k_sigkill_streaming_then_resume_1": (*OK, *ONE),
     "k_sigkill_tool": (FAIL, "agent_error", *NONE), "k_sigterm_hang": (FAIL, "agent_error", *NONE),
     "k_sigterm_streaming": (FAIL, "agent_error", *NONE), "k_sigterm_tool": (FAIL, "agent_error", *NONE),
     "k_sigterm_tool_then_resume": (*OK, *ONE), "k_sleep_blocked": (*OK, *TWO), "l_bash_5MB": (*OK, *TWO),
     "l_read_200KB": (*OK, *TWO), "l_read_png": (*OK, *TWO), "l_text_5MB": (*OK, *ONE), "l_write_3MB": (*OK, *TWO),
-    "m_partial": (*OK, *TWO), "n_no_persistence": (*OK, *ONE), "x_acceptedits_write": (FAIL, "permission_denied", *TWO),
+    "m_partial": (*OK, *TWO), "n_no_persistence": (*OK, *ONE),
+    "x_acceptedits_write": (FAIL, "permission_denied", *TWO),
     "x_acceptedits_write_adddir": (*OK, *TWO), "x_adddir_missing": (*OK, *OPUS),
-    "x_allowedtools_eats_prompt": (FAIL, "bad_task", *NONE), "x_ask": (*OK, *TWO), "x_bad_mcp": (FAIL, "bad_task", *NONE),
+    "x_allowedtools_eats_prompt": (FAIL, "bad_task", *NONE), "x_ask": (*OK, *TWO),
+    "x_bad_mcp": (FAIL, "bad_task", *NONE),
     "x_bad_model": (*OK, *OPUS), "x_badtool": (*OK, *TWO), "x_bare": (*OK, *OPUS), "x_bashfail": (*OK, *TWO),
     "x_budget_zero": (FAIL, "bad_task", *NONE), "x_dontask": (FAIL, "permission_denied", *TWO), "x_empty": (*OK, *TWO),
     "x_empty_prompt": (FAIL, "bad_task", *NONE), "x_input_stream_json": (*OK, *TWO), "x_json_schema": (*OK, *ONE),
@@ -62,6 +68,23 @@ EXPECTED = {
     "x_stdin_never_closed": (*OK, *ONE), "x_stdin_pipe_open": (*OK, *ONE), "x_thinking": (*OK, *ONE),
     "x_tools_empty": (*OK, *OPUS), "x_unknown_flag": (FAIL, "bad_task", *NONE),
 }
+
+# What fakes/record_claude.py recorded, alike for both versions; USD for 2.1.197 and 2.1.329, whose prices differ.
+JOBS = {
+    "text_1": (*OK, (0.00375, 0.0025), 1000, 50), "big_line_1": (*OK, (0.00375, 0.0025), 1000, 50),
+    "slow_tool_2": (*OK, (0.00375, 0.0025), 1000, 50), "write_1": (*OK, (0.0075, 0.005), 2000, 100),
+    "gated_1": (*OK, (0.0075, 0.005), 2000, 100), "question_1": (*OK, (0.0075, 0.005), 2000, 100),
+    "question_2": (*OK, (0.0075, 0.005), 2000, 100), "question_3": (*OK, (0.0075, 0.005), 2000, 100),
+    "budget_1": ("BUDGET_EXCEEDED", "budget", (1.0, 0.8), 100_000, 20_000),
+    "error_401_1": (FAIL, "auth", (0, 0), 0, 0), "error_500_1": (FAIL, "api_error", (0, 0), 0, 0),
+    "limit_429_1": (FAIL, "rate_limited", (0, 0), 0, 0), "no_model_1": (FAIL, "bad_task", (0, 0), 0, 0),
+    "unknown_session_1": (FAIL, "agent_error", (0, 0), 0, 0),
+    "escape_1": (FAIL, "agent_error", (None, None), None, None),  # both were ended by the probe's SIGTERM
+    "slow_tool_1": (FAIL, "agent_error", (None, None), None, None),
+}
+EXPECTED |= {f"job_{version}_{name}": (state, reason, costs[at], tokens_in, tokens_out)
+             for name, (state, reason, costs, tokens_in, tokens_out) in JOBS.items()
+             for at, version in enumerate(("2.1.197", "2.1.329"))}
 
 
 def stream_facts(data: bytes) -> c.AgentFacts:
@@ -119,6 +142,8 @@ def test_verdict_cost_and_tokens_of_a_recorded_run(name):
 def test_the_cost_of_a_resumed_session_adds_up_to_its_total():
     runs = ["i_resume_0_first", "i_resume_1_same_cwd", "i_resume_2_other_cwd"]
     assert sum(replay(name)[0].cost_usd for name in runs) == pytest.approx(0.01)  # total_cost_usd of the last one
+    runs = [f"job_2.1.329_question_{number}" for number in (1, 2, 3)]
+    assert sum(replay(name)[0].cost_usd for name in runs) == pytest.approx(0.015)
 
 
 @pytest.mark.parametrize("name, words", [
@@ -127,7 +152,8 @@ def test_the_cost_of_a_resumed_session_adds_up_to_its_total():
     ("c_denied_default", "Bash (touch denied_probe.txt && echo done)"), ("c_denied_default", "agent.allowed_tools"),
     ("x_acceptedits_write", "Write (/workspace/outside/w.txt)"), ("f_401_default", "Invalid API key"),
     ("f_401_default", "HTTP 401"), ("f_401", "it was retrying an API error (HTTP 401"), ("f_no_credentials", "/login"),
-    ("k_sigterm_hang", "killed by signal 15, SIGTERM, from outside"), ("g_budget_text", "Reached maximum budget ($0.01)"),
+    ("k_sigterm_hang", "killed by signal 15, SIGTERM, from outside"),
+    ("g_budget_text", "Reached maximum budget ($0.01)"),
     ("k_sigint_streaming", "interrupted from outside"), ("d_oauth_429_unified_5h", "You've hit your 5-hour limit"),
     ("k_sigkill_tool", "memory"), ("e_hang_default", "retrying an API error (unknown, attempt 1)"),
 ])
@@ -138,6 +164,7 @@ def test_the_detail_says_what_a_person_needs(name, words):
 @pytest.mark.parametrize("name, resumable", [
     ("a_text", True), ("k_sigterm_tool", True), ("g_budget_loop", True), ("d_oauth_429_after_tool", True),
     ("i_resume_4_not_uuid", False), ("j_bad_session_id", False), ("x_unknown_flag", False),
+    ("job_2.1.197_unknown_session_1", False), ("job_2.1.329_unknown_session_1", False), ("job_2.1.197_escape_1", True),
 ])
 def test_a_session_is_resumed_only_where_it_exists(name, resumable):
     assert replay(name)[1].resume is resumable
@@ -191,7 +218,8 @@ def test_an_unpaid_account_and_a_refusal_are_said_in_words():
 
 
 @pytest.mark.parametrize("subtype, terminal, reason", [
-    ("error_max_turns", "", "max_turns"), ("error_max_budget_usd", "", "budget"), ("error_during_execution", "", "agent_error"),
+    ("error_max_turns", "", "max_turns"), ("error_max_budget_usd", "", "budget"),
+    ("error_during_execution", "", "agent_error"),
     ("error_max_structured_output_retries", "", "agent_error"), ("success", "prompt_too_long", "bad_task"),
     ("error_during_execution", "aborted_tools", "agent_error"), ("success", "completed", "agent_error"),
 ])
@@ -222,7 +250,8 @@ def test_a_truncated_stream_has_no_result():
     assert (verdict.state, verdict.reason, verdict.resume) == ("FAILED", "no_result", True)
 
 
-@pytest.mark.parametrize("stop, state", [("cancelled", "CANCELLED"), ("timed_out", "TIMED_OUT"), ("stalled", "TIMED_OUT")])
+@pytest.mark.parametrize("stop, state",
+                         [("cancelled", "CANCELLED"), ("timed_out", "TIMED_OUT"), ("stalled", "TIMED_OUT")])
 def test_a_stop_wins_over_all_but_a_finished_run(stop, state):
     for agent in (c.AgentFacts(), failed(api_status=429), done(is_error=True).replace(subtype="error_max_turns")):
         for code in (0, 1, 143, 137, None):
@@ -236,15 +265,19 @@ def test_a_stop_wins_over_all_but_a_finished_run(stop, state):
 def test_a_timeout_says_the_limit_and_what_the_agent_was_waiting_for():
     verdict = replay("e_hang_default", stop_reason="timed_out", limit_s=900.0)[1]
     assert verdict.detail == "it reached its timeout of 15m; it was retrying an API error (unknown, attempt 1)"
-    assert "stall_timeout of 1h" in c.judge(agent=c.AgentFacts(), exit_code=143, stop_reason="stalled", limit_s=3600).detail
+    assert "stall_timeout of 1h" in c.judge(agent=c.AgentFacts(), exit_code=143, stop_reason="stalled",
+                                            limit_s=3600).detail
 
 
 def test_an_agent_that_cannot_be_started():
-    verdict = c.judge(agent=c.AgentFacts(), exit_code=127, stderr_tail="timeout: failed to run command 'claude': No such file")
-    assert verdict.reason == "spawn_failed" and "claude_binary_path" in verdict.detail and "not on PATH" in verdict.detail
+    verdict = c.judge(agent=c.AgentFacts(), exit_code=127,
+                      stderr_tail="timeout: failed to run command 'claude': No such file")
+    assert verdict.reason == "spawn_failed" and "not on PATH" in verdict.detail
+    assert "claude_binary_path" in verdict.detail
     assert reason_of(c.AgentFacts(), 126) == reason_of(c.AgentFacts(), 125) == "spawn_failed"
     assert reason_of(c.AgentFacts(lines=1), 127) == "agent_error"
-    verdict = c.judge(agent=c.AgentFacts(), exit_code=None, spawn_error="no such program: claude", stop_reason="cancelled")
+    verdict = c.judge(agent=c.AgentFacts(), exit_code=None, spawn_error="no such program: claude",
+                      stop_reason="cancelled")
     assert (verdict.reason, verdict.detail) == ("spawn_failed", "no such program: claude")
 
 
@@ -267,9 +300,12 @@ def denied(tool, **given):
 
 
 @pytest.mark.parametrize("agent, entries, is_fine", [
-    (denied("Bash", command="touch x && ls"), ("Bash",), True), (denied("Bash", command="ls; touch x"), ("Bash(touch:*)",), True),
-    (denied("Bash", command="ls"), ("Bash(touch:*)",), False), (denied("Bash", command="ls"), ("Write", " Bash(ls)"), True),
-    (denied("Bash", command="cat touch"), ("Bash(touch:*)",), False), (denied("Write", file_path="/x"), ("Bash",), False),
+    (denied("Bash", command="touch x && ls"), ("Bash",), True),
+    (denied("Bash", command="ls; touch x"), ("Bash(touch:*)",), True),
+    (denied("Bash", command="ls"), ("Bash(touch:*)",), False),
+    (denied("Bash", command="ls"), ("Write", " Bash(ls)"), True),
+    (denied("Bash", command="cat touch"), ("Bash(touch:*)",), False),
+    (denied("Write", file_path="/x"), ("Bash",), False),
     (denied("mcp__db__drop"), ("mcp__db",), True), (denied("mcp__dbx__drop"), ("mcp__db",), False),
     (denied("Read", file_path="/etc/x"), ("Read(/etc/**)",), True), (denied("Bash"), (), False),
     (done(denials=({"tool": "Bash", "input": {}}, {"tool": "Write", "input": {}})), ("Bash",), False),
@@ -288,10 +324,12 @@ def test_many_denials_are_named_in_short():
 
 def test_a_script_is_judged_by_its_exit_status():
     def run(code, stderr="", **more):
-        return c.judge(agent=c.AgentFacts(lines=1), exit_code=code, format="text", kind="shell", stderr_tail=stderr, **more)
+        return c.judge(agent=c.AgentFacts(lines=1), exit_code=code, format="text", kind="shell", stderr_tail=stderr,
+                       **more)
     assert run(0).ok and run(0, "Warning: x\nerror y").ok
     verdict = run(75, "first\nlast line\n\n")
-    assert (verdict.state, verdict.reason, verdict.detail) == ("FAILED", "agent_error", "shell exited with code 75: last line")
+    assert (verdict.state, verdict.reason, verdict.detail) == ("FAILED", "agent_error",
+                                                               "shell exited with code 75: last line")
     assert run(127, "sh: 1: nope: not found").reason == "agent_error"
     assert "SIGTERM" in run(143).detail and run(None).reason == "lost"
     assert run(0, stop_reason="timed_out").state == "TIMED_OUT"  # a trap that exits with 0 proves nothing
@@ -302,12 +340,15 @@ def test_a_script_is_judged_by_its_exit_status():
 # -- questions and summaries
 
 QUESTIONS = [
-    ("", "none", "", ()), (" \n", "none", "", ()), ("{}", "none", "", ()), ("null", "none", "", ()), ('""', "none", "", ()),
+    ("", "none", "", ()), (" \n", "none", "", ()), ("{}", "none", "", ()), ("null", "none", "", ()),
+    ('""', "none", "", ()),
     ('{"text": "Which DB?", "options": ["pg", "sqlite"]}', "question", "Which DB?", ("pg", "sqlite")),
     ('{"text": "Pick one", "options": ["a"]}', "question", "Pick one", ("a",)),
-    ('{"text": "Go on?"}', "question", "Go on?", ()), ('{"question": "Go on?", "options": null}', "question", "Go on?", ()),
+    ('{"text": "Go on?"}', "question", "Go on?", ()),
+    ('{"question": "Go on?", "options": null}', "question", "Go on?", ()),
     ('{"text": "All done, tests pass.", "options": []}', "report", "All done, tests pass.", ()),
-    ('{"text": " Done. "}', "report", "Done.", ()), ('"Done."', "report", "Done.", ()), ('"Sure?"', "question", "Sure?", ()),
+    ('{"text": " Done. "}', "report", "Done.", ()), ('"Done."', "report", "Done.", ()),
+    ('"Sure?"', "question", "Sure?", ()),
     ('{"text": "\\u7d9a\\u3051\\u307e\\u3059\\u304b\\uff1f"}', "question", "続けますか？", ()),
     ("All done, I think", "question", "All done, I think", ()), ('{"text": "cut', "question", '{"text": "cut', ()),
     ('["a"]', "question", '["a"]', ()), ("7", "question", "7", ()), ('{"note": 1}', "question", '{"note": 1}', ()),
@@ -344,13 +385,15 @@ def test_a_question_blocks_a_run_that_ended_well():
 def test_a_failure_wins_over_a_question_which_is_kept():
     question = c.parse_question("Which one?")
     for run in (dict(agent=failed(api_status=429), exit_code=1), dict(agent=done(), exit_code=1),
-                dict(agent=c.AgentFacts(), exit_code=143, stop_reason="cancelled"), dict(agent=done(), exit_code=None)):
+                dict(agent=c.AgentFacts(), exit_code=143, stop_reason="cancelled"),
+                dict(agent=done(), exit_code=None)):
         verdict = c.judge(question=question, **run)
         assert verdict.reason and verdict.state != "BLOCKED" and verdict.question_json()["text"] == "Which one?"
 
 
 def test_a_completion_report_is_the_summary_and_does_not_block():
-    verdict = c.judge(agent=done(summary_text="from the text"), exit_code=0, question=c.parse_question('{"text": "Did it."}'))
+    verdict = c.judge(agent=done(summary_text="from the text"), exit_code=0,
+                      question=c.parse_question('{"text": "Did it."}'))
     assert verdict.ok and verdict.summary == "Did it." and verdict.question_json() is None
 
 
@@ -365,7 +408,8 @@ def test_the_summary_is_the_first_there_is():
 
 
 @pytest.mark.parametrize("text, expected", [
-    (" 3 files changed, 12 insertions(+), 4 deletions(-)\n", (3, 12, 4)), (" 1 file changed, 2 deletions(-)", (1, 0, 2)),
+    (" 3 files changed, 12 insertions(+), 4 deletions(-)\n", (3, 12, 4)),
+    (" 1 file changed, 2 deletions(-)", (1, 0, 2)),
     ("1 file changed, 1 insertion(+)", (1, 1, 0)), ("2 files changed", (2, 0, 0)),
     ("1 file changed, 9 deletions(-)\nthen\n 2 files changed, 3 insertions(+)", (2, 3, 0)),
     (r'{"content":"[main 1a2b] x\n 2 files changed, 5 insertions(+), 1 deletion(-)\n"}', (2, 5, 1)),
@@ -390,7 +434,6 @@ def test_feedback_prompts():
     text = c.build_feedback_prompt("verify", command="make test", output="head\n" + "é" * 20_000 + "\nFAILED {x}\n")
     assert "$ make test\n[... " in text and "FAILED {x}" in text and len(text.encode()) < c.FEEDBACK_OUTPUT_LIMIT + 600
     assert "head" not in text and "\ufffd" not in text
-    assert "does not build" in c.build_feedback_prompt("build", output="no rule")
     text = c.build_feedback_prompt("answer", question="Which {db}?", answer=" pg ")
     assert "You asked:\nWhich {db}?" in text and "The answer is:\npg\n" in text
     assert "not accepted" in c.build_feedback_prompt("reject", comment="too slow")

@@ -13,12 +13,13 @@ import pytest
 
 import claudomator
 
-MAX_LINES, MAX_FUNCTION, MAX_CLASS, MAX_WIDTH = 8000, 60, 300, 119
+MAX_LINES, MAX_FUNCTION, MAX_CLASS, MAX_WIDTH = 8000, 60, 300, 125
 BANNER = re.compile(r"# ---- (\d\d) (\S.*?) -{3,}")
 RULE = re.compile(r"\s*#.*[-=#*~_+]{4,}")  # a comment that looks like a line across the page
-IMPURE = set("asyncio concurrent datetime fcntl ftplib getpass glob http importlib logging mmap multiprocessing os pathlib "
-             "platform posix pty pwd queue random resource secrets select selectors shutil signal smtplib socket "
-             "socketserver sqlite3 ssl subprocess sys tempfile termios threading time urllib uuid _socket".split())
+IMPURE = set(
+    "asyncio concurrent datetime fcntl getpass glob http importlib logging mmap multiprocessing os pathlib platform "
+    "posix pty pwd random resource secrets select selectors shutil signal smtplib socket socketserver sqlite3 ssl "
+    "subprocess sys tempfile termios threading time urllib uuid _socket".split())
 EFFECTS = {"open", "print", "input", "exec", "eval", "breakpoint", "exit", "quit", "__import__"}
 MODULE_IMPORTS = {"__future__", "os", "sys", "time", "_json"}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -31,8 +32,8 @@ class Program:
     def __init__(self, source: str):
         self.lines = source.splitlines()
         self.tree = ast.parse(source)
-        self.sections = [(line, int(m[1]), m[2]) for line, text in enumerate(self.lines,
-                                                                             1) if (m := BANNER.fullmatch(text))]
+        marks = ((line, BANNER.fullmatch(text)) for line, text in enumerate(self.lines, 1))
+        self.sections = [(line, int(mark[1]), mark[2]) for line, mark in marks if mark]
 
     def section(self, line: int) -> tuple[int, str]:
         """(number, title) of the section in which a line is; (0, "") in the head."""
@@ -310,6 +311,7 @@ def test_a_sound_program_has_no_faults():
 
 
 FACT, DEED = "    import heapq\n", "    print(os.getpid(), act)\n"
+BANNER_2 = "# ---- 02 Deeds --------------------------------------------------\n"
 BREAKS = {
     "a section missing in Contents": ("contents_faults", "    02 Deeds\n", ""),
     "a section too many in Contents": ("contents_faults", "    02 Deeds\n", "    02 Deeds\n    03 More\n"),
@@ -317,9 +319,7 @@ BREAKS = {
     "another number in Contents": ("contents_faults", "    02 Deeds\n", "    03 Deeds\n"),
     "a number that does not ascend": ("order_faults contents_faults", "# ---- 02 Deeds -", "# ---- 01 Deeds -"),
     "a banner of equal signs": ("banner_faults", DEED, DEED + "    # ===== helpers =====\n"),
-    "a banner with a short rule": ("banner_faults contents_faults purity_faults",
-                                   "# ---- 02 Deeds --------------------------------------------------",
-                                   "# --- 02 Deeds ----"),
+    "a banner with a short rule": ("banner_faults contents_faults purity_faults", BANNER_2, "# --- 02 Deeds ----\n"),
     "a banner without a number": ("banner_faults", DEED, DEED + "# ---- Helpers ----------\n"),
     "a name of a later section in a function": ("reference_faults", FACT, FACT + "    return deed\n"),
     "a later name in a method": ("reference_faults", "        return self if",
@@ -356,9 +356,7 @@ BREAKS = {
     "a long class": ("size_faults", "    act = 1\n", "    act = 1\n" * 300),
     "a wide line": ("size_faults", "LIMIT = 5\n", "LIMIT = 5  # " + "x" * 120 + "\n"),
     "a long file": ("size_faults", "LIMIT = 5\n", "LIMIT = 5\n" + "\n" * 8000),
-    "a pure section below": ("order_faults purity_faults",
-                             "# ---- 02 Deeds --------------------------------------------------",
-                             "# ---- 02 Deeds --------------------------------------------------\n# ---- 03 X (pure) ---"),
+    "a pure section below": ("order_faults purity_faults", BANNER_2, BANNER_2 + "# ---- 03 X (pure) ---\n"),
     "a function without a docstring": ("docstring_faults", '    """Twice the number."""\n', ""),
     "a class without a docstring": ("docstring_faults", '    """A fact."""\n', ""),
     "a method without a docstring": ("docstring_faults", '        """Itself."""\n', ""),
@@ -383,7 +381,8 @@ def test_the_checker_sees(case):
 
 
 def test_private_names_need_no_docstring_and_no_annotation():
-    assert faults_of(SOUND + "\n\ndef _helper(x):\n    return x\n\n\nclass _Inner:\n    def go(self):\n        return 1\n") == {}
+    private = "def _helper(x):\n    return x\n\n\nclass _Inner:\n    def go(self):\n        return 1\n"
+    assert faults_of(SOUND + "\n\n" + private) == {}
 
 
 def test_a_fault_says_where_it_is():

@@ -1,4 +1,4 @@
-"""A stand-in for the Anthropic Messages API on loopback, for tests with the real ``claude`` CLI.  Standard library only.
+"""A stand-in for the Anthropic Messages API on loopback, for tests with the real ``claude`` CLI.
 
 What the "model" does is chosen by a line ``SCENARIO: name`` in a conversation's first prompt; a model named
 ``no-such-model`` does not exist.  An answer depends on how many prompts the conversation has had (``prompt``, from 1)
@@ -19,6 +19,8 @@ ORDINARY = {"input_tokens": 1000, "output_tokens": 50}
 EXPENSIVE = {"input_tokens": 100_000, "output_tokens": 20_000}
 ASK = """printf '%s' '{"text": "TEXT", "options": ["pg", "sqlite"]}' > "$CLAUDOMATOR_QUESTION_FILE\""""
 COMMIT = "echo NAME > NAME.txt && git add NAME.txt && git commit -q -m 'feat: NAME'"
+GATED_TOOL = "touch tool-started; until [ -e go ]; do sleep 0.1; done; rm go tool-started; " \
+    + COMMIT.replace("NAME", "late")
 SLOW_TOOL = "touch tool-started; python3 -c 'import time; time.sleep(120)' & python3 -c 'import time; time.sleep(121)'"
 
 
@@ -43,9 +45,10 @@ def question(prompt: int, step: int) -> dict:
     """Commits, asks; asks again; commits and reports."""
     words = {1: ("Which database?", "first"), 2: ("Which version?", "second")}.get(prompt)
     if step:
-        return say(text("I asked and stop here." if words else "All is decided.\n\n## Summary\nThe database is set up."))
+        return say(text("I asked." if words else "All is decided.\n\n## Summary\nThe database is set up."))
     if words:
-        return say(text("I need a decision."), bash(COMMIT.replace("NAME", words[1]) + " && " + ASK.replace("TEXT", words[0])))
+        command = COMMIT.replace("NAME", words[1]) + " && " + ASK.replace("TEXT", words[0])
+        return say(text("I need a decision."), bash(command))
     return say(bash(COMMIT.replace("NAME", "third")))
 
 
@@ -58,12 +61,12 @@ SCENARIOS = {
     "error_500": lambda prompt, step: refuse(500, "api_error", "Internal server error"),
     "error_401": lambda prompt, step: refuse(401, "authentication_error", "invalid x-api-key"),
     "limit_429": lambda prompt, step: refuse(429, "rate_limit_error", "This request would exceed your rate limit."),
-    "big_line": lambda prompt, step: say(text("y" * BIG + "\n\n## Summary\n" + "z" * BIG)),
-    "slow_tool": lambda prompt, step: say(text("It ended.")) if step else say(text("This takes long."), bash(SLOW_TOOL)),
-    # two seconds of work in a tool, then a commit and the end
-    "two_seconds": lambda prompt, step: say(text("Ready.\n\n## Summary\nIt took its time.")) if step else
-    say(text("This takes a while."),
-        bash("touch tool-started; python3 -c 'import time; time.sleep(2)'; " + COMMIT.replace("NAME", "late"))),
+    "big_line": lambda prompt, step: say(text("Very long.\n\n## Summary\n" + "z" * BIG)),
+    "slow_tool": lambda prompt, step: say(text("It ended.")) if step or prompt > 1 else
+    say(text("This takes long."), bash(SLOW_TOOL)),
+    # works until somebody makes the file ``go``, then commits and ends
+    "gated": lambda prompt, step: say(text("Ready.\n\n## Summary\nIt took its time.")) if step else
+    say(text("This takes a while."), bash(GATED_TOOL)),
     # a child that escapes every process group, and an agent that goes on working
     "escape": lambda prompt, step: say(bash(SLOW_TOOL)) if step else
     say(bash("setsid nohup python3 -c 'import time; time.sleep(122)' >/dev/null 2>&1 & echo started")),
@@ -124,8 +127,8 @@ class Handler(BaseHTTPRequestHandler):
         answer = self._decide(request)
         if "status" in answer:
             return self._json(answer["status"], {"type": "error", "error": answer["error"]})
-        message = {"id": "msg_" + uuid.uuid4().hex[:24], "type": "message", "role": "assistant", "model": request["model"],
-                   "stop_sequence": None}
+        message = {"id": "msg_" + uuid.uuid4().hex[:24], "type": "message", "role": "assistant",
+                   "model": request["model"], "stop_sequence": None}
         usage = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, **answer["usage"]}
         stop = "tool_use" if any(block["type"] == "tool_use" for block in answer["blocks"]) else "end_turn"
         if not request.get("stream"):

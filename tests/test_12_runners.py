@@ -1,0 +1,237 @@
+"""Section 12: the command, environment and stdin of every agent kind.  Nothing is started here."""
+import claudomator as c
+import pytest
+
+HOST = {"PATH": "/usr/bin:/bin", "HOME": "/home/ann", "LANG": "C.UTF-8", "LC_TIME": "de_DE.UTF-8",
+        "ANTHROPIC_API_KEY": "sk-key", "ANTHROPIC_BASE_URL": "http://127.0.0.1:9", "HTTPS_PROXY": "http://proxy:3128"}
+LEAKS = {"CLAUDECODE": "1", "CLAUDE_CODE_SESSION_ID": "x", "CLAUDE_CODE_OAUTH_TOKEN": "token", "CLAUDE_PID": "7",
+         "AWS_SECRET_ACCESS_KEY": "aws", "GITHUB_TOKEN": "gh", "DATABASE_URL": "postgres://", "OPENAI_API_KEY": "sk",
+         "CLAUDOMATOR_EXECUTION_ID": "outer", "CLAUDOMATOR_CONFIG": "/c", "LD_PRELOAD": "/evil.so", "PYTHONPATH": "/p",
+         "GIT_DIR": "/g", "NOTIFY_SOCKET": "/run/n", "LISTEN_FDS": "3"}
+
+
+def config(text="") -> c.Config:
+    return c.parse_config_text(text, "config.toml", "/home/ann")
+
+
+def task(instructions="Do it.", more=None, **agent) -> c.Task:
+    return c.Task(name="t", id="task-1", agent=c.AgentConfig(instructions=instructions, **agent), **(more or {}))
+
+
+def context(**changes) -> c.RunContext:
+    base = dict(execution_id="run-1", execution_dir="/data/executions/run-1", cwd="/data/sandboxes/run-1",
+                project_dir="/srv/repo", sandboxed=True, session_id="0c0ffee0-0000-4000-8000-000000000001")
+    return c.RunContext(**{**base, **changes})
+
+
+def claude(configuration="", host=None, where=None, more=None, **agent) -> c.Launch:
+    return c.build_claude(task(more=more, **agent), context(**(where or {})), config(configuration), host or HOST)
+
+
+def shell(configuration="", host=None, where=None, more=None, **agent) -> c.Launch:
+    return c.build_shell(task(more=more, **agent), context(**(where or {})), config(configuration), host or HOST)
+
+
+def options(launch: c.Launch, flag: str) -> list[str]:
+    """Every value that the command line gives to a flag."""
+    return [launch.argv[at + 1] for at, word in enumerate(launch.argv) if word == flag]
+
+
+# -- claude's command line
+
+
+def test_a_plain_task_is_this_command_line():
+    assert claude().argv == (
+        "claude", "-p", "--session-id", "0c0ffee0-0000-4000-8000-000000000001", "--output-format", "stream-json",
+        "--verbose", "--permission-mode", "bypassPermissions", "--allowedTools", "Bash")
+
+
+@pytest.mark.parametrize("agent, flag, values", [
+    (dict(model="opus"), "--model", ["opus"]),
+    (dict(max_budget_usd=1.0), "--max-budget-usd", ["1.00"]),
+    (dict(max_budget_usd=2.999), "--max-budget-usd", ["3.00"]),
+    (dict(max_budget_usd=0.001), "--max-budget-usd", ["0.01"]),  # claude refuses 0.00
+    (dict(max_budget_usd=12345.5), "--max-budget-usd", ["12345.50"]),
+    (dict(permission_mode="plan"), "--permission-mode", ["plan"]),
+    (dict(permission_mode="default"), "--permission-mode", ["default"]),
+    (dict(allowed_tools=("Read", "Bash(git:*)")), "--allowedTools", ["Read", "Bash(git:*)", "Bash"]),
+    (dict(allowed_tools=("Bash", "Read")), "--allowedTools", ["Bash", "Read"]),
+    (dict(disallowed_tools=("WebFetch", "Bash(rm:*)")), "--disallowedTools", ["WebFetch", "Bash(rm:*)"]),
+    (dict(context_files=("/srv/docs", "/srv/a b")), "--add-dir", ["/srv/docs", "/srv/a b"]),
+    (dict(system_prompt_append="Be\nbrief."), "--append-system-prompt", ["Be\nbrief."]),
+    (dict(skip_planning=True), "--allowedTools", []),
+    (dict(skip_planning=True, allowed_tools=("Read",)), "--allowedTools", ["Read"]),
+    (dict(), "--model", []), (dict(), "--max-budget-usd", []), (dict(), "--append-system-prompt", []),
+    (dict(), "--disallowedTools", []), (dict(), "--add-dir", []),
+])
+def test_each_key_of_the_agent_becomes_its_flag(agent, flag, values):
+    assert options(claude(**agent), flag) == values
+
+
+def test_keys_of_other_agents_change_nothing():
+    assert claude(temperature=0.5, max_tokens=10, isolation="none", repository_url="x") == claude()
+
+
+def test_the_model_is_the_tasks_then_the_configurations_then_claudes_own():
+    default = '[agents.claude]\nmodel = "sonnet"'
+    assert options(claude(default), "--model") == ["sonnet"]
+    assert options(claude(default, model="opus"), "--model") == ["opus"]
+    assert options(claude('[agents.shell]\nmodel = "sonnet"'), "--model") == []
+
+
+def test_the_binary_is_the_configured_one():
+    assert claude('claude_binary_path = "/opt/claude"').argv[0] == "/opt/claude"
+    assert c.runner_binary("claude", config('claude_binary_path = "/opt/claude"')) == "/opt/claude"
+    assert c.runner_binary("shell", config()) == "/bin/sh"
+
+
+def test_additional_arguments_come_last_and_are_not_interpreted():
+    launch = claude(additional_args=("--max-turns", "3", "--add-dir", "/x y", "--", "-"), context_files=("/srv/docs",))
+    assert launch.argv[-6:] == ("--max-turns", "3", "--add-dir", "/x y", "--", "-")
+
+
+def test_a_resumed_session_gets_resume_and_no_new_session_id():
+    launch = claude(where=dict(resume=True, feedback="The answer is: 4"), model="opus")
+    assert options(launch, "--resume") == ["0c0ffee0-0000-4000-8000-000000000001"]
+    assert "--session-id" not in launch.argv and launch.stdin == "The answer is: 4"
+    assert options(launch, "--model") == ["opus"] and "--verbose" in launch.argv
+    assert launch.session_id == "0c0ffee0-0000-4000-8000-000000000001"
+
+
+def test_the_format_is_claudes_stream():
+    assert claude().format == "claude" and shell().format == "text"
+    for kind, runner in c.RUNNERS.items():
+        assert runner.kind == kind and runner.format in c.STREAMS
+
+
+# -- the prompt
+
+
+@pytest.mark.parametrize("text", [
+    "plain", "--fix the bug", "-", "two\nlines\r\n\ttab", "{braces} {0} %s $HOME `id` \"'\\",
+    "\u2028 \u0000 \U0001f600 é", "x" * (1 << 20)])
+def test_any_instructions_go_whole_by_stdin_and_never_by_argv(text):
+    for launch in (claude(instructions=text), claude(instructions=text, skip_planning=True)):
+        assert launch.stdin.endswith(text) and not any(text in word for word in launch.argv if text != "-")
+        assert sum(map(len, launch.argv)) < 4096
+    assert claude(instructions=text, skip_planning=True).stdin == text
+
+
+def test_the_preamble_says_where_how_to_ask_and_how_to_report():
+    text = claude(instructions="Mend it.").stdin
+    for word in ("unattended", "/data/sandboxes/run-1 is a throw-away git clone", "Commit your work", "is pushed",
+                 "/data/executions/run-1/question.json", '{"text": "your question", "options": ["a", "b"]}',
+                 "/data/executions/run-1/summary.txt"):
+        assert word in text
+    assert text.endswith("Your task:\nMend it.")
+
+
+def test_the_preamble_promises_no_commit_where_there_is_no_sandbox():
+    text = claude(where=dict(sandboxed=False, cwd="/srv/repo")).stdin
+    assert "Your working directory is /srv/repo. Work only there.\n" in text
+    assert "commit" not in text.lower() and "pushed" not in text and "question.json" in text
+
+
+def test_a_directory_with_braces_is_no_format():
+    text = claude(where=dict(cwd="/srv/{where}{0}", execution_dir="/e/{question}")).stdin
+    assert "/srv/{where}{0}" in text and "/e/{question}/question.json" in text
+
+
+def test_a_rejection_reaches_the_next_fresh_prompt():
+    text = claude(instructions="Mend it.", more=dict(rejection_comment="Too {slow}.")).stdin
+    assert text.index("Mend it.") < text.index("not accepted") < text.index("Too {slow}.")
+
+
+def test_an_answer_reaches_a_fresh_session_with_the_task_where_the_old_session_is_gone():
+    text = claude(instructions="Mend it.", where=dict(feedback="The answer is: 4")).stdin
+    assert text.endswith("Mend it.\n\nThe answer is: 4") and "Your task:" in text
+
+
+# -- environments
+
+
+@pytest.mark.parametrize("build", [claude, shell])
+def test_nothing_of_the_daemons_environment_leaks(build):
+    env = build(host={**HOST, **LEAKS}).env
+    assert not {name for name in LEAKS if env.get(name) == LEAKS[name]}
+    assert {"PATH", "HOME", "LANG", "LC_TIME", "HTTPS_PROXY"} <= env.keys()
+    allowed = c.ENVIRONMENT_ALLOWED | {*c.CLAUDE_CREDENTIALS, "LC_TIME", "CLAUDE_CODE_MAX_RETRIES"}
+    assert {name for name in env if not name.startswith("CLAUDOMATOR_")} <= allowed
+
+
+def test_an_outer_agents_variables_pass_only_where_the_configuration_names_them():
+    named = '[agents.claude]\npass_env = ["CLAUDE_CODE_OAUTH_TOKEN", "GITHUB_TOKEN", "NOT_SET"]'
+    env = claude(named, host={**HOST, **LEAKS}).env
+    assert (env["CLAUDE_CODE_OAUTH_TOKEN"], env["GITHUB_TOKEN"]) == ("token", "gh")
+    assert "CLAUDECODE" not in env and "NOT_SET" not in env
+    assert "GITHUB_TOKEN" not in shell(named, host={**HOST, **LEAKS}).env
+
+
+def test_only_claude_gets_claudes_credentials():
+    assert claude().env["ANTHROPIC_API_KEY"] == "sk-key" and claude().env["ANTHROPIC_BASE_URL"] == "http://127.0.0.1:9"
+    assert not {name for name in shell().env if name.startswith("ANTHROPIC")}
+
+
+def test_the_configured_environment_wins_over_the_hosts_and_ours_over_both():
+    text = '[agents.claude]\nenv = {HOME = "/other", MINE = "1", CLAUDOMATOR_TASK_ID = "forged"}'
+    env = claude(text).env
+    assert (env["HOME"], env["MINE"], env["CLAUDOMATOR_TASK_ID"]) == ("/other", "1", "task-1")
+
+
+@pytest.mark.parametrize("build", [claude, shell])
+def test_an_agent_is_told_its_task_run_files_and_round(build):
+    env = build(where=dict(round=2)).env
+    assert {name: value for name, value in env.items() if name.startswith("CLAUDOMATOR_")} == {
+        "CLAUDOMATOR_TASK_ID": "task-1", "CLAUDOMATOR_EXECUTION_ID": "run-1", "CLAUDOMATOR_PROJECT_DIR": "/srv/repo",
+        "CLAUDOMATOR_ROUND": "2", "CLAUDOMATOR_QUESTION_FILE": "/data/executions/run-1/question.json",
+        "CLAUDOMATOR_SUMMARY_FILE": "/data/executions/run-1/summary.txt"}
+
+
+def test_a_host_without_a_path_gets_a_usual_one():
+    assert claude(host={"HOME": "/"}).env["PATH"] == "/usr/local/bin:/usr/bin:/bin"
+
+
+@pytest.mark.parametrize("is_root, mode, expected", [
+    (True, "", "1"), (True, "bypassPermissions", "1"), (True, "default", None), (True, "plan", None),
+    (False, "", None)])
+def test_root_is_declared_a_sandbox_only_where_claude_would_refuse(is_root, mode, expected):
+    assert claude(where=dict(is_root=is_root), permission_mode=mode).env.get("IS_SANDBOX") == expected
+    assert claude('[agents.claude]\nenv = {IS_SANDBOX = "0"}', where=dict(is_root=True)).env["IS_SANDBOX"] == "0"
+
+
+def test_claudes_own_retries_are_capped_unless_configured():
+    assert claude().env["CLAUDE_CODE_MAX_RETRIES"] == "2"
+    assert claude('[agents.claude]\nenv = {CLAUDE_CODE_MAX_RETRIES = "9"}').env["CLAUDE_CODE_MAX_RETRIES"] == "9"
+    assert "CLAUDE_CODE_MAX_RETRIES" not in shell().env
+
+
+def test_the_config_directory_is_the_configured_one():
+    assert claude('claude_config_dir = "/srv/claude"').env["CLAUDE_CONFIG_DIR"] == "/srv/claude"
+    assert "CLAUDE_CONFIG_DIR" not in claude(host={**HOST, "CLAUDE_CONFIG_DIR": "/outer"}).env
+
+
+def test_a_launch_does_not_show_its_environment():
+    assert "sk-key" not in repr(claude())
+
+
+# -- shell
+
+
+def test_a_script_is_run_as_it_is_from_its_file():
+    launch = shell(instructions="echo '{x}'\nexit 3", model="m", allowed_tools=("Read",))
+    assert launch.argv == ("/bin/sh", "/data/executions/run-1/prompt.txt") and launch.stdin == "echo '{x}'\nexit 3"
+    assert launch.session_id == "" and not c.RUNNERS["shell"].reads_stdin and not c.RUNNERS["shell"].resumable
+
+
+def test_a_script_finds_the_answer_and_what_came_back():
+    env = shell(where=dict(answer="pg\nline 2", feedback="You asked ...", round=2)).env
+    assert (env["CLAUDOMATOR_ANSWER"], env["CLAUDOMATOR_FEEDBACK_FILE"]) == (
+        "pg\nline 2", "/data/executions/run-1/feedback.txt")
+    assert shell(more=dict(rejection_comment="no")).env["CLAUDOMATOR_FEEDBACK_FILE"]
+    assert not {"CLAUDOMATOR_ANSWER", "CLAUDOMATOR_FEEDBACK_FILE"} & shell().env.keys()
+
+
+@pytest.mark.parametrize("answer", ["x" * 131072, "é" * 60_000, "a\0b"])
+def test_an_answer_that_no_variable_can_hold_is_only_in_the_file(answer):
+    env = shell(where=dict(answer=answer, feedback=answer)).env
+    assert "CLAUDOMATOR_ANSWER" not in env and "CLAUDOMATOR_FEEDBACK_FILE" in env
