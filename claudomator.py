@@ -3937,7 +3937,10 @@ sweep() {
   [ -n "$found" ]
 }
 if [ "$code" -ne 0 ] && sweep TERM; then
-  sleep 1
+  for tenth in 1 2 3 4 5 6 7 8 9 10; do
+    sleep 0.1
+    sweep 0 || break
+  done
   sweep KILL
 fi
 record "$code${told:+ stopped}"
@@ -4274,41 +4277,31 @@ async def in_thread(function, *args, **kwargs) -> Any:
 # - every step can be repeated: the daemon may be killed anywhere, and ``finish_sandbox``, called again, goes on.  What
 #   it must remember are files ``claudomator*`` in the clone's .git;
 # - git runs without the daemon's own GIT_* variables, hooks and signing, in a fixed language and with an identity.
-#
-# A repository of another user needs ``safe.directory``, which git withholds from the upload-pack and receive-pack that
-# it starts for a local path (connect.c clears GIT_CONFIG_COUNT), so those two are named with the option built in.
 
-GIT_TIMEOUT_S = 300.0  # for git calls that move no data over a network
+GIT_TIMEOUT_S = 1800.0  # a clone of something very large
 GIT_KEEP_BYTES = 16 << 20  # of git's own output, for lists of commits
 STOP_WAIT_S = 2.0  # SIGTERM to SIGKILL for a command that ran out of time
 FACTS_BYTES = 1 << 20  # read of a small file: our own ones, a Makefile
 MESSAGE_TAIL = 4000  # characters of a command's output that go into an error message
 AUTOCOMMIT_SUBJECT = "chore: autocommit uncommitted changes"
-INITIAL_SUBJECT = "chore: initial commit"
-FALLBACK_IDENTITY = ("Claudomator", "claudomator@localhost")
-UPLOAD_PACK = "git -c safe.directory=* upload-pack"
-RECEIVE_PACK = "git -c safe.directory=* receive-pack"
-FETCHED_REF = "refs/claudomator/fetched"
-DIFF_OPTIONS = ("-M", "--no-color", "--no-ext-diff", "--no-textconv", "--submodule=short", "--src-prefix=a/",
-                "--dst-prefix=b/")
-
+FALLBACK_IDENTITY = {"NAME": "Claudomator", "EMAIL": "claudomator@localhost"}
+EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"  # what git names the tree without files
+DIFF_OPTIONS = ("-M", "--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/")
 GIT_SETTINGS = (  # over whatever the host's configuration says
     ("safe.directory", "*"), ("commit.gpgsign", "false"), ("tag.gpgsign", "false"), ("push.gpgsign", "false"),
     ("log.showsignature", "false"), ("gc.auto", "0"), ("maintenance.auto", "false"), ("color.ui", "false"),
-    ("protocol.file.allow", "always"), ("submodule.recurse", "false"), ("rebase.autostash", "false"),
-    ("rebase.updaterefs", "false"), ("rebase.autosquash", "false"),
-)
+    ("diff.submodule", "short"), ("protocol.file.allow", "always"), ("submodule.recurse", "false"))
 NO_HOOKS = ("core.hooksPath", "/dev/null")
+# For a repository of another user: git runs these two for a local path without the settings above (connect.c).
+UPLOAD_PACK = "git -c safe.directory=* upload-pack"
+RECEIVE_PACK = "git -c safe.directory=* receive-pack"
 GIT_KEPT = ("GIT_AUTHOR_", "GIT_COMMITTER_", "GIT_SSH", "GIT_SSL_", "GIT_ASKPASS", "GIT_PROXY", "GIT_CONFIG_GLOBAL",
             "GIT_CONFIG_SYSTEM", "GIT_CONFIG_NOSYSTEM", "GIT_EXEC_PATH")
-
-# What a push that lost a race says (send-pack, receive-pack and refs/files-backend.c of git 2.25 to 2.51).
-LOST_RACE = ("fetch first", "non-fast-forward", "failed to update ref", "failed to lock", "cannot lock ref",
-             "incorrect old value", "reference already exists", "unable to migrate objects")
-CHECKED_OUT = "branch is currently checked out"
-UNFINISHED = {"rebase-merge": "rebase", "rebase-apply": "rebase or am", "MERGE_HEAD": "merge", "BISECT_LOG": "bisect",
-              "CHERRY_PICK_HEAD": "cherry-pick", "REVERT_HEAD": "revert", "sequencer": "cherry-pick or revert"}
 UNMERGED = ("DD ", "AU ", "UD ", "UA ", "DU ", "AA ", "UU ")  # git-status(1), short format
+BUILDS = (  # tool, command, the files one of which names it, what that file must contain
+    ("make", "make build", ("GNUmakefile", "makefile", "Makefile"),
+     r"(?m)^(?:[^\s#:=]+ +)*build(?: +[^\s#:=]+)* *::?(?!=)"),
+    ("sh", "./gradlew build", ("gradlew",), ""), ("go", "go build ./...", ("go.mod",), ""))
 
 
 class CommandResult(Record):
@@ -4327,60 +4320,40 @@ def run_command(argv, *, env: dict, cwd: str | None = None, timeout_s: float | N
     it open holds nobody up.  Its last ``keep_bytes`` are returned.  ``quiet``: stderr counts only where the command
     fails.  A command that cannot be started has exit code 127.
     """
+    import signal
     import subprocess
     import tempfile
-    with tempfile.TemporaryFile() as spare, tempfile.TemporaryFile() as errors:
-        descriptor = spare.fileno() if log_path is None else \
-            os.open(log_path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+    def tail(file, begin: int) -> str:
+        file.seek(max(begin, file.seek(0, os.SEEK_END) - keep_bytes))
+        return file.read().decode("utf-8", "replace")
+
+    log = os.open(log_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600) if log_path else None
+    with open(log, "rb") if log_path else tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+        if log_path:
+            os.write(log, f"$ {argv[-1]}\n".encode("utf-8", "surrogateescape"))
+        begin = out.seek(0, os.SEEK_END)
         try:
-            begin, timed_out = os.lseek(descriptor, 0, os.SEEK_END), False
-            try:
-                process = subprocess.Popen(argv, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=descriptor,
-                                           stderr=errors if quiet else descriptor, start_new_session=True)
-            except (OSError, ValueError) as error:
-                return CommandResult(127, f"cannot run {argv[0]}: {error}", False)
-            try:
-                timed_out = not _ends_within(process, timeout_s)
-            finally:
-                if process.returncode is None:
-                    _stop_group(process)
-            output = _tail(descriptor, begin, keep_bytes)
-            if quiet and process.returncode != 0:
-                output += _tail(errors.fileno(), 0, keep_bytes)
-        finally:
-            if log_path is not None:
-                os.close(descriptor)
-    return CommandResult(process.returncode, output.decode("utf-8", "replace"), timed_out)
-
-
-def _tail(descriptor: int, begin: int, keep_bytes: int) -> bytes:
-    size = os.fstat(descriptor).st_size
-    start = max(begin, size - keep_bytes)
-    return os.pread(descriptor, size - start, start)
-
-
-def _ends_within(process, timeout_s: float | None) -> bool:
-    import select
-    descriptor, poll = os.pidfd_open(process.pid), select.poll()
-    try:
-        poll.register(descriptor, select.POLLIN)
-        ended = bool(poll.poll(None if timeout_s is None else min(timeout_s, 1e6) * 1000))
-    finally:
-        os.close(descriptor)
-    if ended:
-        process.wait()
-    return ended
-
-
-def _stop_group(process) -> None:
-    import signal
-    for number, wait_s in ((signal.SIGTERM, STOP_WAIT_S), (signal.SIGKILL, None)):
-        try:
+            process = subprocess.Popen(argv, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out,
+                                       stderr=errors if quiet else out, start_new_session=True)
+        except (OSError, ValueError) as error:
+            return CommandResult(127, f"cannot run {argv[0]}: {error}", False)
+        timed_out = not _ends_within(process.pid, timeout_s)
+        for number in (signal.SIGTERM, signal.SIGKILL) if timed_out else ():  # a child may ignore the first
             os.killpg(process.pid, number)
-        except ProcessLookupError:
-            pass
-        if process.returncode is None:
-            _ends_within(process, wait_s)
+            _ends_within(process.pid, STOP_WAIT_S)
+        code = process.wait()
+        return CommandResult(code, tail(out, begin) + (tail(errors, 0) if quiet and code else ""), timed_out)
+
+
+def _ends_within(pid: int, timeout_s: float | None) -> bool:
+    """Wait for a child by pidfd, for ``Popen.wait`` with a time limit polls; does not reap it."""
+    import select
+    descriptor, poll = os.pidfd_open(pid), select.poll()
+    poll.register(descriptor, select.POLLIN)
+    ended = bool(poll.poll(None if timeout_s is None else min(timeout_s, 1e6) * 1000))
+    os.close(descriptor)
+    return ended
 
 
 def read_head(path: str, limit: int) -> str:
@@ -4398,305 +4371,57 @@ def _write_text(path: str, text: str) -> None:
     os.replace(path + ".new", path)
 
 
-# -- calling git
-
-
-def clean_git_env(env: dict) -> dict:
+def _clean_git_env(env: dict) -> dict:
     """``env`` without the variables of an outer git (GIT_DIR, GIT_INDEX_FILE ...); identity and transport stay."""
     return {name: value for name, value in env.items() if not name.startswith("GIT_") or name.startswith(GIT_KEPT)}
 
 
-def _config_env(settings: tuple, first: int = 0) -> dict:
+def _config_env(settings: tuple) -> dict:
     """Settings by environment, so that the children of git see them too (git-config(1), GIT_CONFIG_COUNT)."""
-    found = {"GIT_CONFIG_COUNT": str(first + len(settings))}
-    for at, (name, value) in enumerate(settings, first):
-        found |= {f"GIT_CONFIG_KEY_{at}": name, f"GIT_CONFIG_VALUE_{at}": value}
-    return found
+    keys = {f"GIT_CONFIG_KEY_{at}": name for at, (name, _) in enumerate(settings)}
+    values = {f"GIT_CONFIG_VALUE_{at}": value for at, (_, value) in enumerate(settings)}
+    return {"GIT_CONFIG_COUNT": str(len(settings)), **keys, **values}
 
 
-def git(args, *, env: dict, cwd: str | None = None, repo: str | None = None, timeout_s: float = GIT_TIMEOUT_S,
-        settings: tuple = (NO_HOOKS,), log_path: str | None = None) -> CommandResult:
+def git(args, *, env: dict, cwd: str | None = None, repo: str | None = None,
+        settings: tuple = (NO_HOOKS,)) -> CommandResult:
     """Run git in ``cwd``, or on exactly the clone ``repo``; output is stdout, and stderr too where git fails.
 
     With ``repo`` git never looks for a repository further up, so a clone whose .git was destroyed is an error and not
     the repository that the clone happens to lie in.
     """
     at = ["--git-dir", os.path.join(repo, ".git"), "--work-tree", repo] if repo else []
-    environment = {**clean_git_env(env), **_config_env((*GIT_SETTINGS, *settings)), "GIT_TERMINAL_PROMPT": "0",
+    environment = {**_clean_git_env(env), **_config_env((*GIT_SETTINGS, *settings)), "GIT_TERMINAL_PROMPT": "0",
                    "GIT_EDITOR": "true", "GIT_SEQUENCE_EDITOR": "true", "LC_ALL": "C", "LANGUAGE": ""}
-    return run_command(["git", *at, *args], env=environment, cwd=cwd or repo, timeout_s=timeout_s, quiet=True,
-                       keep_bytes=GIT_KEEP_BYTES, log_path=log_path)
+    return run_command(["git", *at, *args], env=environment, cwd=cwd or repo, timeout_s=GIT_TIMEOUT_S, quiet=True,
+                       keep_bytes=GIT_KEEP_BYTES)
 
 
-def _must(result: CommandResult, what: str, reason: str = "sandbox_failed", **data) -> str:
+def _must(result: CommandResult, what: str, reason: str = "sandbox_failed") -> str:
     """The output of a command that succeeded; raises ``SandboxError`` with the end of its output otherwise."""
     if result.exit_code == 0:
         return result.output
     how = "ran out of time" if result.timed_out else f"exit {result.exit_code}"
-    raise SandboxError(f"{what}: {how}\n{result.output[-MESSAGE_TAIL:].strip()}".strip(), reason, output=result.output,
-                       **data)
-
-
-def _identity_env(env: dict, cwd: str) -> dict:
-    """The GIT_AUTHOR_* and GIT_COMMITTER_* variables without which git would refuse to commit in ``cwd``."""
-    known = git(["config", "--get-regexp", r"^(user|author|committer)\.(name|email)$"], env=env, cwd=cwd).output
-    names, found = {line.split(" ", 1)[0] for line in known.splitlines()}, {}
-    for role in ("author", "committer"):
-        for field, value in zip(("name", "email"), FALLBACK_IDENTITY):
-            variable = f"GIT_{role}_{field}".upper()
-            if not env.get(variable) and not {f"user.{field}", f"{role}.{field}"} & names:
-                found[variable] = value
-    return found
+    raise SandboxError(f"{what}: {how}\n{result.output[-MESSAGE_TAIL:].strip()}".strip(), reason, output=result.output)
 
 
 def agent_git_env(env: dict, cwd: str) -> dict:
-    """The GIT_* variables with which ``git commit`` works for an agent in ``cwd``, on any host.
+    """The GIT_* variables with which ``git commit`` works in ``cwd`` on any host.
 
-    An identity where none is configured, no signing, no question at a terminal, and repositories of other users are
-    trusted; nothing that binds git to one repository.  Settings that ``env`` brings along stay.
+    An identity where git knows none and would refuse or guess, no signing, no question at a terminal, and repositories
+    of other users are trusted; nothing that binds git to one repository.
     """
-    count = env.get("GIT_CONFIG_COUNT", "")
-    settings = _config_env(GIT_SETTINGS[:3], int(count) if count.isascii() and count.isdigit() else 0)
-    return {**_identity_env(env, cwd), "GIT_TERMINAL_PROMPT": "0", **settings}
+    known = git(["var", "GIT_COMMITTER_IDENT"], env=env, cwd=cwd, settings=(("user.useConfigOnly", "true"),))
+    identity = {f"GIT_{role}_{field}": env.get(f"GIT_{role}_{field}") or value for role in ("AUTHOR", "COMMITTER")
+                for field, value in FALLBACK_IDENTITY.items() if known.exit_code != 0}
+    return {**identity, "GIT_TERMINAL_PROMPT": "0", **_config_env(GIT_SETTINGS[:3])}
 
 
-def _run_shell(command: str, what: str, reason: str, *, env: dict, cwd: str, timeout_s: float,
-               log_path: str | None, **data) -> None:
+def _run_shell(command: str, what: str, reason: str, *, env: dict, cwd: str, **options) -> None:
     """Run a command of the project's owner; raises ``SandboxError`` with its output's end where it fails."""
-    if log_path:
-        with os.fdopen(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w") as log:
-            log.write(f"$ {command}\n")
-    env = clean_git_env(env)
-    env |= agent_git_env(env, cwd)
-    _must(run_command(["/bin/sh", "-c", command], env=env, cwd=cwd, timeout_s=timeout_s, log_path=log_path),
-          f"{what} failed: {command}", reason, **data)
-
-
-# -- making a sandbox
-
-
-class Sandbox(Record):
-    """A clone: where it is, what it was cloned from, the branch its commits go to, the commit it began with.
-
-    ``start_head`` is empty where the source had no commits; ``note`` says what a person should know.
-    """
-
-    path: str
-    project_dir: str
-    source: str
-    branch: str
-    start_head: str
-    note: str = ""
-
-    @property
-    def workdir(self) -> str:
-        """Where the agent starts: the clone, or the directory in it that ``project_dir`` is of its repository."""
-        found = os.path.normpath(os.path.join(self.path, _read_facts(self.path).get("subdir", "")))
-        return found if found.startswith(self.path + "/") and os.path.isdir(found) else self.path
-
-
-def _read_facts(path: str) -> dict:
-    found = parse_json_or(read_head(os.path.join(path, ".git", "claudomator.json"), FACTS_BYTES), {})
-    return found if isinstance(found, dict) else {}
-
-
-def open_sandbox(path: str) -> Sandbox:
-    """The sandbox at ``path`` as ``create_sandbox`` recorded it; ``SandboxError`` where there is no whole one."""
-    facts = _read_facts(path)
-    if not {"project_dir", "source", "branch", "start_head"} <= facts.keys():
-        raise SandboxError(f"{path} is no sandbox, or one that was not made to its end")
-    return Sandbox(path=path, **{name: facts[name] for name in Sandbox._fields if name != "path" and name in facts})
-
-
-def _is_local(url: str) -> bool:
-    """Whether git takes ``url`` for a path (git-clone(1): a colon before the first slash is the ssh form)."""
-    return url.startswith("file://") or bool(url) and "://" not in url and ":" not in url.split("/", 1)[0] \
-        and not url.startswith("~")
-
-
-def _repository_top(project_dir: str, env: dict) -> str | None:
-    """The working tree (or bare repository) that ``project_dir`` belongs to, or ``None``.
-
-    A directory in which another repository tracks nothing (an ignored one, or any below a home directory kept in git)
-    does not belong to that repository.
-    """
-    result = git(["rev-parse", "--is-bare-repository", "--show-cdup"], env=env, cwd=project_dir)
-    if result.exit_code != 0:
-        if "not a git repository" in result.output and not os.path.lexists(os.path.join(project_dir, ".git")):
-            return None
-        _must(result, f"git cannot read the repository of {project_dir}")
-    bare, _, up = result.output.partition("\n")
-    if bare == "true" or not up.strip():
-        return project_dir
-    if not git(["ls-files", "-z", "--", "."], env=env, cwd=project_dir).output:
-        return None
-    return os.path.realpath(os.path.join(project_dir, up.strip()))
-
-
-def clone_source(project_dir: str, env: dict) -> str:
-    """What to clone for a project: its remote ``local``, else ``origin``, where that is local, else the project.
-
-    A remote on the network is never cloned from: its credentials and its speed are not the task's business.
-    """
-    top = os.path.realpath(project_dir)
-    return _source_of(_repository_top(top, env) or top, env)
-
-
-def _source_of(top: str, env: dict) -> str:
-    text = git(["remote", "--verbose"], env=env, cwd=top).output  # lines: name, a tab, URL, " (fetch)" or " (push)"
-    lines = [line.rpartition(" (fetch)")[0].split("\t", 1) for line in text.splitlines() if " (fetch)" in line]
-    for name, url in sorted(lines, key=lambda line: line[0]):
-        if name in ("local", "origin") and _is_local(url):
-            return url if url.startswith("file://") else os.path.realpath(os.path.join(top, url))
-    return top
-
-
-def create_sandbox(project_dir: str, path: str, *, env: dict, setup: str = "", timeout_s: float = 600.0,
-                   log_path: str | None = None, source: str = "") -> Sandbox:
-    """Clone a project into ``path`` and prepare it; what an earlier, interrupted call left there is removed first.
-
-    ``setup`` is a shell command, run in the clone.  ``source`` names what to clone instead of asking the project (a
-    network URL is allowed here).  Raises ``SandboxError`` (``sandbox_failed``).
-    """
-    path, top, subdir = os.path.abspath(path), "", ""
-    root = os.path.dirname(path)
-    os.makedirs(root, mode=0o700, exist_ok=True)
-    if not source:
-        if not os.path.isabs(project_dir) or not os.path.isdir(project_dir):
-            raise SandboxError(f"project_dir {project_dir!r} is not the full path of a directory that exists")
-        project_dir = os.path.realpath(project_dir)
-        top = _project_repository(project_dir, path, env, timeout_s)
-        source, subdir = _source_of(top, env), os.path.relpath(project_dir, top)
-    remove_sandbox(path, root)
-    _clone(source, path, env, timeout_s)
-    branch, start_head, note = _settle_branch(path, top, env)
-    _update_submodules(path, top if source == top else "", env, timeout_s)
-    sandbox = Sandbox(path, project_dir, source, branch, start_head, note)
-    os.makedirs(os.path.join(path, subdir), exist_ok=True)
-    if setup:
-        _run_shell(setup, "setup", "sandbox_failed", env=env, cwd=path, timeout_s=timeout_s, log_path=log_path)
-    # Written last: a clone without it was never handed out.
-    _write_text(os.path.join(path, ".git", "claudomator.json"), format_json({**sandbox.__dict__, "subdir": subdir}))
-    return sandbox
-
-
-def _project_repository(project_dir: str, path: str, env: dict, timeout_s: float) -> str:
-    """The top of the project's repository; a directory that has none becomes one, with a first commit.
-
-    The marker is there before the repository and goes after its commit, so that the next task mends a killed attempt.
-    """
-    git_dir, root = os.path.join(project_dir, ".git"), os.path.realpath(os.path.dirname(path))
-    marker = os.path.join(git_dir, "claudomator-init")
-    lock = _acquire_lock(path, project_dir, lambda: None)  # two tasks may find the same plain directory
-    try:
-        top = None if os.path.exists(marker) else _repository_top(project_dir, env)
-        if top is not None:
-            return top
-        if f"{root}/".startswith(project_dir.rstrip("/") + "/"):
-            raise SandboxError(f"{project_dir} is no git repository and is not made one, for it contains {root}")
-        os.makedirs(git_dir, exist_ok=True)
-        with open(marker, "w"):
-            pass
-        _remove_stale_locks(git_dir)
-        _must(git(["init", "--quiet"], env=env, cwd=project_dir), f"git init {project_dir}")
-        _stage_all(project_dir, env, timeout_s)
-        _commit(project_dir, INITIAL_SUBJECT, env, timeout_s)
-        os.unlink(marker)
-        return project_dir
-    except OSError as error:
-        raise SandboxError(f"cannot make {project_dir} a git repository: {error.strerror}") from error
-    finally:
-        os.close(lock)
-
-
-def _clone(source: str, path: str, env: dict, timeout_s: float) -> None:
-    local = ("--upload-pack", UPLOAD_PACK, "-c", f"remote.origin.uploadpack={UPLOAD_PACK}", "-c",
-             f"remote.origin.receivepack={RECEIVE_PACK}") if _is_local(source) else ()
-    # Copying files is fast but fails where somebody pushes to the source meanwhile; the second way does not.
-    for way in ("--no-hardlinks", "--no-local"):
-        result = git(["clone", "--quiet", way, "--origin", "origin", *local, "--", source, path], env=env,
-                     cwd=os.path.dirname(path), timeout_s=timeout_s)
-        if result.exit_code == 0 or result.timed_out:
-            break
-        remove_sandbox(path, os.path.dirname(path))
-    _must(result, f"git clone of {source} failed")
-
-
-def _settle_branch(path: str, top: str, env: dict) -> tuple[str, str, str]:
-    """(branch to push to, commit to start from, note); leaves the clone on a branch."""
-    branch = git(["symbolic-ref", "--quiet", "--short", "HEAD"], env=env, repo=path).output.strip()
-    start_head = _head(path, env)
-    if not branch:
-        branch = fallback_branch(path)
-        _must(git(["checkout", "--quiet", "-b", branch], env=env, repo=path), f"git checkout -b {branch}")
-        return branch, start_head, f"HEAD is detached at {start_head[:10]} in the project; commits go to {branch}"
-    heads = [] if start_head else git(["for-each-ref", "--format=%(refname:lstrip=3)", "refs/remotes/origin"], env=env,
-                                      repo=path).output.split()
-    if not heads:
-        return branch, start_head, ""
-    # The source's HEAD names a branch that nobody ever pushed (a bare repository made with another default).
-    current = git(["symbolic-ref", "--quiet", "--short", "HEAD"], env=env, cwd=top).output.strip() if top else ""
-    if current not in heads and len(heads) > 1:
-        raise SandboxError(f"the HEAD of the clone's source names {branch}, which does not exist; its branches are "
-                           f"{', '.join(heads)}. Point it to one: git symbolic-ref HEAD refs/heads/NAME")
-    branch = current if current in heads else heads[0]
-    _must(git(["checkout", "--quiet", branch, "--"], env=env, repo=path), f"git checkout {branch}")
-    return branch, _head(path, env), ""
-
-
-def fallback_branch(path: str) -> str:
-    """The branch for commits that cannot go to the branch they were made for; one per sandbox."""
-    name = os.path.basename(path)
-    return "claudomator/" + "".join(c if c.isascii() and c.isalnum() or c in "-_" else "-" for c in name)
-
-
-def _update_submodules(path: str, project: str, env: dict, timeout_s: float) -> None:
-    """Fill the submodules.  ``project``: read their URLs there, for a relative one means the project's own remote."""
-    if not os.path.exists(os.path.join(path, ".gitmodules")):
-        return
-    if project:
-        known = git(["config", "--local", "-z", "--get-regexp", r"^submodule\..*\.url$"], env=env, cwd=project).output
-        for entry in filter(None, known.split("\0")):
-            name, _, url = entry.partition("\n")
-            _must(git(["config", name, url], env=env, repo=path), f"git config {name}")
-    import tempfile
-    command = ["submodule", "--quiet", "update", "--init", "--recursive"]
-    result = git(command, env=env, repo=path, timeout_s=timeout_s)
-    if result.exit_code != 0 and "dubious ownership" in result.output:
-        user = env.get("GIT_CONFIG_GLOBAL") or "~/.gitconfig"
-        with tempfile.NamedTemporaryFile("w") as file:  # the one place that git's own children read settings from
-            file.write(f'[include]\n\tpath = "{user}"\n[safe]\n\tdirectory = *\n')
-            file.flush()
-            result = git(command, env={**env, "GIT_CONFIG_GLOBAL": file.name}, repo=path, timeout_s=timeout_s)
-    _must(result, "git submodule update failed")
-
-
-def _acquire_lock(path: str, key: str, waiting: Callable) -> int:
-    """Lock ``key`` among the sandboxes beside ``path``; the lock is held until the returned descriptor is closed.
-
-    ``waiting`` is called now and then and may raise to give up.  A killed process lets go by itself, and every
-    command that runs under a lock has a time limit, so waiting has none.
-    """
-    import fcntl
-    import hashlib
-    name = ".lock-" + hashlib.sha256(os.fsencode(key)).hexdigest()[:16]
-    descriptor, pause_s = os.open(os.path.join(os.path.dirname(path), name), os.O_RDWR | os.O_CREAT, 0o600), 0.005
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-        except BlockingIOError:
-            pass
-        try:
-            waiting()
-            time.sleep(pause_s)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        pause_s = min(pause_s * 2, 0.25)
-
-
-# -- looking into a sandbox
+    env = _clean_git_env(env)
+    _must(run_command(["/bin/sh", "-c", command], env={**env, **agent_git_env(env, cwd)}, cwd=cwd, **options),
+          f"{what} failed: {command}", reason)
 
 
 def _head(repo: str, env: dict, name: str = "HEAD") -> str:
@@ -4705,105 +4430,271 @@ def _head(repo: str, env: dict, name: str = "HEAD") -> str:
     return result.output.strip() if result.exit_code == 0 else ""
 
 
-def _known_commits(sandbox: Sandbox) -> list[str]:
-    """The commits that were there without this task: the start, what its work was rebased on, what the agent pulled.
+def _branch(env: dict, **where) -> str:
+    """The branch that HEAD names, whether it has commits or not; empty where HEAD is detached."""
+    return git(["symbolic-ref", "--quiet", "--short", "HEAD"], env=env, **where).output.strip()
 
-    What the agent pushed itself is its own work; only the reflog of the tracking branch can tell the two apart
-    (one line each: old, new, who, when, a tab, how; gitformat-reflog).
+
+def _stage_all(repo: str, env: dict) -> list[str]:
+    """``git add --all``, except repositories inside this one, of which git would store no content; returns those."""
+    status = _must(git(["status", "--porcelain", "-z", "--untracked-files=all"], env=env, repo=repo),
+                   f"git status in {repo} failed").split("\0")
+    conflicts = [entry[3:] for entry in status if entry.startswith(UNMERGED)]
+    if conflicts:
+        raise SandboxError(f"unresolved conflicts in {', '.join(conflicts)} of {repo}")
+    nested = [entry[3:-1] for entry in status if entry.startswith("?? ") and entry.endswith("/")]
+    _must(git(["add", "--all", "--", ":/", *(f":(top,exclude,literal){name}" for name in nested)], env=env, repo=repo),
+          f"git add in {repo} failed")
+    return nested
+
+
+def _commit(repo: str, subject: str, env: dict) -> None:
+    env = {**env, **agent_git_env(env, repo)}
+    _must(git(["commit", "--quiet", "--allow-empty", "-m", subject], env=env, repo=repo), f"git commit in {repo}")
+
+
+def _remove_stale_locks(git_dir: str) -> None:
+    """Remove what a killed git left; the caller knows that no git runs there."""
+    import glob
+    for name in glob.glob(os.path.join(glob.escape(git_dir), "**", "*.lock"), recursive=True):
+        os.unlink(name)
+
+
+def _acquire_lock(path: str, key: str, waiting: Callable) -> Any:
+    """Lock ``key`` among the sandboxes beside ``path`` until the returned file is closed (or its process is killed).
+
+    ``waiting`` is called now and then and may raise to give up; all that runs under a lock has a time limit.
     """
-    git_dir, known = os.path.join(sandbox.path, ".git"), [sandbox.start_head]
-    for name in ("claudomator-base", f"logs/refs/remotes/origin/{sandbox.branch}"):
+    import fcntl
+    import hashlib
+    name = ".lock-" + hashlib.sha256(os.fsencode(key)).hexdigest()[:16]
+    file = open(os.path.join(os.path.dirname(path), name), "a")
+    while True:
         try:
-            with open(os.path.join(git_dir, name), encoding="utf-8", errors="replace") as file:
-                words = [line.split() for line in file if "\tupdate by push" not in line]
-        except OSError:
-            continue
-        known += [line[1] if len(line) > 1 else line[0] for line in words if line]
-    return list(dict.fromkeys(filter(None, known)))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            waiting()
+            time.sleep(0.05)
 
 
-def _nearest(sandbox: Sandbox, env: dict) -> str:
-    """The known commit from which the fewest commits lead to HEAD, the first of equals; "" where none is known."""
-    known = _known_commits(sandbox)
-    if len(known) < 2:
-        return "".join(known)
-    counts = [git(["rev-list", "--count", f"{commit}..HEAD", "--"], env=env, repo=sandbox.path) for commit in known]
-    return min(zip(known, counts), key=lambda pair: int(pair[1].output) if pair[1].exit_code == 0 else 1 << 30)[0]
+class Sandbox(Record):
+    """A clone: where it is, what it was cloned from, the branch its commits go to, the commit it began with.
+
+    ``start_head`` is empty where the source had no commits, ``workdir`` is where the agent starts: the directory that
+    ``project_dir`` is of its repository; ``note`` says what a person should know.
+    """
 
 
-def _empty_tree(env: dict, **where) -> str:
-    return git(["hash-object", "-t", "tree", "/dev/null"], env=env, **where).output.strip()
+    path: str
+    source: str
+    branch: str
+    start_head: str
+    workdir: str
+    note: str
+
+
+def open_sandbox(path: str) -> Sandbox:
+    """The sandbox at ``path`` as ``create_sandbox`` recorded it; ``SandboxError`` where there is no whole one."""
+    facts = parse_json_or(read_head(os.path.join(path, ".git", "claudomator.json"), FACTS_BYTES), None)
+    try:
+        return Sandbox(**{**facts, "path": path})
+    except TypeError:
+        raise SandboxError(f"{path} is no sandbox, or one that was not made to its end") from None
+
+
+def _is_local(url: str) -> bool:
+    """Whether git takes ``url`` for a path (git-clone(1): a colon before the first slash is the ssh form)."""
+    return url.startswith("file://") or "://" not in url and ":" not in url.split("/")[0] and url[:1] not in ("", "~")
+
+
+def clone_source(top: str, env: dict) -> str:
+    """What to clone for the repository ``top``: its remote ``local``, else ``origin``, where that is local, else it.
+
+    A remote on the network is never cloned from: its credentials and its speed are not the task's business.
+    """
+    for name in ("local", "origin"):
+        found = git(["remote", "get-url", name], env=env, cwd=top)
+        url = found.output.strip()
+        if found.exit_code == 0 and _is_local(url):
+            return url if url.startswith("file://") else os.path.realpath(os.path.join(top, url))
+    return top
+
+
+def create_sandbox(project_dir: str, path: str, *, env: dict, setup: str = "", timeout_s: float = 600.0,
+                   log_path: str | None = None) -> Sandbox:
+    """Clone a project into ``path`` and prepare it; what an earlier, interrupted call left there is removed first.
+
+    ``setup`` is a shell command, run in the clone.  Raises ``SandboxError`` (``sandbox_failed``).
+    """
+    if not os.path.isabs(project_dir) or not os.path.isdir(project_dir):
+        raise SandboxError(f"project_dir {project_dir!r} is not the full path of a directory that exists")
+    path, project_dir = os.path.abspath(path), os.path.realpath(project_dir)
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    with _acquire_lock(path, project_dir, lambda: None):  # two tasks may find the same plain directory
+        top = _project_repository(project_dir, os.path.dirname(path), env)
+    source = clone_source(top, env)
+    _clone(source, path, env)
+    branch, start_head, note = _settle_branch(path, top, env)
+    _update_submodules(path, top if source == top else "", env)
+    if setup:
+        _run_shell(setup, "setup", "sandbox_failed", env=env, cwd=path, timeout_s=timeout_s, log_path=log_path)
+    workdir = os.path.normpath(os.path.join(path, os.path.relpath(project_dir, top)))
+    sandbox = Sandbox(path, source, branch, start_head, workdir if os.path.isdir(workdir) else path, note)
+    # Written last: a clone without it was never handed out.
+    _write_text(os.path.join(path, ".git", "claudomator.json"), format_json(sandbox.__dict__))
+    return sandbox
+
+
+def _project_repository(project_dir: str, root: str, env: dict) -> str:
+    """The top of the repository (its working tree, or a bare one) that the project is in.
+
+    A directory that has none, or in which the one around it tracks nothing, becomes one, with a first commit.  The
+    marker is there before the repository and goes after the commit, so that the next task mends a killed attempt.
+    """
+    git_dir = os.path.join(project_dir, ".git")
+    marker = os.path.join(git_dir, "claudomator-init")
+    result = git(["rev-parse", "--show-cdup"], env=env, cwd=project_dir)  # empty at the top and in a bare repository
+    up = result.output.strip()
+    if result.exit_code == 0 and not os.path.exists(marker):
+        if not up or git(["ls-files", "-z", "--", "."], env=env, cwd=project_dir).output:
+            return os.path.realpath(os.path.join(project_dir, up))
+    elif "not a git repository" not in up or os.path.lexists(git_dir) and not os.path.exists(marker):
+        _must(result, f"git cannot read the repository of {project_dir}")
+    if f"{os.path.realpath(root)}/".startswith(project_dir.rstrip("/") + "/"):
+        raise SandboxError(f"{project_dir} is no git repository and is not made one, for it contains {root}")
+    os.makedirs(git_dir, exist_ok=True)
+    _write_text(marker, "")
+    _remove_stale_locks(git_dir)
+    _must(git(["init", "--quiet"], env=env, cwd=project_dir), f"git init {project_dir}")
+    _stage_all(project_dir, env)
+    _commit(project_dir, "chore: initial commit", env)
+    os.unlink(marker)
+    return project_dir
+
+
+def _clone(source: str, path: str, env: dict) -> None:
+    local = ("--upload-pack", UPLOAD_PACK, "-c", f"remote.origin.uploadpack={UPLOAD_PACK}", "-c",
+             f"remote.origin.receivepack={RECEIVE_PACK}") if _is_local(source) else ()
+    # Copying files is fast but fails where somebody pushes to the source meanwhile; the second way does not.
+    for way in ("--no-hardlinks", "--no-local"):
+        remove_sandbox(path, os.path.dirname(path))
+        result = git(["clone", "--quiet", way, "--origin", "origin", *local, "--", source, path], env=env, cwd="/")
+        if result.exit_code == 0:
+            return
+    _must(result, f"git clone of {source} failed")
+
+
+def _settle_branch(path: str, top: str, env: dict) -> tuple[str, str, str]:
+    """(branch to push to, commit to start from, note); leaves the clone on a branch."""
+    branch, start_head = _branch(env, repo=path), _head(path, env)
+    if not branch:
+        branch = f"claudomator/{os.path.basename(path)}"
+        _must(git(["checkout", "--quiet", "-b", branch], env=env, repo=path), f"git checkout -b {branch}")
+        return branch, start_head, f"HEAD is detached at {start_head[:10]} in the project; commits go to {branch}"
+    heads = [] if start_head else git(["for-each-ref", "--format=%(refname:lstrip=3)", "refs/remotes/origin"], env=env,
+                                      repo=path).output.split()
+    if heads:  # HEAD names a branch that nobody ever pushed: a bare repository made with another default
+        missing, branch = branch, _branch(env, cwd=top)
+        if branch not in heads:
+            raise SandboxError(f"HEAD of the clone's source names {missing}, which does not exist; its branches are "
+                               f"{', '.join(heads)}. Point it to one: git symbolic-ref HEAD refs/heads/NAME")
+        _must(git(["checkout", "--quiet", branch, "--"], env=env, repo=path), f"git checkout {branch}")
+    return branch, _head(path, env), ""
+
+
+def _update_submodules(path: str, project: str, env: dict) -> None:
+    """Fill the submodules.  ``project``: read their URLs there, for a relative one means the project's own remote."""
+    if not os.path.exists(os.path.join(path, ".gitmodules")):
+        return
+    known = project and git(["config", "--local", "-z", "--get-regexp", r"^submodule\..*\.url$"], env=env,
+                            cwd=project).output
+    for entry in filter(None, known.split("\0")):
+        _must(git(["config", *entry.split("\n", 1)], env=env, repo=path), f"git config {entry}")
+    _must(git(["submodule", "--quiet", "update", "--init", "--recursive"], env=env, repo=path), "git submodule update")
+
+
+def remove_sandbox(path: str, root: str) -> None:
+    """Delete the tree ``path``, which must lie below ``root``; nothing there is fine.
+
+    Read-only directories (Go's module cache) are opened first; a symbolic link is removed, never followed.
+    Raises ``SandboxError`` for a path outside ``root`` or a tree that cannot be deleted.
+    """
+    import shutil
+    path = os.path.abspath(path)
+    if not (os.path.realpath(os.path.dirname(path)) + "/").startswith(os.path.realpath(root).rstrip("/") + "/"):
+        raise SandboxError(f"{path} is not below {root} and will not be removed")
+    try:
+        if os.path.islink(path) or os.path.isfile(path):
+            os.unlink(path)
+        elif os.path.isdir(path):
+            shutil.rmtree(path, ignore_errors=True)
+            if os.path.isdir(path):
+                run_command(["chmod", "-R", "u+rwX", path], env=dict(os.environ))
+                shutil.rmtree(path)
+    except OSError as error:
+        raise SandboxError(f"cannot remove {path}: {error}") from error
+
+
+def _base(sandbox: Sandbox, env: dict) -> str:
+    """The commit after which the task's own work begins; empty in a repository that began empty.
+
+    Of the start, what the work was last rebased on and what the agent pulled, the first from which the fewest commits
+    lead to HEAD.  What the agent pushed itself is its own: only the log of the tracking branch tells that apart.
+    """
+    log = git(["log", "--walk-reflogs", "--format=%H %gs", f"refs/remotes/origin/{sandbox.branch}", "--"], env=env,
+              repo=sandbox.path)
+    known = [sandbox.start_head, read_head(os.path.join(sandbox.path, ".git", "claudomator-base"), FACTS_BYTES),
+             *(line.split(" ", 1)[0] for line in log.output.splitlines()
+               if log.exit_code == 0 and not line.endswith("update by push"))]
+    known = list(filter(None, dict.fromkeys(known)))
+    best, least = known[0] if known else "", 1 << 30
+    for commit in known if len(known) > 1 else ():
+        count = git(["rev-list", "--count", f"{commit}..HEAD", "--"], env=env, repo=sandbox.path)
+        if count.exit_code == 0 and int(count.output) < least:
+            best, least = commit, int(count.output)
+    return best
 
 
 def new_commits(sandbox: Sandbox, env: dict) -> list[dict]:
-    """``[{hash, message}]`` of what HEAD has and the start had not, oldest first; others' commits do not count.
-
-    It is a question of reachability, so an agent may have switched branches, amended, rebased, merged or pulled.
-    """
-    result = git(["log", "-z", "--reverse", "--topo-order", "--encoding=UTF-8", "--format=%H %s", "HEAD", "--not",
-                  *_known_commits(sandbox), "--"], env=env, repo=sandbox.path)
-    if result.exit_code != 0 and not sandbox.start_head and not _head(sandbox.path, env):
+    """``[{hash, message}]`` of the task's own work that HEAD has, oldest first, however the agent got it there."""
+    base = _base(sandbox, env)
+    if not base and not _head(sandbox.path, env):
         return []
-    text = _must(result, f"git log in {sandbox.path} failed", sandbox=sandbox.path)
+    text = _must(git(["log", "-z", "--reverse", "--topo-order", "--encoding=UTF-8", "--format=%H %s",
+                      f"{base}..HEAD" if base else "HEAD", "--"], env=env, repo=sandbox.path),
+                 f"git log in {sandbox.path} failed")
     return [dict(zip(("hash", "message"), entry.split(" ", 1))) for entry in text.split("\0") if entry]
-
-
-def changestats(sandbox: Sandbox, env: dict) -> dict | None:
-    """``{files_changed, insertions, deletions}`` of the new commits, or ``None`` where they change nothing.
-
-    A binary file counts as a file and no lines; a renamed one as one file.
-    """
-    base = _nearest(sandbox, env) or _empty_tree(env, repo=sandbox.path)
-    text = git(["diff", "--numstat", *DIFF_OPTIONS, base, "HEAD", "--"], env=env, repo=sandbox.path).output
-    rows = [line.split("\t") for line in text.splitlines() if "\t" in line]
-    added, deleted = (sum(int(row[column]) for row in rows if row[column] != "-") for column in (0, 1))
-    return {"files_changed": len(rows), "insertions": added, "deletions": deleted} if rows else None
 
 
 def _diff(args: list[str], max_bytes: int, env: dict, **where) -> str:
     """The beginning of a diff, from a file: it may be far longer than what is wanted of it."""
     import tempfile
     with tempfile.NamedTemporaryFile() as file:
-        _must(git(["diff", *DIFF_OPTIONS, *args, "--"], env=env, log_path=file.name, **where), "git diff failed")
+        _must(git([args[0], f"--output={file.name}", *DIFF_OPTIONS, *args[1:], "--"], env=env, **where), "no diff")
         text, size = file.read(max_bytes).decode("utf-8", "replace"), os.fstat(file.fileno()).st_size
     return text if size <= max_bytes else f"{text}\n... {size - max_bytes} more bytes\n"
 
 
-def sandbox_diff(sandbox: Sandbox | str, start_head: str, env: dict, max_bytes: int = 1 << 20) -> str:
-    """What was changed in a sandbox (or its path) since it began, uncommitted changes to known files included."""
-    if isinstance(sandbox, str):
-        sandbox = Sandbox(sandbox, "", "", _read_facts(sandbox).get("branch", ""), start_head)
-    base = _nearest(sandbox, env) or _empty_tree(env, repo=sandbox.path)
-    return _diff([base], max_bytes, env, repo=sandbox.path)
+def sandbox_diff(path: str, env: dict, max_bytes: int = 1 << 20) -> str:
+    """What was changed in a sandbox since it began, uncommitted changes to known files included."""
+    return _diff(["diff", _base(open_sandbox(path), env) or EMPTY_TREE], max_bytes, env, repo=path)
 
 
 def commits_diff(project_dir: str, source: str, hashes: list[str], env: dict, max_bytes: int = 1 << 20) -> str:
-    """The diff of pushed commits (oldest first), read where they went to or in the project; ``NotFound`` without."""
-    for place in (source.removeprefix("file://"), project_dir):
-        if not hashes or not os.path.isdir(place):
-            continue
-        if git(["cat-file", "-e", hashes[-1]], env=env, cwd=place).exit_code == 0:
-            before = git(["rev-parse", "--quiet", "--verify", f"{hashes[0]}^"], env=env, cwd=place)
-            base = before.output.strip() if before.exit_code == 0 else _empty_tree(env, cwd=place)
-            return _diff([base, hashes[-1]], max_bytes, env, cwd=place)
-    raise NotFound(f"the commits are in {source or 'no source'} and {project_dir or 'no project'} no more")
+    """Pushed commits with their diffs, from where they went to or else the project; ``SandboxError`` without them."""
+    place = source.removeprefix("file://")
+    return _diff(["show", *hashes], max_bytes, env, cwd=place if os.path.isdir(place) else project_dir)
 
 
 def sandbox_summary(path: str, env: dict) -> dict:
-    """``{branch, ahead, dirty}`` for a list: the agent's branch, its new commits, whether anything is uncommitted.
-
-    Each is ``None`` where ``path`` is no whole sandbox (any more).
-    """
+    """``{branch, ahead, dirty}`` of the agent's work; each ``None`` where ``path`` is no whole sandbox (any more)."""
     try:
         commits = new_commits(open_sandbox(path), env)
-        branch = git(["symbolic-ref", "--quiet", "--short", "HEAD"], env=env, repo=path).output.strip()
         status = _must(git(["status", "--porcelain", "--untracked-files=normal"], env=env, repo=path), "git status")
     except SandboxError:
         return {"branch": None, "ahead": None, "dirty": None}
-    return {"branch": branch or "(detached)", "ahead": len(commits), "dirty": bool(status)}
-
-
-# -- the end of a success
+    return {"branch": _branch(env, repo=path) or "(detached)", "ahead": len(commits), "dirty": bool(status)}
 
 
 class SandboxResult(Record):
@@ -4821,31 +4712,33 @@ def finish_sandbox(sandbox: Sandbox, *, env: dict, build: str = "", verify: str 
                    on_step: Callable | None = None) -> SandboxResult:
     """Commit what the agent left, build, verify, record and push.  The sandbox stays; the caller removes it.
 
-    ``env``: the environment of build, verify and git; its execution mark tells a repeated call from another run.
-    ``attempts``: how often to rebase after somebody else's push, with a random pause around ``pause_s`` between.
+    ``env`` is that of build, verify and git; its execution mark tells a repeated call from another run.  ``attempts``:
+    how often to push when others come first, with a random pause of about ``pause_s`` between.
     ``on_step(name)`` is called before each step (commit, build, verify, push, rebase) and while it waits for another
     task (waiting); what it raises stops the work.  Nothing else may run in the sandbox by now.
 
-    Raises ``SandboxError`` (``data``: ``output``, ``sandbox``): ``build_failed``, ``verify_failed``, ``push_failed``,
-    or ``sandbox_failed`` for a clone that cannot be judged.  The sandbox is kept, and can be finished again.
+    Raises ``SandboxError``: ``build_failed``, ``verify_failed`` (``data["output"]``: what the command printed),
+    ``push_failed``, or ``sandbox_failed`` for a clone that cannot be judged.  It can be called again then.
     """
-    work = _Finish(sandbox, env, build, verify, timeout_s, log_path, on_step)
+    def shell(command: str, what: str, directory: str) -> None:
+        if command:
+            step(what)
+            _run_shell(command, what, f"{what}_failed", env=env, cwd=directory, timeout_s=timeout_s, log_path=log_path)
+
+    step = on_step or (lambda name: None)
+    work = _Finish(sandbox, env, step, lambda: shell(verify, "verify", sandbox.workdir))
     try:
         work.recover()
-        work.commit_leftovers()
-        work.shell(verify, "verify", "verify_failed", work.workdir)
-        commits = new_commits(sandbox, env)
-        stray = work.stray_work(bool(commits))
-        if not commits:
-            return SandboxResult([], None, "", False, "")
-        branch = work.push(attempts, pause_s)
-        rebased = os.path.exists(work.base_file)
-        commits = new_commits(sandbox, env) if rebased else commits
-        if not commits:
-            return SandboxResult([], None, "", rebased, f"everything was already in {branch}")
-        beside = f"{sandbox.branch} is checked out in {sandbox.source}, so the commits went to {branch} there"
-        notes = (sandbox.note, stray, *work.notes, beside if branch != sandbox.branch else "")
-        return SandboxResult(commits, changestats(sandbox, env), branch, rebased, "; ".join(filter(None, notes)))
+        if work.stage():
+            shell(*(build, "build", sandbox.workdir) if build else find_build(sandbox.workdir, sandbox.path, env))
+            _commit(sandbox.path, AUTOCOMMIT_SUBJECT, env)
+        work.verify()
+        branch = work.push(attempts, pause_s) if work.has_commits() else ""
+        commits, rebased = new_commits(sandbox, env), os.path.exists(work.base_file)
+        if branch and not commits:
+            work.notes, branch = [f"everything was already in {branch}"], ""
+        size = work.git("diff", "--shortstat", *DIFF_OPTIONS, _base(sandbox, env) or EMPTY_TREE, "HEAD", "--").output
+        return SandboxResult(commits, parse_changestats(size), branch, rebased, "; ".join(filter(None, work.notes)))
     except BaseException:
         if os.path.isdir(work.git_dir):  # the agent may go on here: what it leaves then is to be committed then
             _write_text(work.commit_marker, "")
@@ -4855,232 +4748,124 @@ def finish_sandbox(sandbox: Sandbox, *, env: dict, build: str = "", verify: str 
 class _Finish:
     """The steps of ``finish_sandbox``; each finds out for itself what an earlier, killed call has done."""
 
-    def __init__(self, sandbox: Sandbox, env: dict, build: str, verify: str, timeout_s: float, log_path: str | None,
-                 on_step: Callable | None):
-        self.sandbox, self.env, self.build, self.verify = sandbox, env, build, verify
-        self.timeout_s, self.log_path, self.step = timeout_s, log_path, on_step or (lambda name: None)
-        self.path, self.git_dir, self.workdir = sandbox.path, os.path.join(sandbox.path, ".git"), sandbox.workdir
+    def __init__(self, sandbox: Sandbox, env: dict, step: Callable, verify: Callable):
+        self.sandbox, self.env, self.step, self.verify = sandbox, env, step, verify
+        self.path, self.git_dir, self.notes = sandbox.path, os.path.join(sandbox.path, ".git"), [sandbox.note]
         self.commit_marker = os.path.join(self.git_dir, "claudomator-commit")
         self.rebase_marker = os.path.join(self.git_dir, "claudomator-rebase")
         self.base_file = os.path.join(self.git_dir, "claudomator-base")  # what the work was last rebased on
-        self.notes: list[str] = []
 
     def git(self, *args: str, **options) -> CommandResult:
-        return git(args, env=self.env, repo=self.path, timeout_s=self.timeout_s, **options)
-
-    def refuse(self, message: str, reason: str = "sandbox_failed") -> None:
-        raise SandboxError(f"{message}; the sandbox is kept at {self.path}", reason, sandbox=self.path)
+        return git(args, env=self.env, repo=self.path, **options)
 
     def recover(self) -> None:
         """Undo what a killed call left half done; refuse what the agent left half done."""
         if not os.path.isdir(self.git_dir):
-            self.refuse("it is no git repository any more")
+            raise SandboxError(f"{self.path} is no git repository any more")
         _remove_stale_locks(self.git_dir)
         if os.path.exists(self.rebase_marker):
             self.undo_rebase()
-        for name, operation in UNFINISHED.items():
+        for name in ("rebase-merge", "rebase-apply", "MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD"):
             if os.path.exists(os.path.join(self.git_dir, name)):
-                self.refuse(f"the agent left a {operation} unfinished")
+                raise SandboxError(f"the agent left a rebase, merge or cherry-pick unfinished ({name}) in {self.path}")
 
-    def commit_leftovers(self) -> None:
-        """Autocommit, if the build passes.  The marker means that the agent's changes are in the index or in HEAD, so
-        that what build and verify write into the tree is not taken for its work."""
+    def stage(self) -> bool:
+        """Whether there is anything to autocommit.  The marker means that the agent's changes are in the index or in
+        HEAD, so that what build and verify write into the tree is not taken for its work."""
         mark = self.env.get(MARK, "") + "\n"
         if read_head(self.commit_marker, FACTS_BYTES) != mark:
             self.step("commit")
-            skipped = _stage_all(self.path, self.env, self.timeout_s)
-            if skipped:
-                self.notes.append(f"not committed, being repositories of their own: {', '.join(skipped)}")
-            has_submodules = os.path.exists(os.path.join(self.path, ".gitmodules"))
-            inside = has_submodules and self.git("diff", "--name-only", "--ignore-submodules=untracked").output
+            skipped = _stage_all(self.path, self.env)
+            self.notes += [f"not committed, being a repository of its own: {name}" for name in skipped]
+            inside = self.git("diff", "--name-only", "--ignore-submodules=untracked").output.splitlines()
             if inside:
-                self.refuse(f"uncommitted changes inside submodules ({', '.join(inside.splitlines())}) must be "
-                            "committed and pushed there", "push_failed")
+                raise SandboxError(f"uncommitted changes inside submodules ({', '.join(inside)}) must be committed "
+                                   "and pushed there", "push_failed")
             _write_text(self.commit_marker, mark)
-        if self.git("diff", "--cached", "--quiet", "--no-ext-diff", "--ignore-submodules=none").exit_code == 0:
-            return
-        named = (self.build, self.workdir) if self.build else find_build(self.workdir, self.path, self.env)
-        self.shell(named[0], "build", "build_failed", named[1])
-        _commit(self.path, AUTOCOMMIT_SUBJECT, self.env, self.timeout_s)
+        return self.git("diff", "--cached", "--quiet", "--no-ext-diff", "--ignore-submodules=none").exit_code != 0
 
-    def shell(self, command: str, what: str, reason: str, directory: str) -> None:
-        if command:
-            self.step(what)
-            _run_shell(command, what, reason, env=self.env, cwd=directory, timeout_s=self.timeout_s,
-                       log_path=self.log_path, sandbox=self.path)
-
-    def stray_work(self, has_commits: bool) -> str:
-        """A note on commits that only other branches (or the stash) have; an error where they are all there is."""
-        known = [*_known_commits(self.sandbox), *(["HEAD"] if has_commits or self.sandbox.start_head else [])]
-        refs = self.git("for-each-ref", "--format=%(HEAD)%(refname)", "refs/heads", "refs/stash").output
-        stray = [line[1:].removeprefix("refs/").removeprefix("heads/") for line in refs.splitlines() if line[0] != "*"
-                 and self.git("rev-list", "-n", "1", line[1:], "--not", *known, "--").output]
-        if stray and not has_commits:
-            self.refuse(f"the agent's commits are not where it stopped but on {', '.join(stray)}")
-        return f"not pushed: {', '.join(stray)}" if stray else ""
+    def has_commits(self) -> bool:
+        """Whether there is anything to push; an error where only other branches, or the stash, have commits."""
+        if new_commits(self.sandbox, self.env):
+            return True
+        known = filter(None, (_head(self.path, self.env), _base(self.sandbox, self.env)))
+        stray = self.git("log", "--format=%h %s", "--exclude=refs/tags/*", "--all", "--not", "--remotes", *known, "--")
+        if stray.output:
+            raise SandboxError(f"the agent stopped on a branch without its commits: {stray.output.strip()}")
+        return False
 
     def push(self, attempts: int, pause_s: float) -> str:
         """Push HEAD, never by force; returns the branch that has it now."""
         import random
-        source, branch, beside = self.sandbox.source, self.sandbox.branch, fallback_branch(self.path)
+        import shlex
+        source, branch, beside = self.sandbox.source, self.sandbox.branch, f"claudomator/{os.path.basename(self.path)}"
+        trees = git(["worktree", "list", "--porcelain"], env=self.env, cwd=source.removeprefix("file://")).output
+        if f"branch refs/heads/{branch}" in trees.splitlines():
+            self.notes.append(f"{branch} is checked out in {source}, so the commits went to {beside} there")
+            branch = beside
         local = [f"--receive-pack={RECEIVE_PACK}"] if _is_local(source) else []
-        lock, lost = _acquire_lock(self.path, source, lambda: self.step("waiting")), 0
-        try:
-            branch = beside if _is_checked_out(source, branch, self.env) else branch
-            while True:
+        way_on = (f"(the sandbox is kept; to go on by hand: cd {shlex.quote(self.path)} && git fetch origin {branch} "
+                  f"&& git rebase FETCH_HEAD, mend it, git rebase --continue, then git push origin HEAD:{branch})")
+        with _acquire_lock(self.path, source, lambda: self.step("waiting")):
+            for attempt in range(attempts):
+                time.sleep(pause_s * random.random() * attempt)
                 self.step("push")
                 # With hooks: a pre-push hook is what carries the objects of git-lfs.
                 result = self.git("push", "--porcelain", "--recurse-submodules=check", *local, source,
                                   f"HEAD:refs/heads/{branch}", settings=())
-                if result.exit_code == 0:
-                    return branch
-                lost += 1
-                if CHECKED_OUT in result.output and branch != beside:
-                    branch = beside
-                elif lost >= attempts or not any(text in result.output for text in LOST_RACE):
-                    _must(result, f"push to {branch} of {source} failed {self.way_on(branch)}", "push_failed",
-                          sandbox=self.path)
-                elif self.rebase(branch):
-                    return branch
-                time.sleep(pause_s * random.random() * lost)
-        finally:
-            os.close(lock)
+                if result.exit_code == 0 or attempt + 1 < attempts and self.rebase(branch, way_on):
+                    break
+            else:
+                _must(result, f"push to {branch} of {source} failed {way_on}", "push_failed")
+        return branch
 
-    def way_on(self, branch: str) -> str:
-        import shlex
-        return (f"(the sandbox is kept; to go on by hand: cd {shlex.quote(self.path)} && git fetch origin {branch} && "
-                f"git rebase FETCH_HEAD, mend it, git rebase --continue, then git push origin HEAD:{branch})")
-
-    def rebase(self, branch: str) -> bool:
-        """Fetch and rebase the task's own commits onto the branch, then verify; ``True`` where they are all there."""
+    def rebase(self, branch: str, way_on: str) -> bool:
+        """Rebase the task's commits onto what others pushed, then verify; ``True`` where the source has them all."""
         self.step("rebase")
         local = [f"--upload-pack={UPLOAD_PACK}"] if _is_local(self.sandbox.source) else []
-        _must(self.git("fetch", "--quiet", "--no-tags", "--no-recurse-submodules", *local, self.sandbox.source,
-                       f"+refs/heads/{branch}:{FETCHED_REF}"), f"fetch of {branch} failed {self.way_on(branch)}",
-              "push_failed", sandbox=self.path)
-        if self.git("merge-base", "--is-ancestor", "HEAD", FETCHED_REF).exit_code == 0:
-            return True
-        if self.git("merge-base", "--is-ancestor", FETCHED_REF, "HEAD").exit_code == 0:
-            return False
-        nearest, base = _nearest(self.sandbox, self.env), _head(self.path, self.env, FETCHED_REF)
-        merges = nearest and self.git("rev-list", "--merges", "-n", "1", f"{nearest}..HEAD", "--").output
+        fetched = self.git("fetch", "--quiet", "--no-tags", "--no-recurse-submodules", *local, self.sandbox.source,
+                           f"refs/heads/{branch}")
+        counts = self.git("rev-list", "--count", "--left-right", "FETCH_HEAD...HEAD", "--").output.split()
+        if fetched.exit_code != 0 or "0" in counts:
+            return fetched.exit_code == 0 and counts[1] == "0"
+        own, base = _base(self.sandbox, self.env), _head(self.path, self.env, "FETCH_HEAD")
         # All that is uncommitted by now comes from build and verify, and would stand in the way.
-        _must(self.git("reset", "--quiet", "--hard"), "git reset", "push_failed")
-        _must(self.git("clean", "--quiet", "-d", "--force"), "git clean", "push_failed")
-        current = self.git("symbolic-ref", "--quiet", "--short", "HEAD").output.strip() or _head(self.path, self.env)
+        _must(self.git("reset", "--quiet", "--hard"), "git reset failed")
+        _must(self.git("clean", "--quiet", "-d", "--force"), "git clean failed")
         _write_text(self.base_file, base)
-        _write_text(self.rebase_marker, current)
-        result = git(["rebase", "--quiet", *(["--rebase-merges"] if merges else []), "--onto", base,
-                      nearest or "--root"], env={**self.env, **_identity_env(self.env, self.path)}, repo=self.path,
-                     timeout_s=self.timeout_s)
+        _write_text(self.rebase_marker, _branch(self.env, repo=self.path) or _head(self.path, self.env))
+        result = git(["rebase", "--quiet", "--rebase-merges", "--onto", base, own or "--root"],
+                     env={**self.env, **agent_git_env(self.env, self.path)}, repo=self.path)
         if result.exit_code != 0:
-            conflicts = self.git("diff", "--name-only", "-z", "--diff-filter=U").output.strip("\0").split("\0")
             self.undo_rebase()
-            _must(result, f"rebase onto {branch} of {self.sandbox.source} failed, conflicts in {', '.join(conflicts)} "
-                  f"{self.way_on(branch)}", "push_failed", sandbox=self.path)
+            _must(result, f"rebase onto {branch} of {self.sandbox.source} failed {way_on}", "push_failed")
         os.unlink(self.rebase_marker)
-        _update_submodules(self.path, "", self.env, self.timeout_s)
-        self.shell(self.verify, "verify", "verify_failed", self.workdir)
+        _update_submodules(self.path, "", self.env)
+        self.verify()
         return False
 
     def undo_rebase(self) -> None:
         """Back to the branch as it was: git moves it only at a rebase's very end, so this works at any point."""
-        for name in ("rebase-merge", "rebase-apply"):
-            remove_sandbox(os.path.join(self.git_dir, name), self.git_dir)
+        remove_sandbox(os.path.join(self.git_dir, "rebase-merge"), self.git_dir)
         name = read_head(self.rebase_marker, FACTS_BYTES)
-        _must(self.git("checkout", "--quiet", "--force", name, "--"), "git checkout after a rebase", "push_failed")
+        _must(self.git("checkout", "--quiet", "--force", name, "--"), "git checkout after a rebase failed")
         os.unlink(self.rebase_marker)
 
 
-def _is_checked_out(source: str, branch: str, env: dict) -> bool:
-    """Whether a working tree of the source is on the branch, so that git would refuse a push to it (git-config(1),
-    receive.denyCurrentBranch: where its owner allows the push, it is allowed)."""
-    place = source.removeprefix("file://")
-    if not _is_local(source) or not os.path.isdir(place):
-        return False
-    trees = git(["worktree", "list", "--porcelain"], env=env, cwd=place).output.splitlines()
-    return f"branch refs/heads/{branch}" in trees and git(
-        ["config", "receive.denyCurrentBranch"], env=env, cwd=place).output.strip().lower() in ("", "true", "refuse")
+def find_build(workdir: str, path: str, env: dict) -> tuple[str, str, str]:
+    """(command, "build", directory) of the build that the repository names, in ``workdir`` or else at the clone's top.
 
-
-def find_build(workdir: str, path: str, env: dict) -> tuple[str, str]:
-    """(command, directory) of the build that the repository names, looking in ``workdir``, then at the clone's top.
-
-    ("", "") where it names none, or one whose tool is not installed.
+    Empty where it names none, or one whose tool is not installed.
     """
     import re
     import shutil
-    target = re.compile(r"^(?:[^\s#:=]+ +)*build(?: +[^\s#:=]+)* *::?(?!=)", re.M)
-    tools = {name for name in ("make", "go") if shutil.which(name, path=env.get("PATH", os.defpath))}
-    for directory in dict.fromkeys((workdir, path)):
-        makefiles = (os.path.join(directory, name) for name in ("GNUmakefile", "makefile", "Makefile"))
-        if "make" in tools and any(target.search(read_head(name, FACTS_BYTES)) for name in makefiles):
-            return "make build", directory
-        gradlew = os.path.join(directory, "gradlew")
-        if os.path.isfile(gradlew):
-            return "./gradlew build" if os.access(gradlew, os.X_OK) else "sh ./gradlew build", directory
-        if "go" in tools and os.path.isfile(os.path.join(directory, "go.mod")):
-            return "go build ./...", directory
-    return "", ""
-
-
-def _stage_all(repo: str, env: dict, timeout_s: float) -> list[str]:
-    """``git add --all``, except repositories inside this one, of which git would store no content; returns those."""
-    status = _must(git(["status", "--porcelain", "-z", "--untracked-files=all", "--ignore-submodules=none"], env=env,
-                       repo=repo, timeout_s=timeout_s), f"git status in {repo} failed")
-    if not status:
-        return []
-    conflicts = [entry[3:] for entry in status.split("\0") if entry.startswith(UNMERGED)]
-    if conflicts:
-        raise SandboxError(f"unresolved conflicts in {', '.join(conflicts)} of {repo}", sandbox=repo)
-    nested = [entry[3:-1] for entry in status.split("\0") if entry.startswith("?? ") and entry.endswith("/")]
-    _must(git(["add", "--all", "--", ":/", *(f":(top,exclude,literal){name}" for name in nested)], env=env, repo=repo,
-              timeout_s=timeout_s), f"git add in {repo} failed")
-    return nested
-
-
-def _commit(repo: str, subject: str, env: dict, timeout_s: float) -> None:
-    env = {**env, **_identity_env(env, repo)}
-    _must(git(["commit", "--quiet", "--allow-empty", "-m", subject], env=env, repo=repo, timeout_s=timeout_s),
-          f"git commit in {repo} failed")
-
-
-def _remove_stale_locks(git_dir: str) -> None:
-    """Remove what a killed git left; the caller knows that no git runs there."""
-    for directory, _, files in (next(os.walk(git_dir), (git_dir, [], [])), *os.walk(os.path.join(git_dir, "refs"))):
-        for name in files:
-            if name.endswith(".lock"):
-                os.unlink(os.path.join(directory, name))
-
-
-def remove_sandbox(path: str, root: str) -> None:
-    """Delete the tree ``path``, which must lie below ``root``; nothing there is fine.
-
-    Read-only directories (Go's module cache) are opened first; a symbolic link is removed, never followed.
-    Raises ``SandboxError`` for a path outside ``root`` or a tree that cannot be deleted.
-    """
-    import shutil
-    path = os.path.abspath(path)
-    inside = os.path.realpath(root)
-    if not (os.path.realpath(os.path.dirname(path)) + "/").startswith(inside.rstrip("/") + "/"):
-        raise SandboxError(f"{path} is not below {root} and will not be removed")
-    if not os.path.lexists(path):
-        return
-    try:
-        if os.path.islink(path) or not os.path.isdir(path):
-            os.unlink(path)
-            return
-        try:
-            shutil.rmtree(path)
-        except OSError:
-            os.chmod(path, 0o700)
-            for directory, names, _ in os.walk(path):
-                for name in names:
-                    if not os.path.islink(os.path.join(directory, name)):
-                        os.chmod(os.path.join(directory, name), 0o700)
-            shutil.rmtree(path)
-    except OSError as error:
-        raise SandboxError(f"cannot remove {path}: {error}") from error
+    for directory in (workdir, path):
+        for tool, command, names, pattern in BUILDS:
+            files = [os.path.join(directory, name) for name in names]
+            if shutil.which(tool, path=env.get("PATH", os.defpath)) and any(
+                    os.path.isfile(file) and re.search(pattern, read_head(file, FACTS_BYTES)) for file in files):
+                return command, "build", directory
+    return "", "build", path
 
 
 # ---- 16 Bus ----------------------------------------------------------------------------------------------------
@@ -5640,7 +5425,7 @@ async def _task_diff(core: Core, params: dict) -> dict:
     run = core.last_run(task)
     diff = ""
     if run.sandbox_dir and os.path.isdir(run.sandbox_dir):
-        diff = await in_thread(sandbox_diff, run.sandbox_dir, run.start_head, dict(os.environ), 1 << 20)
+        diff = await in_thread(sandbox_diff, run.sandbox_dir, dict(os.environ), 1 << 20)
     elif run.commits and task.agent.project_dir:
         diff = await in_thread(commits_diff, task.agent.project_dir, run.source, [c["hash"] for c in run.commits],
                                dict(os.environ), 1 << 20)
@@ -8432,25 +8217,30 @@ def dispatch(argv: list[str], environ: dict) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The program: ``claudomator ...``; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    """The command line ``claudomator ...``; returns the exit code.
+
+    As the program itself (without ``argv``) it leaves at once: taking the interpreter down costs a tenth of a command.
+    """
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
+    words = sys.argv[1:] if argv is None else argv
     try:
-        code = dispatch(argv, dict(os.environ))
+        code = dispatch(words, dict(os.environ))
         sys.stdout.flush()
-        return code
     except (ClaudomatorError, OSError, UnicodeDecodeError) as error:
-        code = EXIT_OK if isinstance(error, BrokenPipeError) else tell(error, "--json" in argv)
-        try:
-            sys.stdout.flush()
-        except OSError:  # the reader of our output has left, or its disk is full: what is left goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return code
+        code = EXIT_OK if isinstance(error, BrokenPipeError) else tell(error, "--json" in words)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
-        return EXIT_INTERRUPTED
+        code = EXIT_INTERRUPTED
+    try:
+        sys.stdout.flush()
+    except OSError:  # the reader of our output has left, or its disk is full: what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if argv is None:
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def tell(error: Exception, as_json: bool) -> int:

@@ -665,7 +665,7 @@ def test_an_idle_connection_that_the_daemon_closed_is_opened_anew(tmp_path):
 
 
 def test_the_client_imports_next_to_nothing(daemon):
-    code = "import sys; sys.argv = ['claudomator', 'ctl', 'list']; import claudomator; claudomator.main(); print(sorted(sys.modules), file=sys.stderr)"
+    code = "import sys; import claudomator; claudomator.main(['ctl', 'list']); print(sorted(sys.modules), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); {code}"], env=daemon.env,
                           capture_output=True, text=True)
     modules = set(json.loads(done.stderr.strip().splitlines()[-1].replace("'", '"')))
