@@ -220,6 +220,9 @@ def parse_json(text: str | bytes) -> object:
         value, end = _scan_once(stripped, 0)
     except StopIteration as stop:
         raise ValueError(f"not JSON at character {stop.value}") from None
+    except SystemError:  # CPython 3.11's scanner takes its exception from ``json.decoder`` without importing it
+        import json
+        return json.loads(stripped)  # says what is wrong
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
     if end != len(stripped):

@@ -6,6 +6,7 @@ It starts a daemon on a scratch data directory, gives it a few shell tasks, wait
 picture shall show, and turns what ``claudomator ctl --color always`` prints into an SVG.
 """
 import html
+import json
 import os
 import pathlib
 import re
@@ -19,15 +20,19 @@ COLORS = {"30": "#6b7280", "31": "#f87171", "32": "#4ade80", "33": "#facc15", "3
           "37": "#e5e7eb", "90": "#9ca3af"}
 COLUMNS, LINE_PX, CHARACTER_PX = 108, 19, 8.43
 
-TASKS = """{"tasks": [
- {"name": "Fix the flaky login test", "priority": "high", "agent": {"type": "shell", "instructions": "sleep 60"}, "tags": ["ci"]},
- {"name": "Upgrade the HTTP client", "agent": {"type": "shell", "instructions": "sleep 60"}},
- {"name": "Choose a database", "agent": {"type": "shell",
-  "instructions": "printf '{\\\\\\"text\\\\\\": \\\\\\"Which database?\\\\\\", \\\\\\"options\\\\\\": [\\\\\\"pg\\\\\\", \\\\\\"sqlite\\\\\\"]}' > $CLAUDOMATOR_QUESTION_FILE"}},
- {"name": "Describe the API", "agent": {"type": "shell", "instructions": "echo ok"}},
- {"name": "Port to Python 3.13", "agent": {"type": "shell", "instructions": "echo missing >&2; exit 3"}},
- {"name": "Release notes", "agent": {"type": "shell", "instructions": "true"}, "depends_on": ["Upgrade the HTTP client"]},
- {"name": "Nightly clean-up", "agent": {"type": "shell", "instructions": "true"}, "start_at": "3h"}]}""".replace('\\\\\\"', '\\\\\\"')
+QUESTION = """printf '{"text": "Which database?", "options": ["pg", "sqlite"]}' > "$CLAUDOMATOR_QUESTION_FILE\""""
+
+
+def task(name: str, script: str, **more) -> dict:
+    """A task document for the shell agent."""
+    return {"name": name, "agent": {"type": "shell", "instructions": script}, **more}
+
+
+TASKS = {"tasks": [
+    task("Fix the flaky login test", "sleep 60", priority="high"), task("Upgrade the HTTP client", "sleep 60"),
+    task("Choose a database", QUESTION), task("Describe the API", "echo ok"),
+    task("Port to Python 3.13", "echo 'no module named imp' >&2; exit 3"),
+    task("Release notes", "true", depends_on=["Upgrade the HTTP client"]), task("Nightly clean-up", "true", start_at="3h")]}
 
 
 def to_svg(text: str) -> str:
@@ -59,7 +64,7 @@ def main() -> None:
         try:
             while subprocess.run([*command, "ctl", "--json"], env=env, capture_output=True).returncode:
                 time.sleep(0.1)
-            subprocess.run([*command, "ctl", "submit", "-"], env=env, input=TASKS, text=True, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run([*command, "ctl", "submit", "-"], env=env, input=json.dumps(TASKS), text=True, check=True, stdout=subprocess.DEVNULL)
             time.sleep(4)
             shown = subprocess.run([*command, "ctl", "--color", "always"], env=env, capture_output=True, text=True, check=True)
             subprocess.run([*command, "ctl", "cancel", "--all", "--state", "RUNNING"], env=env, capture_output=True)

@@ -3,6 +3,7 @@ import copy
 import datetime
 import json
 import math
+import pathlib
 import pickle
 import random
 import subprocess
@@ -291,3 +292,12 @@ def test_importing_the_program_imports_nothing_slow():
     folder = c.__file__.rpartition("/")[0]
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=folder, capture_output=True, text=True, timeout=20)
     assert (done.stdout.split(), done.stderr) == ([], "")
+
+
+@pytest.mark.parametrize("text", ['{"a" 1}', '{\\"a\\": 1}', '["\x01"]', '"abc', '{"a":1,}', "nul", "[1,", "NaN"])
+def test_bad_json_is_a_value_error_also_where_nobody_has_imported_json(text):
+    """The C scanner takes its exception from a module that pytest has long imported and the daemon has not."""
+    program = "import sys; sys.path.insert(0, sys.argv[1]); import claudomator as c\nassert 'json' not in sys.modules\n" \
+        "try: c.parse_json(sys.argv[2])\nexcept ValueError: sys.exit(7)"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", program, str(pathlib.Path(c.__file__).parent), text])
+    assert done.returncode == 7
