@@ -6822,7 +6822,7 @@ class ControlServer:
             raise StorageError(f"cannot listen on the control socket {path}: {error}") from error
         self._path = path
         kind = type("Connection", (ControlConnection, asyncio.BufferedProtocol), {})  # not above: asyncio comes late
-        self._server = await self.loop.create_unix_server(lambda: kind(self), sock=listener, backlog=128)
+        self._server = await self.loop.create_unix_server(lambda: kind(self), sock=listener, backlog=MAX_CONNECTIONS)
 
     def close(self) -> None:
         """Stop listening and drop the clients; they reconnect to the next daemon."""
@@ -6955,6 +6955,7 @@ class Daemon:
             await self.start()
             gc.collect()
             gc.freeze()
+            gc.enable()
             self.log("info", f"claudomator {__version__} serves {self.config.data_dir}"
                              f" (socket {self.config.socket_path}, pid {os.getpid()})")
             await self._stop
@@ -7006,6 +7007,8 @@ class Daemon:
 
 def run_daemon(config: Config, load_config) -> None:
     """``claudomator serve``: run a daemon in the foreground until it is told to stop."""
+    import gc
+    gc.disable()  # what start-up makes stays anyway; ``run`` collects once and goes on as usual
     asyncio = import_asyncio()
     asyncio.run(Daemon(config, load_config).run())
 
@@ -7039,9 +7042,17 @@ class ControlClient:
         module = _socket_module()
         connection = module.socket(module.AF_UNIX, module.SOCK_STREAM)
         connection.settimeout(CONNECT_TIMEOUT_S)
+        deadline = time.monotonic() + CONNECT_TIMEOUT_S
         try:
             with short_socket_path(self.path) as address:
-                connection.connect(address)
+                while True:
+                    try:
+                        connection.connect(address)
+                        break
+                    except BlockingIOError:  # others stand in line; a Unix socket does not wait for its turn by itself
+                        if time.monotonic() > deadline:
+                            raise
+                        time.sleep(0.02)
         except OSError as error:
             connection.close()
             raise Unreachable(f"no daemon answers on {self.path} ({error.strerror or error}); start one with"
