@@ -18,7 +18,7 @@ AUTOCOMMIT = "chore: autocommit uncommitted changes"
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to another user")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def memory(tmp_path_factory):
     """A directory in memory, where the machine has one: git renames files all the time, and a disk takes a while."""
     place = Path(tempfile.mkdtemp(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path_factory.getbasetemp()))
@@ -350,10 +350,15 @@ def test_tasks_that_meet_on_one_empty_plain_directory_make_one_repository(lab):
 
 def test_a_repository_whose_first_commit_was_cut_by_a_kill_is_mended(lab):
     plain = lab.root / "plain"
-    (plain / ".git").mkdir(parents=True)
+    plain.mkdir()
     (plain / "a").write_text("a\n")
-    (plain / ".git" / "claudomator-init").write_text("")
-    assert lab.sandbox(plain).start_head
+    (plain / ".gitattributes").write_text("* filter=broken\n")
+    with open(lab.root / "home" / ".gitconfig", "a") as config:
+        config.write('[filter "broken"]\n\tclean = false\n\trequired = true\n')
+    with pytest.raises(c.SandboxError, match="git add"):
+        lab.sandbox(plain)
+    (plain / ".gitattributes").unlink()
+    assert lab.sandbox(plain).start_head, "an attempt that failed half-way is no empty repository"
     lab.git(plain, "update-ref", "-d", "HEAD")
     (plain / ".git" / "claudomator-init").write_text("")
     (plain / ".git" / "index.lock").write_text("")
@@ -980,7 +985,9 @@ def test_a_push_that_the_source_refuses_is_push_failed_with_its_words(lab):
     (bare / "hooks" / "pre-receive").chmod(0o755)
     sandbox = lab.sandbox(project)
     lab.agent_commit(sandbox, "a")
-    error = lab.fails(sandbox, "push_failed", attempts=2)
+    steps = []
+    error = lab.fails(sandbox, "push_failed", attempts=2, on_step=steps.append)
+    assert steps == ["commit", "push", "rebase", "push"]
     assert "policy says no" in str(error) and sandbox.path in str(error) and lab.subjects(bare) == ["add readme"]
 
 
@@ -1016,15 +1023,19 @@ def test_waiting_for_another_task_is_told_and_can_be_stopped(lab):
     project, bare = lab.with_bare()
     sandbox = lab.sandbox(project)
     lab.agent_commit(sandbox, "a")
-    steps = []
+    held, steps = c._acquire_lock(sandbox.path, sandbox.source, lambda: None), []
+    deadline = threading.Timer(5, held.close)
+    deadline.start()
 
     def cancelled(name):
         steps.append(name)
         if steps.count("waiting") == 2:
             raise InterruptedError
-    with c._acquire_lock(sandbox.path, sandbox.source, lambda: None), pytest.raises(InterruptedError):
+    with pytest.raises(InterruptedError):
         lab.finish(sandbox, on_step=cancelled)
     assert "push" not in steps
+    deadline.cancel()
+    held.close()
     assert lab.finish(sandbox).pushed_branch == "main"
 
 
