@@ -4104,16 +4104,6 @@ class Supervisor:
             self._gate = -1
 
 
-def seal_descriptors() -> None:
-    """Keep what the daemon inherited beyond stdin, stdout and stderr from reaching the agents."""
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) > 2:
-            try:
-                os.set_inheritable(int(name), False)
-            except OSError:
-                pass  # the listing's own descriptor
-
-
 def spawn_supervisor(execution_dir: str, execution_id: str, argv, *, env: dict, cwd: str, stdin_path: str,
                      timeout_s: float, grace_s: float = STOP_GRACE_S) -> Supervisor:
     """Start a supervisor that will run ``argv`` once its gate opens.  Raises ``SpawnError``.
@@ -6898,8 +6888,11 @@ def lock_data_dir(config: Config) -> int:
 
 def stderr_log(level: str, message: str) -> None:
     """One line on stderr, where systemd's journal or a person reads it."""
-    sys.stderr.write(f"{format_time(time.time())} {level}: {message}\n")
-    sys.stderr.flush()
+    try:
+        sys.stderr.write(f"{format_time(time.time())} {level}: {message}\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        pass  # a full disk or a closed pipe must not end the daemon
 
 
 class Daemon:
@@ -6919,7 +6912,6 @@ class Daemon:
         import asyncio
         os.umask(0o077)
         keep_descriptors()
-        seal_descriptors()
         loop = asyncio.get_running_loop()
         self._stop = loop.create_future()
         self._lock = lock_data_dir(self.config)

@@ -93,7 +93,7 @@ def test_the_agent_inherits_three_descriptors_no_ignored_signal_and_its_mark(tmp
     c.keep_descriptors()
     env = {**ENV, c.MARK: "of-an-outer-agent", "OTHER": "1"}
     os.set_inheritable(spare[0], True)  # as a parent may have left one
-    c.seal_descriptors()  # what the daemon does at its start
+    c.keep_descriptors()  # what the daemon does at its start
     try:
         run(tmp_path, "ls -l /proc/$$/fd; grep -E 'Sig(Ign|Blk)' /proc/self/status; env", execution_id="mine", env=env)
     finally:

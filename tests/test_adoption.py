@@ -315,3 +315,10 @@ def _pause(seconds):
 def test_without_a_sandbox_the_changestats_come_from_the_last_line_that_git_printed(daemon):
     ended = daemon.wait(daemon.add("echo ' 1 file changed, 9 insertions(+)'; echo ' 3 files changed, 12 insertions(+), 4 deletions(-)'"))
     assert ended["execution"]["changestats"] == {"files_changed": 3, "insertions": 12, "deletions": 4}
+
+
+def test_a_stderr_that_takes_nothing_does_not_end_the_daemon(tmp_path):
+    daemon = DaemonProcess(tmp_path)
+    daemon.log_path = pathlib.Path("/dev/full")
+    with daemon:
+        assert daemon.wait(daemon.add("true"))["state"] == c.READY and daemon.process.poll() is None
