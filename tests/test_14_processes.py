@@ -244,12 +244,12 @@ def test_the_supervisor_of_a_silent_agent_is_small(tmp_path, marked):
         wait_until(lambda: any(b"sleep" == pathlib.Path(f"/proc/{pid}/comm").read_bytes().strip()
                                for pid in c.marked_processes(["small"])))
         assert agent
-        pss_kb = 0
+        own_kb = 0
         for pid in [supervisor.pid, *c.marked_processes(["small"])]:
             if pathlib.Path(f"/proc/{pid}/comm").read_text().strip() in ("sh", "timeout"):
                 rollup = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
-                pss_kb += int(rollup.split("\nPss:")[1].split()[0])
-        assert 0 < pss_kb < 700
+                own_kb += int(rollup.split("\nPrivate_Dirty:")[1].split()[0])
+        assert 0 < own_kb < 500
     finally:
         c.signal_process(supervisor.pid, supervisor.start, signal.SIGTERM)
         end(supervisor)
