@@ -100,12 +100,6 @@ class Unreachable(ClaudomatorError):
     code, http_status, exit_code = "unreachable", 503, 4
 
 
-class WaitTimeout(ClaudomatorError):
-    """The caller's own time limit ran out before the thing that it waited for happened."""
-
-    code, http_status, exit_code = "timeout", 504, 124
-
-
 class StorageError(ClaudomatorError):
     """The database cannot be opened, read or written."""
 
@@ -158,20 +152,29 @@ class Record:
 
     def __init__(self, *args, **kwargs):
         values = self.__dict__
-        values.update(self._defaults)
+        if kwargs or len(args) != len(self._fields):
+            values.update(self._defaults)
         values.update(zip(self._fields, args))
         values.update(kwargs)
-        if len(values) != len(self._fields) or len(args) > len(self._fields) or not values.keys() <= self._names:
-            unknown = sorted(values.keys() - self._names)
-            missing = [name for name in self._fields if name not in values]
-            raise TypeError(f"{type(self).__name__}: unknown fields {unknown}, missing fields {missing}")
+        if not len(args) <= len(self._fields) == len(values) or kwargs and not self._names >= values.keys():
+            self._complain()
+
+    def _complain(self) -> None:
+        unknown = sorted(self.__dict__.keys() - self._names)
+        missing = [name for name in self._fields if name not in self.__dict__]
+        raise TypeError(f"{type(self).__name__}: unknown fields {unknown}, missing fields {missing}")
 
     def __setattr__(self, name: str, value) -> None:
         raise AttributeError(f"{type(self).__name__} is immutable; use replace({name}=...)")
 
     def replace(self, **changes) -> Record:
         """A copy with ``changes`` applied."""
-        return type(self)(**{**self.__dict__, **changes})
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        copy.__dict__.update(changes)
+        if len(copy.__dict__) != len(self._fields):
+            copy._complain()
+        return copy
 
     def __eq__(self, other) -> bool:
         return type(other) is type(self) and other.__dict__ == self.__dict__
@@ -210,9 +213,7 @@ JSON_SPACE = " \t\n\r"
 
 def parse_json(text: str | bytes) -> object:
     """The value of one JSON document (RFC 8259).  Raises ``ValueError`` where it is not one; NaN is refused."""
-    if isinstance(text, (bytes, bytearray)):
-        text = bytes(text).decode("utf-8")  # UnicodeDecodeError is a ValueError
-    stripped = text.strip(JSON_SPACE)
+    stripped = (text if isinstance(text, str) else text.decode("utf-8")).strip(JSON_SPACE)  # its error is a ValueError
     try:
         if _scan_once is None:
             import json
@@ -239,11 +240,11 @@ def format_json(value) -> str:
     if _encode is None:
         import json
         return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    if isinstance(value, (dict, list, tuple)):
+        return "".join(_encode(value, 0))
     if isinstance(value, str):
         return _encode_string(value)
-    if value is None or isinstance(value, (bool, int, float)):
-        return "".join(_encode([value], 0))[1:-1]
-    return "".join(_encode(value, 0))
+    return repr(value) if type(value) is int else "".join(_encode([value], 0))[1:-1]
 
 
 def parse_json_or(text: str | bytes | None, default: object) -> object:
@@ -351,27 +352,34 @@ def parse_time(text: str) -> float:
     return days_from_civil(year, month, day) * 86400 + hour * 3600 + minute * 60 + second - offset_s + fraction
 
 
-def _time_parts(unix_s: float) -> tuple[int, int, int, int, int, int, int]:
-    micros = round(unix_s * 1_000_000)
-    seconds, micros = divmod(micros, 1_000_000)
+_DATES: dict[int, str] = {}  # the text of days since 1970 that were asked for; nearly always today
+
+
+def _time_parts(unix_s: float) -> tuple[str, str, int]:
+    """("2026-05-13", "04:02:20", microseconds)."""
+    seconds, micros = divmod(round(unix_s * 1_000_000), 1_000_000)
     days, rest = divmod(seconds, 86400)
-    return (*civil_from_days(days), rest // 3600, rest // 60 % 60, rest % 60, micros)
+    if days not in _DATES:
+        if len(_DATES) > 100:
+            _DATES.clear()
+        _DATES[days] = "%04d-%02d-%02d" % civil_from_days(days)
+    return _DATES[days], f"{rest // 3600:02}:{rest // 60 % 60:02}:{rest % 60:02}", micros
 
 
 def format_time(unix_s: float | None) -> str | None:
     """RFC 3339 in UTC with milliseconds, ``2026-05-13T04:02:20.123Z``; ``None`` stays ``None``."""
     if unix_s is None:
         return None
-    year, month, day, hour, minute, second, micros = _time_parts(unix_s)
-    return f"{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{micros // 1000:03}Z"
+    date, clock, micros = _time_parts(unix_s)
+    return f"{date}T{clock}.{micros // 1000:03}Z"
 
 
 def format_db_time(unix_s: float | None) -> str | None:
     """The column form, ``2026-05-13 04:02:20.123456+00:00``: go-sqlite3's in fixed width, so text sorts as time."""
     if unix_s is None:
         return None
-    year, month, day, hour, minute, second, micros = _time_parts(unix_s)
-    return f"{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}.{micros:06}+00:00"
+    date, clock, micros = _time_parts(unix_s)
+    return f"{date} {clock}.{micros:06}+00:00"
 
 
 def parse_db_time(text: str | None) -> float | None:
@@ -416,7 +424,6 @@ def did_you_mean(word: str, known) -> str:
 
 MAX_DURATION_S = 3650 * 86400  # a longer one is a slip of the pen, and would overflow dates
 MAX_INTEGER = 2 ** 63 - 1  # what an SQLite column holds
-MIN_ENV_SECRET = 8  # characters; redacting shorter values (``CI=1``) by value would blot out ordinary text
 BUILTIN_KINDS = ("claude", "gemini", "local", "shell")
 
 KIND_WORDS: dict[str, str] = {
@@ -428,12 +435,9 @@ KIND_WORDS: dict[str, str] = {
 
 
 class Key(Record):
-    """One row of a key table.
-
-    ``name`` is dotted, with ``*`` for any name and ``[]`` for each element; ``kind`` is a word of ``KIND_WORDS`` and
-    maybe a bound (``integer >= 1``, ``number 0..2``, ``choice leave|drain``); ``default`` is written as in the file;
-    ``field`` is a record's name for it: the last word, with ``_s`` where it is a duration.
-    """
+    """One row of a key table.  ``name`` is dotted, with ``*`` for any name and ``[]`` for each element; ``kind`` is a
+    word of ``KIND_WORDS`` and maybe a bound (``integer >= 1``, ``number 0..2``, ``choice leave|drain``); ``default``
+    is as in the file; ``field`` is a record's name for it: the last word, with ``_s`` where it is a duration."""
 
     name: str
     kind: str
@@ -465,14 +469,12 @@ def _top_name(path: str) -> str:
 
 
 class KeyedRecord(Record):
-    """A record with a field for each row of ``keys`` and each keyword of its class, beside those that it annotates.
-
-    A row's default is the field's, but where the key is required without one or the default must be converted first.
-    """
+    """A record with a field for each row of ``keys``, each field that it annotates, and each keyword of its class.
+    A row's default is the field's, except where a required key has none and where it must be converted first."""
 
     def __init_subclass__(cls, keys: dict[str, Key] | None = None, **defaults) -> None:
         rows = (keys or {}).values()
-        cls.__annotations__ = {key.field: key.kind for key in rows} | dict.fromkeys(defaults, "") | cls.__annotations__
+        cls.__annotations__ = {key.field: key.kind for key in rows} | cls.__annotations__ | dict.fromkeys(defaults, "")
         cls._secret |= {key.field for key in rows if key.secret}
         for key in rows:
             if not (key.required and key.default is None or key.default and key.kind.startswith(("duration", "path"))):
@@ -531,8 +533,7 @@ def convert_value(kind: str, value, home: str = "") -> object:
         _require(type(value) in types and -MAX_INTEGER <= value <= MAX_INTEGER and _within(value, bound))
         return float(value) if word == "number" else value
     if word in ("strings", "table"):  # the caller takes these apart
-        short = word == "strings" and isinstance(value, str) and len(value) < 40
-        raise ValueError(f"write [{value}]" if short else "")
+        raise ValueError(f"write [{value}]" if word == "strings" and type(value) is str and len(value) < 40 else "")
     value = "0" if word == "duration" and type(value) is int and value == 0 else value
     if not isinstance(value, str):
         scalar = isinstance(value, (int, float)) or hasattr(value, "isoformat")
@@ -710,10 +711,8 @@ class ProjectSettings(KeyedRecord, keys=CONFIG_GROUPS["projects[]"]):
 
 class Config(KeyedRecord, keys=CONFIG_GROUPS[""]):
     """The whole configuration: a field for each key that is in no table (durations in seconds), and one per table.
-
     ``own_socket_path`` is the key ``socket_path`` as written; ``socket_path`` is the path to use.  ``prices`` and the
-    like are dicts of dicts as in the file; the names in ``budgets`` are ``all``, ``project.NAME`` and ``agent.KIND``.
-    """
+    like are dicts of dicts as in the file; the names in ``budgets``: ``all``, ``project.NAME`` and ``agent.KIND``."""
 
     agents: dict[str, AgentSettings]
     local_model: LocalModelSettings
@@ -743,13 +742,6 @@ class Config(KeyedRecord, keys=CONFIG_GROUPS[""]):
         """The project whose directory ``path`` is; a trailing slash or ``..`` makes no difference."""
         path = Checker("").scalar("path", path, "")
         return next((project for project in self.projects if project.dir == path), None)
-
-    def secrets(self) -> tuple[str, ...]:
-        """Every secret value, longest first, for redaction by value; not the short ones of an environment."""
-        found = {getattr(self, name) for name in self._secret} | {self.local_model.api_key}
-        for agent in self.agents.values():
-            found |= {value for value in agent.env.values() if len(value) >= MIN_ENV_SECRET}
-        return tuple(sorted(found - {""}, key=lambda value: (-len(value), value)))
 
 
 def _read_group(checker: Checker, group: str, document: dict) -> dict:
@@ -911,22 +903,13 @@ TASK_GROUPS = key_groups(TASK_KEYS)
 class AgentConfig(KeyedRecord, keys=TASK_GROUPS["agent"]):
     """What to run and how.  An empty ``type`` is chosen at run time; a None is not given."""
 
-    @property
-    def effective_isolation(self) -> str:
-        """``sandbox``, ``container`` or ``none``: as given, else what follows from repository_url and project_dir."""
-        return self.isolation or ("container" if self.repository_url else "sandbox" if self.project_dir else "none")
-
 
 class Dependency(KeyedRecord, keys=TASK_GROUPS["depends_on[]"]):
     """A task, by its name in the file or its id, that must first end in success, be ready, fail, or any of these."""
 
 
-class RetryPolicy(Record):
+class RetryPolicy(KeyedRecord, max_attempts=1, backoff="exponential", delays_s=()):
     """How often to try in all, and the waits between: ``exponential``, ``linear`` or ``list`` (``delays_s``)."""
-
-    max_attempts: int = 1
-    backoff: str = "exponential"
-    delays_s: tuple[float, ...] = ()
 
 
 class TaskSpec(KeyedRecord, keys=TASK_GROUPS[""]):
@@ -936,10 +919,9 @@ class TaskSpec(KeyedRecord, keys=TASK_GROUPS[""]):
     retry: RetryPolicy = RetryPolicy()
 
 
-class Task(
-        TaskSpec, seq=0, state="PENDING", reason="", detail="", summary="", question=None, rejection_comment="",
-        created_at=0.0, updated_at=0.0, not_before=None, attempts=0, free_tries=0, round=1, resume=None,
-        execution_id=None):
+class Task(TaskSpec, seq=0, state="PENDING", reason="", detail="", summary="", question=None, rejection_comment="",
+           created_at=0.0, updated_at=0.0, not_before=None, attempts=0, free_tries=0, round=1, resume=None,
+           execution_id=None):
     """A stored task.  Times are unix seconds; ``resume`` says what the next run continues (see Operations)."""
 
     id: str
@@ -948,9 +930,8 @@ class Task(
 class Execution(
         KeyedRecord, status="RUNNING", seq=0, reason="", detail="", summary="", agent="", model="", session_id="",
         round=1, start_time=None, end_time=None, timeout_s=0.0, stop_reason="", pid=None, pid_start=None, boot_id="",
-        exit_code=None, cost_usd=None, tokens_in=None, tokens_out=None, changestats=None, commits=(),
-        sandbox_dir="", source="", branch="", start_head="", pushed_branch="",
-        stdout_path="", stderr_path="", artifact_dir=""):
+        exit_code=None, cost_usd=None, tokens_in=None, tokens_out=None, changestats=None, commits=(), sandbox_dir="",
+        source="", branch="", start_head="", pushed_branch="", stdout_path="", stderr_path="", artifact_dir=""):
     """One run of a task by one agent; a cost or count of None is unknown, ``timeout_s`` is what was enforced."""
 
     id: str
@@ -1269,18 +1250,9 @@ def spec_to_json(spec: TaskSpec) -> dict:
 def retry_delay_s(policy: RetryPolicy, failures: int, jitter: float) -> float:
     """Seconds to wait before the next try after ``failures`` failures; ``jitter`` in [0, 1) spreads it by +-10 %."""
     failures = max(failures, 1)
-    if policy.delays_s:
-        wait_s = policy.delays_s[min(failures, len(policy.delays_s)) - 1]
-    elif policy.backoff == "linear":
-        wait_s = min(BACKOFF_LINEAR_S * failures, BACKOFF_MOST_S)
-    else:
-        wait_s = min(BACKOFF_FIRST_S * 2 ** min(failures - 1, 10), BACKOFF_MOST_S)
-    return wait_s * (0.9 + 0.2 * jitter)
-
-
-def rate_limit_delay_s(tries: int, jitter: float) -> float:
-    """Seconds to wait after ``tries`` refusals: 5, 10, 20 ... 300; ``jitter`` as for ``retry_delay_s``."""
-    return retry_delay_s(RetryPolicy(), tries, jitter)
+    doubled_s, listed = BACKOFF_FIRST_S * 2 ** min(failures - 1, 10), policy.delays_s
+    grown_s = min(BACKOFF_LINEAR_S * failures if policy.backoff == "linear" else doubled_s, BACKOFF_MOST_S)
+    return (listed[min(failures, len(listed)) - 1] if listed else grown_s) * (0.9 + 0.2 * jitter)
 
 
 # ---- 05 State machine (pure) -----------------------------------------------------------------------------------
@@ -1318,7 +1290,6 @@ STATES = tuple(MOVES)
 FAILURE_STATES = frozenset({FAILED, TIMED_OUT, CANCELLED, BUDGET_EXCEEDED})
 ENDED_STATES = FAILURE_STATES | {COMPLETED}
 SETTLED_STATES = ENDED_STATES | {READY}  # nothing more happens without a person
-ACTIVE_STATES = frozenset({QUEUED, RUNNING})
 
 # What a reason means for the queue.  ``retry``: another try can mend it, so ``retry.max_attempts`` applies;
 # ``free``: the queue tries again without counting an attempt; ``state``: where the task goes when nothing retries it.
@@ -1349,11 +1320,6 @@ REASONS: dict[str, dict] = {
 def sources_of(new: str) -> tuple[str, ...]:
     """The states from which ``new`` can be reached, in the table's order; the store's ``WHERE state IN``."""
     return tuple(old for old, targets in MOVES.items() if new in targets)
-
-
-def counts_as_attempt(reason: str) -> bool:
-    """Whether an execution that ended for ``reason`` uses up one of ``retry.max_attempts``."""
-    return not REASONS[reason].get("free", False)
 
 
 def states_diagram() -> str:
@@ -1394,15 +1360,10 @@ class QueueEntry:
     __slots__ = ("task_id", "kind", "project", "rank", "seq", "not_before", "retrying", "waits_for", "order", "lane")
 
     def __init__(self, task_id: str, kind: str, project: str, rank: int, seq: int, not_before: float | None,
-                 retrying: bool, waits_for: dict[str, str], order: int):
+                 retrying: bool, waits_for: dict[str, str], order: int) -> None:
         self.task_id, self.kind, self.project, self.rank, self.seq = task_id, kind, project, rank, seq
         self.not_before, self.retrying, self.waits_for, self.order = not_before, retrying, waits_for, order
         self.lane: Lane | None = None  # the lane that it stands in
-
-    @property
-    def unmet(self) -> int:
-        """How many dependencies are not met yet."""
-        return len(self.waits_for)
 
 
 class Lane:
@@ -1410,7 +1371,7 @@ class Lane:
 
     __slots__ = ("kind", "project", "heap", "live")
 
-    def __init__(self, kind: str = "", project: str = ""):
+    def __init__(self, kind: str = "", project: str = "") -> None:
         self.kind, self.project = kind, project
         self.heap: list[tuple] = []  # (key, key, order, entry); ``order`` is unique, so entries are never compared
         self.live = 0
@@ -1424,9 +1385,9 @@ class Lane:
 
     def head(self) -> tuple | None:
         """The first living item, or ``None``; it stays."""
+        import heapq
         heap = self.heap
         while heap and heap[0][3].lane is not self:
-            import heapq
             heapq.heappop(heap)
         return heap[0] if heap else None
 
@@ -1462,12 +1423,9 @@ class Queue:
 
     def add(self, task_id: str, *, kind: str, project: str, rank: int, seq: int, not_before: float | None = None,
             waits_for: dict[str, str] | None = None, retrying: bool = False) -> None:
-        """Queue a task, in place of an entry of the same id.
-
-        ``kind`` ``""`` means that it is chosen at the start; ``rank`` 0 is high, 2 low; a smaller ``seq`` is older.
-        ``not_before`` (unix seconds) is its ``start_at``, or with ``retrying`` the end of a retry delay.
-        ``waits_for`` maps the dependencies that are open now to their ``on``; the queue keeps and changes that dict.
-        """
+        """Queue a task, in place of an entry of the same id.  ``kind`` ``""``: it is chosen at the start; ``rank`` 0
+        is high, 2 low; a smaller ``seq`` is older; ``not_before`` (unix seconds) is ``start_at``, or with ``retrying``
+        a retry delay's end; ``waits_for``: open dependency to its ``on``, a dict that the queue keeps and changes."""
         if task_id in self._entries:
             self.discard(task_id)
         self._added += 1
@@ -1488,15 +1446,16 @@ class Queue:
             del waiters[task_id]
             if not waiters:
                 del self._waiters[dependency]
-        if entry.lane is not None:
-            self._leave(entry)
+        lane = entry.lane
+        if lane is not None:
+            lane.remove(entry)
+            if not lane.live and lane is not self._timed:
+                del self._lanes[lane.kind, lane.project]
 
     def settle(self, dependency: str, state: str) -> tuple[list[str], list[str]]:
         """Tell that a task reached ``state`` (or ``DELETED``); returns (tasks freed, tasks that can never run now).
-
         The second ones stay queued until the caller has stored their failure and discards them, so that a crash
-        between the two loses nothing; telling the same state again names them again.
-        """
+        between the two loses nothing; telling the same state again names them again."""
         waiters = self._waiters.get(dependency)
         if not waiters:
             return [], []
@@ -1545,31 +1504,18 @@ class Queue:
             lane = self._lanes[key] = Lane(*key)
         lane.push(entry.rank, entry.seq, entry)
 
-    def _leave(self, entry: QueueEntry) -> None:
-        lane = entry.lane
-        lane.remove(entry)
-        if not lane.live and lane is not self._timed:
-            del self._lanes[lane.kind, lane.project]
 
-
-class Limits(Record):
-    """What bounds the pool just now; nothing of a parked kind starts before its time."""
+class Limits(KeyedRecord, per_kind={}, paused=False, draining=False, paused_kinds=frozenset(),
+             paused_projects=frozenset(), parked={}, available_kinds=()):
+    """What bounds the pool just now.  ``per_kind``: kind to bound, absent means none; ``parked``: kind to the time
+    (unix seconds) before which nothing of it starts, infinite until somebody unparks it; ``available_kinds``: what
+    may be chosen for a task without a kind, the preferred first."""
 
     max_concurrent: int
-    per_kind: dict = {}  # kind: bound; absent means none
-    paused: bool = False
-    draining: bool = False
-    paused_kinds: frozenset = frozenset()
-    paused_projects: frozenset = frozenset()
-    parked: dict = {}  # kind: until when (unix seconds); infinite means until somebody unparks it
-    available_kinds: tuple = ()  # what may be chosen for a task without a kind, the preferred first
 
 
-class Running(Record):
+class Running(KeyedRecord, total=0, by_kind={}):
     """How many executions are active, and how many of each agent kind."""
-
-    total: int = 0
-    by_kind: dict = {}
 
 
 class Start(Record):
@@ -1578,15 +1524,12 @@ class Start(Record):
     task_id: str
     kind: str
 
-    def __init__(self, task_id: str, kind: str):  # the one record made per task; checks would double a plan's cost
+    def __init__(self, task_id: str, kind: str) -> None:  # one is made per task; checks would double a plan's cost
         self.__dict__.update(task_id=task_id, kind=kind)
 
 
-class Plan(Record):
+class Plan(KeyedRecord, starts=(), wake_at=None):
     """What to start, in this order, and when to ask again if nothing else happens (``None``: not at all)."""
-
-    starts: tuple = ()
-    wake_at: float | None = None
 
 
 def _has_room(kind: str, active: dict, limits: Limits) -> bool:
@@ -1606,11 +1549,9 @@ def _idlest(kinds: tuple, active: dict, limits: Limits, now: float) -> str | Non
 
 def plan(queue: Queue, running: Running, limits: Limits, now: float) -> Plan:
     """What may start now: by rank, then age, over every lane that is not held back.
-
     A full, parked or paused kind and a paused project hold back their own tasks only.  ``wake_at`` is never later than
     the first moment at which time alone lets something start; it is ``None`` while no slot is free, because then the
-    end of an execution comes first.  The caller discards what it claimed; until then the answer stays the same.
-    """
+    end of an execution comes first.  The caller discards what it claimed; until then the answer stays the same."""
     import heapq
     room = limits.max_concurrent - running.total
     if limits.paused or limits.draining or room <= 0:
@@ -1642,19 +1583,16 @@ def plan(queue: Queue, running: Running, limits: Limits, now: float) -> Plan:
 
 def explain(queue: Queue, task_id: str, running: Running, limits: Limits, now: float, names: dict | Callable,
             utc_offset_s: float = 0) -> str:
-    """Why a queued task waits, as a short phrase for the status table; ``next`` where nothing holds it back.
-
-    ``names`` gives a task's name by its id (a dict or a function); clock times are shown at ``utc_offset_s`` from UTC.
-    Raises ``NotFound`` where the task is not queued.
-    """
+    """Why a queued task waits, as a phrase for the status table, ``next`` where nothing holds it back.  ``names`` (a
+    dict or a function): id to name; clock times are shown at ``utc_offset_s``.  ``NotFound`` if it is not queued."""
     entry = queue.entry(task_id)
     if entry is None:
         raise NotFound(f"task {task_id} is not queued")
     if entry.waits_for:
         name_of = names if callable(names) else lambda known: names.get(known, known)
         shown = [name_of(dependency) for dependency in list(entry.waits_for)[:3]]
-        more = ["..."] if entry.unmet > 3 else []
-        return f"waits for {entry.unmet} task{'s'[:entry.unmet > 1]}: {', '.join(shown + more)}"
+        count, more = len(entry.waits_for), ["..."] if len(entry.waits_for) > 3 else []
+        return f"waits for {count} task{'s'[:count > 1]}: {', '.join(shown + more)}"
     if entry.not_before is not None and entry.not_before > now:
         wait = format_duration(max(1, round(entry.not_before - now)))
         start = _clock(entry.not_before, now, utc_offset_s)
@@ -1667,9 +1605,7 @@ def explain(queue: Queue, task_id: str, running: Running, limits: Limits, now: f
     held = [_held_back(kind, running, limits, now, utc_offset_s) for kind in kinds]
     if all(held):
         return "; ".join(held) or "no agent is available"
-    if running.total >= limits.max_concurrent:
-        return f"all {limits.max_concurrent} slots are busy"
-    return "next"
+    return f"all {limits.max_concurrent} slots are busy" if running.total >= limits.max_concurrent else "next"
 
 
 def _held_back(kind: str, running: Running, limits: Limits, now: float, utc_offset_s: float) -> str:
@@ -1772,9 +1708,10 @@ class LineSplitter:
             if not at:
                 return lines
             lines.append(self._take())
-        while (end := data.find(b"\n", at)) >= 0:
-            if not data.startswith(boring, at):
-                if end - at > self._limit:
+        find, begins_with, limit = data.find, data.startswith, self._limit
+        while (end := find(b"\n", at)) >= 0:
+            if not begins_with(boring, at):
+                if end - at > limit:
                     self._add(data[at:end])
                     lines.append(self._take())
                 else:
@@ -1815,7 +1752,6 @@ class LineSplitter:
 # ---- 08 Agent events (pure) ------------------------------------------------------------------------------------
 # What an agent's output says, as facts.  A parser is fed whole lines as the log grows, returns what is notable at once
 # (for the event log), and at the end, or at any time, its ``facts()``.  It judges nothing: that is section 09.
-#
 # Claude's stream-json was measured on 2.1.197 and 2.1.329.  Nearly all bytes of a log are tool results and tool calls
 # that say nothing about the outcome, so a line's bytes are looked at first and only a line that can matter is parsed.
 # The byte searches are safe in one direction: inside a JSON string every quote is escaped, so ``"type":"result"`` is
@@ -1832,37 +1768,15 @@ _UNSAFE = dict.fromkeys((*range(9), *range(11, 32), *range(0x7F, 0xA0), 0x200E, 
 _ESCAPES = r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?|\x1b[PX\]^_][^\x07\x1b\n]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]?"  # ECMA-48
 
 
-class AgentFacts(Record):
+class AgentFacts(
+        KeyedRecord, lines=0, garbage_lines=0, session_id="", model="", version="", result_seen=False, is_error=False,
+        subtype="", terminal_reason="", stop_reason="", api_status=None, api_error="", last_error_kind="",
+        error_texts=(), result_text="", final_text="", summary_text="", cost_usd=None, tokens_in=None, tokens_out=None,
+        num_turns=0, denials=(), rate_limit=None, retry=None, stream_tail=()):
     """What a run's output says.  ``None`` means unknown; costs and tokens are those of this run alone.
     ``denials``: ({"tool", "input"}, ...).  ``rate_limit``: {"status", "type", "resets_at"} of the last limit reported.
     ``retry``: {"attempt", "status", "error"} of the API retry that the agent was in when the output ended.
-    ``session_id`` is set only where the session exists and can be resumed; ``stream_tail``: lines that were no JSON."""
-
-    lines: int = 0
-    garbage_lines: int = 0
-    session_id: str = ""
-    model: str = ""
-    version: str = ""
-    result_seen: bool = False
-    is_error: bool = False
-    subtype: str = ""
-    terminal_reason: str = ""
-    stop_reason: str = ""
-    api_status: int | None = None
-    api_error: str = ""
-    last_error_kind: str = ""
-    error_texts: tuple = ()
-    result_text: str = ""
-    final_text: str = ""
-    summary_text: str = ""
-    cost_usd: float | None = None
-    tokens_in: int | None = None
-    tokens_out: int | None = None
-    num_turns: int = 0
-    denials: tuple = ()
-    rate_limit: dict | None = None
-    retry: dict | None = None
-    stream_tail: tuple = ()
+    ``session_id`` is set only where the session can be resumed; ``stream_tail``: lines that were no JSON."""
 
 
 def clean_text(value, limit: int = TEXT_LIMIT) -> str:
@@ -1881,8 +1795,7 @@ def safe_text(text: str) -> str:
 
 def _number(value) -> float | int | None:
     """A finite number that is not negative, else ``None``; true and false are no numbers."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if is_number and 0 <= value < 1e15 else None
+    return value if type(value) in (int, float) and 0 <= value < 1e15 else None
 
 
 def _count(value) -> int | None:
@@ -1902,7 +1815,7 @@ def _sum(values) -> float | int | None:
 class SummaryFinder:
     """Finds the text after the last ``## Summary`` line; a heading inside a code fence does not count."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._fence = ""
         self._found: list[str] | None = None
         self._size = 0
@@ -1974,7 +1887,7 @@ class ClaudeStream:
     _CAN_MATTER = (b'"type":"result"', b'"type":"rate_limit_event"', b'"subtype":"init"', b'"subtype":"api_retry"',
                    b'"subtype":"permission_denied"', b'"subtype":"model_fallback"', b'"type":"assistant"')
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._facts: dict = {}
         self._lines = self._garbage = self._turns = 0
         self._tail: list[str] = []
@@ -1991,10 +1904,10 @@ class ClaudeStream:
         self._lines += 1
         if line.startswith(b'{"type":"assistant"'):
             if b'"type":"text"' in line:
-                if b'"error":"' in line or self._HEADING in line:
+                if b'"error":"' in line or b"#" in line and self._HEADING in line:  # one byte is found much faster
                     return self._take_assistant(self._parse(line), line)
-                if b'"parent_tool_use_id":"' not in line:  # else it is a subagent's text
-                    self._text_line = line
+                if line.rfind(b'"parent_tool_use_id":null') > 0 or b'"parent_tool_use_id":"' not in line:
+                    self._text_line = line  # else it is a subagent's text
             self._retry = None  # the API has answered
             return []
         if line.startswith(self.BORING):
@@ -2047,11 +1960,10 @@ class ClaudeStream:
         errors = record.get("errors")
         errors = errors if isinstance(errors, list) else [record.get("result")] if is_error else []
         status = _count(record.get("api_error_status"))
+        words = ("subtype", "terminal_reason", "stop_reason", "api_error")
         self._facts.update(
-            result_seen=True, is_error=is_error, subtype=clean_text(record.get("subtype"), 60),
-            terminal_reason=clean_text(record.get("terminal_reason"), 60),
-            result_text=clean_text(record.get("result")), stop_reason=clean_text(record.get("stop_reason"), 60),
-            api_error=clean_text(record.get("api_error"), 60),
+            {name: clean_text(record.get(name), 60) for name in words}, result_seen=True, is_error=is_error,
+            result_text=clean_text(record.get("result")),
             api_status=self._facts.get("api_status") if status is None and is_error else status,
             error_texts=tuple(clean_text(error, MESSAGE_LIMIT) for error in errors[:5] if isinstance(error, str)))
         if not is_error and isinstance(record.get("session_id"), str):
@@ -2101,10 +2013,9 @@ class TextStream:
     """Plain text: the last lines are the answer.  A script's cost is known to be 0; pass ``None`` where it is not."""
 
     BORING = ()
-    KEPT_LINES = 64
-    KEPT_CHARS = 4096
+    KEPT_LINES, KEPT_CHARS = 64, 4096  # of the end of the output
 
-    def __init__(self, cost_usd: float | None = 0.0):
+    def __init__(self, cost_usd: float | None = 0.0) -> None:
         self._cost_usd = cost_usd
         self._lines = 0
         self._last: list[bytes] = []
@@ -2144,45 +2055,26 @@ SIGNALS = {1: "SIGHUP", 2: "SIGINT", 3: "SIGQUIT", 6: "SIGABRT", 9: "SIGKILL", 1
            15: "SIGTERM"}
 
 
-class Question(Record):
+class Question(KeyedRecord, kind="none", text="", options=()):
     """What a question file says.  ``kind``: ``none``, ``question``, or ``report`` (a summary in the wrong file)."""
 
-    kind: str = "none"
-    text: str = ""
-    options: tuple = ()
 
-
-class RunFacts(Record):
+class RunFacts(KeyedRecord, format="claude", kind="claude", stop_reason="", limit_s=None, spawn_error="",
+               stderr_tail="", resumed=False, disallowed_tools=(), question=Question(), summary_file=""):
     """An ended run.  ``exit_code`` is the shell's (128 + n for signal n), ``None`` where none was recorded;
     ``stop_reason`` why it was stopped: ``cancelled``, ``timed_out``, ``stalled`` or ``""``; ``limit_s`` which limit it
     reached; ``spawn_error`` why the agent could not be started; ``resumed``: it continued an old session."""
 
     agent: AgentFacts
     exit_code: int | None
-    format: str = "claude"
-    kind: str = "claude"
-    stop_reason: str = ""
-    limit_s: float | None = None
-    spawn_error: str = ""
-    stderr_tail: str = ""
-    resumed: bool = False
-    disallowed_tools: tuple = ()
-    question: Question = Question()
-    summary_file: str = ""
 
 
-class Verdict(Record):
+class Verdict(KeyedRecord, reason="", detail="", resume=False, retry_at=None, summary="", question=None):
     """What the record says: ``state`` is the execution's, ``detail`` a sentence for a person; ``resume``: the agent's
     session can be continued; ``retry_at``: when an exhausted quota is full again, if known."""
 
     ok: bool
     state: str
-    reason: str = ""
-    detail: str = ""
-    resume: bool = False
-    retry_at: float | None = None
-    summary: str = ""
-    question: Question | None = None
 
     def question_json(self) -> dict | None:
         """The question as the task's JSON shows it, ``{"text", "options"}``, or ``None``."""
@@ -2259,15 +2151,13 @@ def describe_exit(exit_code: int) -> str:
 
 def _is_disallowed(denial: dict, entries: tuple) -> bool:
     """Whether the task itself disallows the denied call: entries are ``Bash``, ``Bash(touch:*)``, ``mcp__server``."""
-    tool, command = denial["tool"], str(denial["input"].get("command", ""))
-    for separator in ("&&", "||", ";", "|"):
-        command = command.replace(separator, "\n")
+    import re
+    tool, parts = denial["tool"], re.split(r"&&|[|;\n]", str(denial["input"].get("command", "")))
     for entry in map(str.strip, entries):
         name, _, rule = entry.partition("(")
         prefix = rule.rstrip(")").removesuffix("*").removesuffix(":").strip()
         is_named = tool == name or name.startswith("mcp__") and tool.startswith(name + "__")
-        if is_named and (not prefix or tool != "Bash" or
-                         any(part.strip().startswith(prefix) for part in command.split("\n"))):
+        if is_named and (not prefix or tool != "Bash" or any(part.strip().startswith(prefix) for part in parts)):
             return True
     return False
 
@@ -2283,8 +2173,7 @@ def _describe_denials(kind: str, denials: list[dict]) -> str:
             " agent.permission_mode, or forbid it in agent.disallowed_tools if the task can do without")
 
 
-# ``error`` of the synthetic line that reports an API error
-ERROR_KIND_REASONS = {
+ERROR_KIND_REASONS = {  # by ``error`` of the synthetic line that reports an API error
     "authentication_failed": "auth", "billing_error": "auth", "rate_limit": "rate_limited",
     "overloaded": "rate_limited", "model_not_found": "bad_task", "invalid_request": "bad_task",
     "max_output_tokens": "agent_error",
@@ -2427,9 +2316,8 @@ def build_feedback_prompt(kind: str, *, answer: str = "", comment: str = "", tex
     ``interrupted``: what the operator adds.  Of the ``output`` of a failed ``command`` the last 16 KB are given."""
     raw = output.rstrip().encode("utf-8", "replace")
     left_out = max(0, len(raw) - FEEDBACK_OUTPUT_LIMIT)
-    shown = raw[left_out:].decode("utf-8", "ignore")
-    shown = (f"[... {left_out} bytes left out ...]\n" if left_out else "") + shown
-    shown = (f"$ {command.strip()}\n" if command.strip() else "") + shown
+    head = f"$ {command.strip()}\n" if command.strip() else ""
+    shown = head + f"[... {left_out} bytes left out ...]\n" * bool(left_out) + raw[left_out:].decode("utf-8", "ignore")
     text = (answer or comment or text).strip()
     text = "\n\n" + text if kind == "interrupted" and text else text
     return FEEDBACK[kind].format(text=text, question=question.strip(), output=shown)
@@ -2447,26 +2335,17 @@ def failed_verdict(reason: str, detail: str) -> Verdict:
 
 def continuation_of(execution: Execution | None) -> dict | None:
     """What the next run needs to go on where this execution stopped, or ``None`` if there is nothing to go on from."""
-    if execution is None or not execution.session_id and not execution.sandbox_dir:
-        return None
-    return {name: getattr(execution, name) for name in ("session_id", "sandbox_dir", "branch", "start_head", "source",
-                                                        "agent")}
+    names = ("session_id", "sandbox_dir", "branch", "start_head", "source", "agent")
+    goes_on = execution is not None and (execution.session_id or execution.sandbox_dir)
+    return {name: getattr(execution, name) for name in names} if goes_on else None
 
 
-class FollowUp(Record):
+class FollowUp(KeyedRecord, reason="", detail="", not_before=None, attempts=0, free_tries=0, round=1, resume=None,
+               park=False, park_until=None):
     """What happens to a task after an execution: its new state, when it may start again, what the next run continues,
     and whether its agent kind is parked (``park_until`` is ``None`` with ``park`` set: until somebody unparks it)."""
 
     state: str
-    reason: str = ""
-    detail: str = ""
-    not_before: float | None = None
-    attempts: int = 0
-    free_tries: int = 0
-    round: int = 1
-    resume: dict | None = None
-    park: bool = False
-    park_until: float | None = None
 
 
 def decide_follow_up(task: Task, verdict: Verdict, continuation: dict | None, now: float, jitter: float) -> FollowUp:
@@ -2496,7 +2375,7 @@ def decide_follow_up(task: Task, verdict: Verdict, continuation: dict | None, no
     if facts.get("free"):
         if not has_free_try:
             return FollowUp(facts["state"], **same, attempts=task.attempts, free_tries=task.free_tries)
-        delay = max(rate_limit_delay_s(task.free_tries + 1, jitter), (verdict.retry_at or now) - now)
+        delay = max(retry_delay_s(RetryPolicy(), task.free_tries + 1, jitter), (verdict.retry_at or now) - now)
         return again.replace(not_before=now + delay if verdict.reason == "rate_limited" else None,
                              free_tries=task.free_tries + 1, resume=goes_on)
     attempts = task.attempts + 1
@@ -2510,11 +2389,9 @@ def decide_follow_up(task: Task, verdict: Verdict, continuation: dict | None, no
 # repository wrote passes ``safe_text`` first, so no escape sequence of theirs reaches the terminal.  Times are shown
 # ``tz_offset_s`` seconds east of UTC; colours are the 16 of ANSI, as SGR codes, and only where ``color`` is true.
 
-DIM, BOLD, RED, GREEN, YELLOW, BLUE, MAGENTA, CYAN = "2", "1", "31", "32", "33", "34", "35", "36"
-STATE_COLORS = {
-    RUNNING: "1;34", BLOCKED: "1;33", QUEUED: CYAN, READY: "1;32", PENDING: DIM, COMPLETED: GREEN,
-    FAILED: RED, TIMED_OUT: RED, BUDGET_EXCEEDED: MAGENTA, CANCELLED: DIM,
-}
+DIM, BOLD, RED, GREEN, YELLOW, MAGENTA, CYAN = "2", "1", "31", "32", "33", "35", "36"
+STATE_COLORS = {RUNNING: "1;34", BLOCKED: "1;33", QUEUED: CYAN, READY: "1;32", PENDING: DIM, COMPLETED: GREEN,
+                FAILED: RED, TIMED_OUT: RED, BUDGET_EXCEEDED: MAGENTA, CANCELLED: DIM}
 SHOWN_RESULT_LINES = 6  # of a tool's output
 SHOWN_LINE = 200  # characters of one line of a tool call or its output
 NO_TASKS = ('No tasks yet. Add one:  claudomator ctl add "fix the flaky login test" --dir /path/to/repo\n'
@@ -2584,8 +2461,7 @@ def _local(time_text: str | None, tz_offset_s: float) -> str:
 
 # -- an agent's log
 
-TOOL_ARGUMENTS = ("command", "file_path", "notebook_path", "path", "pattern", "url", "query", "skill", "description",
-                  "prompt")
+TOOL_ARGUMENTS = "command file_path notebook_path path pattern url query skill description prompt".split()
 
 
 def render_log_line(line: bytes, format: str, color: bool = False, tz_offset_s: float = 0) -> str | None:
@@ -2594,18 +2470,16 @@ def render_log_line(line: bytes, format: str, color: bool = False, tz_offset_s: 
     text = line.decode("utf-8", "replace")
     if format != "claude":
         return safe_text(text)
-    if not text.lstrip().startswith("{"):
-        return safe_text(text) if text.strip() else None
     record = parse_json_or(text, None)
     if not isinstance(record, dict):
-        unread = paint(f"… a line of {len(line)} bytes that cannot be read", DIM, color)
-        return unread if text.lstrip().startswith('{"') else safe_text(text)
-    kind = record.get("type")
+        if text.lstrip().startswith('{"'):
+            return paint(f"… a line of {len(line)} bytes that cannot be read", DIM, color)
+        return safe_text(text) if text.strip() else None
     render = {"assistant": _render_message, "user": _render_message, "system": _render_system,
-              "result": _render_result_line}.get(str(kind))
+              "result": _render_result_line}.get(str(record.get("type")))
     if render:
         return render(record, color)
-    limit = read_rate_limit(record.get("rate_limit_info")) if kind == "rate_limit_event" else None
+    limit = read_rate_limit(record.get("rate_limit_info")) if record.get("type") == "rate_limit_event" else None
     if limit is None or limit["status"] == "allowed":
         return None
     reset = f", resets at {_local(format_time(limit['resets_at']), tz_offset_s)[:16]}" if limit["resets_at"] else ""
@@ -2635,13 +2509,12 @@ def _render_block(block: dict, record: dict, color: bool) -> str | None:
             for name, value in given.items()))
         name = one_line(block.get("name") or "tool", 60)
         return paint(f"→ {name}: {arguments}" if arguments else f"→ {name}", CYAN, color)
-    if kind == "tool_result":
-        return _render_tool_result(block.get("content"), block.get("is_error") is True, color)
-    return None
+    return _render_tool_result(block, color) if kind == "tool_result" else None
 
 
-def _render_tool_result(content, is_error: bool, color: bool) -> str:
+def _render_tool_result(block: dict, color: bool) -> str:
     """A tool's output, indented and shortened, with a count of the lines left out."""
+    content, is_error = block.get("content"), block.get("is_error") is True
     if isinstance(content, list):
         content = "\n".join(part["text"] if isinstance(part.get("text"), str) else f"[{part.get('type')}]"
                             for part in map(_object, content))
@@ -2708,23 +2581,21 @@ def render_table(rows: list, headers: list[str], width: int, color: bool, right:
     table = [[(one_line(text, 1000), code) for text, code in row] for row in table]
     widths = _fit_widths([max(text_width(row[at][0]) for row in table) for at in range(len(headers))],
                          width - 2 * (len(headers) - 1))
-    lines = []
-    for row in table:
-        used = max((at + 1 for at, (text, _) in enumerate(row) if text), default=0)
-        parts = []
-        for at, (text, code) in enumerate(row[:used]):
-            text = cut_to_width(text, widths[at])
-            space, shown = " " * (widths[at] - text_width(text)), paint(text, code, color)
-            parts.append(space + shown if headers[at] in right else shown if at == used - 1 else shown + space)
-        lines.append("  ".join(parts))
-    return "\n".join(lines)
+
+    def padded(text: str, code: str, width: int, header: str) -> str:
+        text = cut_to_width(text, width)
+        space, shown = " " * (width - text_width(text)), paint(text, code, color)
+        return space + shown if header in right else shown + space
+
+    return "\n".join("  ".join(padded(*cell, *column) for cell, column in zip(row, zip(widths, headers))).rstrip(" ")
+                     for row in table)
 
 
 def _elapsed(run: dict | None, now: float | None) -> str:
     """How long an execution took, or has taken so far."""
     start = parse_db_time(run["start_time"]) if run else None
     end = parse_db_time(run["end_time"]) or now if run else None
-    return "" if start is None or end is None else format_duration(max(0, round(end - start)) or 0) or "0s"
+    return "" if start is None or end is None else format_duration(max(0, round(end - start)))
 
 
 def _why(task: dict) -> tuple[str, str]:
@@ -2752,7 +2623,7 @@ def render_tasks(tasks: list[dict], now: float, width: int, color: bool) -> str:
                         right=("AGE", "ELAPSED"))
 
 
-def render_agents(agents: list[dict], width: int, color: bool, now: float = 0.0, tz_offset_s: float = 0) -> str:
+def render_agents(agents: list[dict], width: int, color: bool, tz_offset_s: float = 0) -> str:
     """The table of agent kinds: how much of each runs, and which are parked and why."""
     rows = []
     for agent in agents:
@@ -2780,7 +2651,7 @@ def render_status(status: dict, now: float, width: int, color: bool, tz_offset_s
         reason = f": {agent['park_reason']}" if agent.get("park_reason") else ""
         if agent.get("parked", until is not None):
             lines.append((f"{agent['kind']} is parked {end}{reason}", YELLOW))
-    lines += [(" · ".join(f"{state} {counts[state]}" for state in STATES if counts.get(state)), DIM)]
+    lines.append((" · ".join(f"{state} {counts[state]}" for state in STATES if counts.get(state)), DIM))
     shown = [paint(cut_to_width(one_line(text, 1000), width), code, color) for text, code in lines if text]
     if not any(counts.values()):
         return "\n".join([*shown, "", *(cut_to_width(line, width) for line in NO_TASKS.split("\n"))])
@@ -2796,11 +2667,10 @@ def render_status(status: dict, now: float, width: int, color: bool, tz_offset_s
     return "\n".join([*shown, *([""] if hints else []), *hints])
 
 
-def render_executions(executions: list[dict], now: float | None, width: int, color: bool,
-                      tz_offset_s: float = 0) -> str:
+def render_executions(runs: list[dict], now: float | None, width: int, color: bool, tz_offset_s: float = 0) -> str:
     """The table of executions in the order given; ``now`` is for those that still run."""
     rows = []
-    for run in executions:
+    for run in runs:
         tokens = format_tokens(_sum([run["tokens_in"], run["tokens_out"]])) if run["end_time"] else ""
         rows.append([run["id"][:8], (run["status"], STATE_COLORS.get(run["status"], "")), run["agent"],
                      _local(run["start_time"], tz_offset_s), _elapsed(run, now if run["status"] == RUNNING else None),
@@ -2932,8 +2802,10 @@ class RequestSplitter:
 
     def feed(self, data: bytes) -> list[bytes | WireError]:
         """The whole lines in order; a ``WireError`` stands where a line was too long.  Empty lines are left out."""
-        out: list[bytes | WireError] = []
         pieces = data.split(b"\n")
+        if len(pieces) == 2 and not pieces[1] and not self._buffer and not self._skipping and len(data) <= self._limit:
+            return [pieces[0]] if pieces[0].strip() else []  # what a client sends that waits for each answer
+        out: list[bytes | WireError] = []
         for number, piece in enumerate(pieces):
             if not self._skipping and len(self._buffer) + len(piece) > self._limit:
                 self._buffer, self._skipping = bytearray(), True
@@ -2970,7 +2842,7 @@ def parse_request(line: bytes) -> Request:
 
 def encode_result(request_id, result) -> bytes:
     """The line that answers a request."""
-    return format_json({"jsonrpc": "2.0", "id": request_id, "result": result}).encode() + b"\n"
+    return f'{{"jsonrpc":"2.0","id":{format_json(request_id)},"result":{format_json(result)}}}\n'.encode()
 
 
 def encode_error(request_id, error: Exception) -> bytes:
@@ -3229,8 +3101,11 @@ class _Table:
         self.select = f"SELECT {', '.join(column for column, _, _ in self._codecs.values())} FROM {name}"
 
     def row(self, fields: dict) -> dict:
-        codecs = ((self._codecs[field], value) for field, value in fields.items())
-        return {column: encode(value) if encode else value for (column, encode, _), value in codecs}
+        row = {}
+        for field, value in fields.items():
+            column, encode, _ = self._codecs[field]
+            row[column] = encode(value) if encode else value
+        return row
 
     def load(self, row: tuple) -> Record:
         decoded = [decode(value) if decode and value is not None else value
@@ -3473,7 +3348,8 @@ class Transactions:
         self._sqlite_error, self._integrity_error = sqlite.Error, sqlite.IntegrityError
         self._db = open_database(path, readonly)
         self._loop = self._syncer = None
-        self._marks: list[tuple] = []  # of each operation under way, how many events and hooks there were before it
+        self._depth = self._mark = 0  # of the operation under way, and how many events there were before it
+        self._failed = False  # something inside it did
         self._in_transaction, self._events, self._hooks, self._waiters = False, [], [], []  # of this tick
         self._syncing: list[list] = []  # waiters of the transactions that are committed and not yet synced
         self._cache: dict[tuple, Record] = {}  # records read or written lately; with a loop nobody else writes
@@ -3499,30 +3375,40 @@ class Transactions:
         self._db.close()
 
     def atomic(self) -> Transactions:
-        """``with store.atomic():`` makes the writes inside, which must not await, happen together or not at all."""
+        """``with store.atomic():`` makes the writes inside, which must not await, happen together or not at all.
+
+        One inside another is part of it: what fails in there undoes the whole.  Raises ``RuntimeError`` where that failure
+        was caught on the way, which would have let half of an operation pass for whole.
+        """
         return self
 
     def __enter__(self) -> None:
-        self._begin()
-        self._db.execute("SAVEPOINT op")
-        self._marks.append((len(self._events), len(self._hooks)))
+        if self._depth == 0:
+            self._begin()
+            self._db.execute("SAVEPOINT op")
+            self._mark = len(self._events)
+        self._depth += 1
 
     def __exit__(self, kind, error, trace) -> None:
-        marks = self._marks.pop()
-        if kind is None:
+        self._depth -= 1
+        self._failed |= kind is not None
+        if self._depth:
+            return
+        hooks, self._hooks, failed, self._failed = self._hooks, [], self._failed, False
+        if not failed:
             self._db.execute("RELEASE op")
-            if not self._marks:
-                hooks, self._hooks = self._hooks, []
-                for hook in hooks:
-                    hook()
+            for hook in hooks:
+                hook()
         else:
             if self._in_transaction:
                 self._db.execute("ROLLBACK TO op")
                 self._db.execute("RELEASE op")
-            del self._events[marks[0]:], self._hooks[marks[1]:]
+            del self._events[self._mark:]
             self._cache.clear()
-        if self._loop is None and not self._marks:
+        if self._loop is None:
             self.commit()
+        if failed and kind is None:
+            raise RuntimeError("a failure inside this operation was caught; all of it was undone")
 
     def after(self, hook) -> None:
         """Call ``hook()`` once the outermost operation is complete; never if it is undone."""
@@ -3586,6 +3472,10 @@ class Transactions:
         self.on_rollback()
         return failure
 
+    def is_durable(self) -> bool:
+        """Whether everything written so far is on disk."""
+        return not self._in_transaction and not self._syncing
+
     def durable(self) -> object:
         """An awaitable that ends once everything written so far is on disk.  Raises ``StorageError``."""
         future = self._loop.create_future()
@@ -3614,7 +3504,7 @@ class Transactions:
         except UnicodeEncodeError:
             raise InvalidInput("the text holds half of a surrogate pair (\\ud800 to \\udfff), no character") from None
         finally:
-            if self._loop is None and not self._marks:
+            if self._loop is None and not self._depth:
                 self.commit()
 
     def _find(self, table: _Table, where: str, values=(), order: str = "seq", limit: int = -1) -> list:
@@ -3654,8 +3544,14 @@ class Transactions:
 
     def _update(self, table: _Table, where: str, values: tuple, fields: dict) -> int:
         """Update the row whose id is the first of ``values``; returns 0 where ``where`` does not hold."""
-        row = table.row(fields)
         known = self._cache.pop((table.name, values[0]), None)
+        if known is not None:  # what stays as it is costs no writing, nor a look at its index
+            fields = {name: value for name, value in fields.items()
+                      if name in ("state", "status", "updated_at") or known.__dict__[name] != value}
+            if not fields:
+                self._remember(table, known)
+                return 1
+        row = table.row(fields)
         changed = self._write(f"UPDATE {table.name} SET {', '.join(f'{name} = ?' for name in row)} WHERE {where}",
                               (*row.values(), *values)).rowcount
         if changed and known is not None:
@@ -3664,7 +3560,7 @@ class Transactions:
 
     def append_event(self, kind: str, task_id: str | None = None, execution_id: str | None = None, **payload) -> None:
         """Write an event; it is published once it is on disk."""
-        if not self._marks:
+        if self._loop is None and not self._depth:
             with self.atomic():
                 return self.append_event(kind, task_id, execution_id, **payload)
         now, sql = self.clock(), "INSERT INTO events VALUES (NULL, ?, ?, ?, ?, ?)"
@@ -3695,7 +3591,10 @@ class Store(Transactions):
 
     def find_task(self, task_id: str) -> Task | None:
         """The task, or ``None``."""
-        return next(iter(self._find(TASKS, "id = ?", (task_id,))), None)
+        try:
+            return self._get(TASKS, task_id)
+        except NotFound:
+            return None
 
     def task_by_key(self, idempotency_key: str) -> Task | None:
         """The task that was created with this idempotency key."""
@@ -3787,7 +3686,10 @@ class Store(Transactions):
 
     def last_execution(self, task: Task) -> Execution | None:
         """The newest execution of a task."""
-        return next(iter(self._find(EXECUTIONS, "id = ?", (task.execution_id,))), None)
+        try:
+            return self._get(EXECUTIONS, task.execution_id) if task.execution_id else None
+        except NotFound:
+            return None
 
     def running_executions(self) -> list[Execution]:
         """All executions whose status is RUNNING, oldest first."""
@@ -3950,13 +3852,18 @@ record "$code${told:+ stopped}"
 """
 
 
+_BOOT_ID: list[str] = []  # once read; it cannot change under a running process
+
+
 def boot_id() -> str:
     """The kernel's id of this boot; a pid of another boot means nothing."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return ""
+    if not _BOOT_ID:
+        try:
+            with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+                _BOOT_ID.append(file.read().strip())
+        except OSError:
+            return ""
+    return _BOOT_ID[0]
 
 
 def process_start(pid: int) -> int | None:
@@ -3977,21 +3884,19 @@ def is_same_process(pid: int | None, start: int | None, boot: str) -> bool:
     return pid is not None and boot == boot_id() and start is not None and process_start(pid) == start
 
 
-_KERNEL_THREADS: set[str] = set()  # pids that never have an environment; spares a look at each in every pass
+_UNMARKED: dict[tuple[str, int], float] = {}  # (pid, its inode in /proc: not a later process's) first seen without mark
+UNMARKED_S = 2.0  # how long a process must have been without a mark to be left alone: longer than fork(2) to execve(2)
 
 
-def never_has_environment(name: str) -> bool:
-    """Whether /proc/NAME is a kernel thread (PF_KTHREAD in field 9 of stat, include/linux/sched.h) or has ended."""
-    if name in _KERNEL_THREADS:
-        return True
+def why_no_environment(name: str) -> str:
+    """``kernel`` if /proc/NAME is a kernel thread (PF_KTHREAD in field 9 of stat, include/linux/sched.h), ``ended``, or
+    empty where it is between two programs."""
     try:
         with open(f"/proc/{name}/stat", "rb", buffering=0) as file:
             fields = file.read(4096).rpartition(b")")[2].split()
     except OSError:
-        return True
-    if int(fields[6]) & 0x00200000:
-        _KERNEL_THREADS.add(name)
-    return fields[0] in b"ZX" or name in _KERNEL_THREADS
+        return "ended"
+    return "kernel" if int(fields[6]) & 0x00200000 else "ended" if fields[0] in b"ZX" else ""
 
 
 def marked_processes(execution_ids) -> dict[int, str]:
@@ -4002,11 +3907,15 @@ def marked_processes(execution_ids) -> dict[int, str]:
     a child, or had no environment, which is so for a moment during execve(2).
     """
     wanted = {f"{MARK}={execution_id}".encode(): execution_id for execution_id in execution_ids}
-    prefix, found, clear = MARK.encode() + b"=", {}, set()
+    prefix, found, clear, now = MARK.encode() + b"=", {}, set(), time.monotonic()
     for _ in range(LOOK_AGAIN if wanted else 0):
         again = starting = False
-        for name in os.listdir("/proc"):
-            if name in clear or not name.isdigit():
+        processes = [(entry.name, entry.inode()) for entry in os.scandir("/proc") if entry.name.isdigit()]
+        for gone in _UNMARKED.keys() - set(processes):
+            del _UNMARKED[gone]
+        for process in processes:
+            name = process[0]
+            if name in clear or now - _UNMARKED.get(process, now) > UNMARKED_S:
                 continue
             try:
                 with open(f"/proc/{name}/environ", "rb", buffering=0) as file:
@@ -4018,11 +3927,15 @@ def marked_processes(execution_ids) -> dict[int, str]:
                 block = b"-"
             except ProcessLookupError:  # what newer kernels say where there is no memory to read
                 block = b""
-            if not block and not never_has_environment(name):
+            why = block or why_no_environment(name)
+            if not why:
                 starting = True
                 continue
             clear.add(name)
-            if prefix in block:
+            if prefix not in block:
+                _UNMARKED.setdefault(process, 0.0 if why == "kernel" else now)
+            else:
+                _UNMARKED.pop(process, None)
                 for entry in block.split(b"\0"):
                     if entry in wanted and process_start(int(name)) is not None:
                         found[int(name)] = wanted[entry]
@@ -4262,7 +4175,6 @@ async def in_thread(function, *args, **kwargs) -> Any:
 
 # ---- 15 Git sandboxes ------------------------------------------------------------------------------------------
 # A sandbox is a clone that one task works in.  Four rules carry the section:
-#
 # - the developer's working copy is never touched.  Commits go to a branch of the clone's source; where that branch is
 #   checked out there, they go to a new branch ``claudomator/<sandbox>``, and the result says so;
 # - nobody's commits are overwritten: no push is forced.  One that came too late is rebased, verified and tried again.
@@ -4308,11 +4220,9 @@ class CommandResult(Record):
 def run_command(argv, *, env: dict, cwd: str | None = None, timeout_s: float | None = None, keep_bytes: int = 65536,
                 log_path: str | None = None, quiet: bool = False) -> CommandResult:
     """Run a command to its end in a session of its own, without input; stdout and stderr together are its output.
-
     Output goes to ``log_path`` (appended, 0600) or to a nameless file, never to a pipe: a background child that keeps
     it open holds nobody up.  Its last ``keep_bytes`` are returned.  ``quiet``: stderr counts only where the command
-    fails.  A command that cannot be started has exit code 127.
-    """
+    fails.  A command that cannot be started has exit code 127."""
     import signal
     import subprocess
     import tempfile
@@ -4379,10 +4289,7 @@ def _config_env(settings: tuple) -> dict:
 def git(args, *, env: dict, cwd: str | None = None, repo: str | None = None,
         settings: tuple = (NO_HOOKS,)) -> CommandResult:
     """Run git in ``cwd``, or on exactly the clone ``repo``; output is stdout, and stderr too where git fails.
-
-    With ``repo`` git never looks for a repository further up, so a clone whose .git was destroyed is an error and not
-    the repository that the clone happens to lie in.
-    """
+    With ``repo`` a clone whose .git was destroyed is an error, and not the repository that it happens to lie in."""
     at = ["--git-dir", os.path.join(repo, ".git"), "--work-tree", repo] if repo else []
     environment = {**_clean_git_env(env), **_config_env((*GIT_SETTINGS, *settings)), "GIT_TERMINAL_PROMPT": "0",
                    "GIT_EDITOR": "true", "GIT_SEQUENCE_EDITOR": "true", "LC_ALL": "C", "LANGUAGE": ""}
@@ -4399,11 +4306,8 @@ def _must(result: CommandResult, what: str, reason: str = "sandbox_failed") -> s
 
 
 def agent_git_env(env: dict, cwd: str) -> dict:
-    """The GIT_* variables with which ``git commit`` works in ``cwd`` on any host.
-
-    An identity where git knows none and would refuse or guess, no signing, no question at a terminal, and repositories
-    of other users are trusted; nothing that binds git to one repository.
-    """
+    """The GIT_* variables with which ``git commit`` works in ``cwd`` on any host: an identity where git would refuse
+    or guess one, no signing or questions, trust in others' repositories; nothing that binds git to one repository."""
     known = git(["var", "GIT_COMMITTER_IDENT"], env=env, cwd=cwd, settings=(("user.useConfigOnly", "true"),))
     identity = {f"GIT_{role}_{field}": env.get(f"GIT_{role}_{field}") or value for role in ("AUTHOR", "COMMITTER")
                 for field, value in FALLBACK_IDENTITY.items() if known.exit_code != 0}
@@ -4455,9 +4359,7 @@ def _remove_stale_locks(git_dir: str) -> None:
 
 def _acquire_lock(path: str, key: str, waiting: Callable) -> Any:
     """Lock ``key`` among the sandboxes beside ``path`` until the returned file is closed (or its process is killed).
-
-    ``waiting`` is called now and then and may raise to give up; all that runs under a lock has a time limit.
-    """
+    ``waiting`` is called now and then and may raise to give up; all that runs under a lock has a time limit."""
     import fcntl
     import hashlib
     name = ".lock-" + hashlib.sha256(os.fsencode(key)).hexdigest()[:16]
@@ -4472,12 +4374,9 @@ def _acquire_lock(path: str, key: str, waiting: Callable) -> Any:
 
 
 class Sandbox(Record):
-    """A clone: where it is, what it was cloned from, the branch its commits go to, the commit it began with.
-
-    ``start_head`` is empty where the source had no commits, ``workdir`` is where the agent starts: the directory that
-    ``project_dir`` is of its repository; ``note`` says what a person should know.
-    """
-
+    """A clone: where it is, what it was cloned from, the branch its commits go to, the commit it began with (empty
+    where the source had none); the agent starts in ``workdir``, the directory that ``project_dir`` is of its
+    repository; ``note`` says what a person should know."""
 
     path: str
     source: str
@@ -4503,9 +4402,7 @@ def _is_local(url: str) -> bool:
 
 def clone_source(top: str, env: dict) -> str:
     """What to clone for the repository ``top``: its remote ``local``, else ``origin``, where that is local, else it.
-
-    A remote on the network is never cloned from: its credentials and its speed are not the task's business.
-    """
+    A remote on the network is never cloned from: its credentials and its speed are not the task's business."""
     for name in ("local", "origin"):
         found = git(["remote", "get-url", name], env=env, cwd=top)
         url = found.output.strip()
@@ -4517,9 +4414,7 @@ def clone_source(top: str, env: dict) -> str:
 def create_sandbox(project_dir: str, path: str, *, env: dict, setup: str = "", timeout_s: float = 600.0,
                    log_path: str | None = None) -> Sandbox:
     """Clone a project into ``path`` and prepare it; what an earlier, interrupted call left there is removed first.
-
-    ``setup`` is a shell command, run in the clone.  Raises ``SandboxError`` (``sandbox_failed``).
-    """
+    ``setup`` is a shell command, run in the clone.  Raises ``SandboxError`` (``sandbox_failed``)."""
     if not os.path.isabs(project_dir) or not os.path.isdir(project_dir):
         raise SandboxError(f"project_dir {project_dir!r} is not the full path of a directory that exists")
     path, project_dir = os.path.abspath(path), os.path.realpath(project_dir)
@@ -4541,10 +4436,8 @@ def create_sandbox(project_dir: str, path: str, *, env: dict, setup: str = "", t
 
 def _project_repository(project_dir: str, root: str, env: dict) -> str:
     """The top of the repository (its working tree, or a bare one) that the project is in.
-
     A directory that has none, or in which the one around it tracks nothing, becomes one, with a first commit.  The
-    marker is there before the repository and goes after the commit, so that the next task mends a killed attempt.
-    """
+    marker is there before the repository and goes after the commit, so that the next task mends a killed attempt."""
     git_dir = os.path.join(project_dir, ".git")
     marker = os.path.join(git_dir, "claudomator-init")
     result = git(["rev-parse", "--show-cdup"], env=env, cwd=project_dir)  # empty at the top and in a bare repository
@@ -4608,11 +4501,8 @@ def _update_submodules(path: str, project: str, env: dict) -> None:
 
 
 def remove_sandbox(path: str, root: str) -> None:
-    """Delete the tree ``path``, which must lie below ``root``; nothing there is fine.
-
-    Read-only directories (Go's module cache) are opened first; a symbolic link is removed, never followed.
-    Raises ``SandboxError`` for a path outside ``root`` or a tree that cannot be deleted.
-    """
+    """Delete the tree ``path`` below ``root``; nothing there is fine.  Read-only directories (Go's module cache) are
+    opened first, links never followed.  Raises ``SandboxError`` for a path elsewhere and where deleting fails."""
     import shutil
     path = os.path.abspath(path)
     if not (os.path.realpath(os.path.dirname(path)) + "/").startswith(os.path.realpath(root).rstrip("/") + "/"):
@@ -4631,10 +4521,8 @@ def remove_sandbox(path: str, root: str) -> None:
 
 def _base(sandbox: Sandbox, env: dict) -> str:
     """The commit after which the task's own work begins; empty in a repository that began empty.
-
     Of the start, what the work was last rebased on and what the agent pulled, the first from which the fewest commits
-    lead to HEAD.  What the agent pushed itself is its own: only the log of the tracking branch tells that apart.
-    """
+    lead to HEAD.  What the agent pushed itself is its own: only the log of the tracking branch tells that apart."""
     log = git(["log", "--walk-reflogs", "--format=%H %gs", f"refs/remotes/origin/{sandbox.branch}", "--"], env=env,
               repo=sandbox.path)
     known = [sandbox.start_head, read_head(os.path.join(sandbox.path, ".git", "claudomator-base"), FACTS_BYTES),
@@ -4704,15 +4592,12 @@ def finish_sandbox(sandbox: Sandbox, *, env: dict, build: str = "", verify: str 
                    log_path: str | None = None, attempts: int = 5, pause_s: float = 0.3,
                    on_step: Callable | None = None) -> SandboxResult:
     """Commit what the agent left, build, verify, record and push.  The sandbox stays; the caller removes it.
-
     ``env`` is that of build, verify and git; its execution mark tells a repeated call from another run.  ``attempts``:
-    how often to push when others come first, with a random pause of about ``pause_s`` between.
-    ``on_step(name)`` is called before each step (commit, build, verify, push, rebase) and while it waits for another
-    task (waiting); what it raises stops the work.  Nothing else may run in the sandbox by now.
-
-    Raises ``SandboxError``: ``build_failed``, ``verify_failed`` (``data["output"]``: what the command printed),
-    ``push_failed``, or ``sandbox_failed`` for a clone that cannot be judged.  It can be called again then.
-    """
+    how often to push when others come first, with a random pause of about ``pause_s`` between.  ``on_step(name)`` is
+    called before each step (commit, build, verify, push, rebase) and while it waits for another task (waiting); what
+    it raises stops the work.  Nothing else may run in the sandbox by now.  Raises ``SandboxError``: ``build_failed``,
+    ``verify_failed`` (``data["output"]``: what the command printed), ``push_failed``, or ``sandbox_failed`` for a
+    clone that cannot be judged.  It can be called again then."""
     def shell(command: str, what: str, directory: str) -> None:
         if command:
             step(what)
@@ -4741,7 +4626,7 @@ def finish_sandbox(sandbox: Sandbox, *, env: dict, build: str = "", verify: str 
 class _Finish:
     """The steps of ``finish_sandbox``; each finds out for itself what an earlier, killed call has done."""
 
-    def __init__(self, sandbox: Sandbox, env: dict, step: Callable, verify: Callable):
+    def __init__(self, sandbox: Sandbox, env: dict, step: Callable, verify: Callable) -> None:
         self.sandbox, self.env, self.step, self.verify = sandbox, env, step, verify
         self.path, self.git_dir, self.notes = sandbox.path, os.path.join(sandbox.path, ".git"), [sandbox.note]
         self.commit_marker = os.path.join(self.git_dir, "claudomator-commit")
@@ -4749,6 +4634,7 @@ class _Finish:
         self.base_file = os.path.join(self.git_dir, "claudomator-base")  # what the work was last rebased on
 
     def git(self, *args: str, **options) -> CommandResult:
+        """``git`` on the sandbox."""
         return git(args, env=self.env, repo=self.path, **options)
 
     def recover(self) -> None:
@@ -4768,8 +4654,8 @@ class _Finish:
         mark = self.env.get(MARK, "") + "\n"
         if read_head(self.commit_marker, FACTS_BYTES) != mark:
             self.step("commit")
-            skipped = _stage_all(self.path, self.env)
-            self.notes += [f"not committed, being a repository of its own: {name}" for name in skipped]
+            self.notes += [f"not committed, being a repository of its own: {name}"
+                           for name in _stage_all(self.path, self.env)]
             inside = self.git("diff", "--name-only", "--ignore-submodules=untracked").output.splitlines()
             if inside:
                 raise SandboxError(f"uncommitted changes inside submodules ({', '.join(inside)}) must be committed "
@@ -4847,9 +4733,7 @@ class _Finish:
 
 def find_build(workdir: str, path: str, env: dict) -> tuple[str, str, str]:
     """(command, "build", directory) of the build that the repository names, in ``workdir`` or else at the clone's top.
-
-    Empty where it names none, or one whose tool is not installed.
-    """
+    The command is empty where it names none, or one whose tool is not installed."""
     import re
     import shutil
     for directory in (workdir, path):
@@ -4894,23 +4778,34 @@ class Bus:
         """Yield batches of events after ``since`` (``None``: only new ones), for ever; of one task where given."""
         import asyncio
         arrived = asyncio.Event()
+        fresh: list[dict] | None = [] if since is None else None  # what came meanwhile; ``None``: the table has more
 
-        def wake(events: list) -> None:
+        def take(events: list[dict]) -> None:
+            nonlocal fresh
+            if fresh is not None:
+                fresh = fresh + events if len(fresh) + len(events) <= EVENT_PAGE else None
             arrived.set()
 
-        self.subscribe(wake)
+        self.subscribe(take)
         try:
             seq = self._store.published_seq if since is None else since
             while True:
                 arrived.clear()
-                batch = self._store.events_since(seq, EVENT_PAGE, task_id)
+                if fresh is None:
+                    batch = self._store.events_since(seq, EVENT_PAGE, task_id)
+                    if not batch:
+                        fresh, seq = [], self._store.published_seq
+                else:
+                    batch = [event for event in fresh if task_id in (None, event["task_id"])]
+                    if fresh:
+                        fresh, seq = [], fresh[-1]["seq"]
                 if batch:
-                    seq = batch[-1]["seq"]
+                    seq = max(seq, batch[-1]["seq"])
                     yield batch
                 else:
                     await arrived.wait()
         finally:
-            self.unsubscribe(wake)
+            self.unsubscribe(take)
 
 
 # ---- 17 Operations ---------------------------------------------------------------------------------------------
@@ -4922,6 +4817,7 @@ LOG_CHUNK = 1 << 16  # bytes of a log in one notification
 LOG_POLL_S = 0.2
 EVENT_TEXT = 2000  # characters of a comment or an answer in an event; the whole of it is with the task
 EDITABLE_STATES = frozenset({PENDING, QUEUED, READY, BLOCKED}) | FAILURE_STATES
+FRESH_TRIES = {"reason": "", "detail": "", "attempts": 0, "free_tries": 0, "not_before": None}
 
 
 def complete_spec(spec: TaskSpec, config: Config, kinds) -> TaskSpec:
@@ -4936,14 +4832,12 @@ def complete_spec(spec: TaskSpec, config: Config, kinds) -> TaskSpec:
     if spec.acceptance_criteria:
         raise InvalidInput(f"{where}acceptance_criteria: this version has no checker yet; use verify")
     project = config.project_named(spec.project) if spec.project else config.project_for_dir(agent.project_dir)
-    if project is None:
-        if spec.project:
-            names = [known.name for known in config.projects]
-            raise InvalidInput(f"{where}project: there is no project {spec.project!r} in the configuration"
-                               f"{did_you_mean(spec.project, names)}")
-        return spec
-    return spec.replace(agent=agent.replace(project_dir=agent.project_dir or project.dir), project=project.name,
-                        verify=spec.verify or project.verify)
+    if project is None and spec.project:
+        raise InvalidInput(f"{where}project: there is no project {spec.project!r} in the configuration"
+                           + did_you_mean(spec.project, [known.name for known in config.projects]))
+    return spec if project is None else spec.replace(
+        agent=agent.replace(project_dir=agent.project_dir or project.dir), project=project.name,
+        verify=spec.verify or project.verify)
 
 
 def wrong_state(task: Task, words: str) -> WrongState:
@@ -4956,9 +4850,7 @@ class Lifecycle:
 
     def __init__(self, store: Store, random_bytes=os.urandom):
         self.store, self._random = store, random_bytes
-        self.on_move = lambda task, old_state: None
-        self.on_change = lambda task: None
-        self.on_delete = lambda task_id: None
+        self.on_move = self.on_change = self.on_delete = lambda *facts: None
 
     def new_id(self) -> str:
         """A fresh UUID."""
@@ -4980,19 +4872,14 @@ class Lifecycle:
                 self._settle_parent(task.parent_task_id)
         return task
 
-    # -- creation and editing
-
     def create(self, specs: list[TaskSpec], *, queue: bool, config: Config, kinds) -> list[Task]:
         """Store a batch, whole or not at all; a spec whose idempotency key is known yields the task that has it.
-
-        Raises ``InvalidInput`` for an unknown agent type, dependency, parent or project.
-        """
-        ids, by_name, by_key, new = [], {}, {}, {}
-        tasks: dict[str, Task] = {}
+        Raises ``InvalidInput`` for an unknown agent type, dependency, parent or project."""
+        ids, by_name, by_key, new, tasks = [], {}, {}, {}, {}
         with self.store.atomic():
             for spec in specs:  # ids first: a dependency may name a later task of the batch
                 key = spec.idempotency_key
-                known = self.store.task_by_key(key) if key and key not in by_key else None
+                known = self.store.task_by_key(key) if key else None
                 task_id = known.id if known else by_key.get(key) or self.new_id()
                 if known:
                     tasks[task_id] = known
@@ -5012,15 +4899,14 @@ class Lifecycle:
 
     def _resolved(self, spec: TaskSpec, ids: dict, config: Config, kinds) -> TaskSpec:
         """The completed spec with names and prefixes of other tasks turned into ids."""
-        spec, depends_on = complete_spec(spec, config, kinds), []
-        for dependency in spec.depends_on:
-            try:
-                found = ids.get(dependency.task) or self.store.resolve_task(dependency.task)
-            except NotFound as error:
-                raise InvalidInput(f"task {spec.name!r}: depends_on: {error}") from None
-            depends_on.append(dependency.replace(task=found))
+        spec = complete_spec(spec, config, kinds)
+        try:
+            depends_on = tuple(other.replace(task=ids.get(other.task) or self.store.resolve_task(other.task))
+                               for other in spec.depends_on)
+        except NotFound as error:
+            raise InvalidInput(f"task {spec.name!r}: depends_on: {error}") from None
         parent = self.store.resolve_task(spec.parent_task_id) if spec.parent_task_id else ""
-        return spec.replace(depends_on=tuple(depends_on), parent_task_id=parent)
+        return spec.replace(depends_on=depends_on, parent_task_id=parent)
 
     def edit(self, task_id: str, changes: dict, *, config: Config, kinds) -> Task:
         """Change a task that is not running.  ``changes`` has the keys of a task file.  Raises ``InvalidInput``."""
@@ -5051,8 +4937,7 @@ class Lifecycle:
             if other is not None and other.id not in edges:
                 edges[other.id] = [dependency.task for dependency in other.depends_on]
                 rest += edges[other.id]
-        cycle = find_cycle(edges)
-        if cycle:
+        if cycle := find_cycle(edges):
             raise InvalidInput("depends_on: a dependency cycle: " + " -> ".join(other[:8] for other in cycle))
 
     def delete(self, task_id: str) -> list[Execution]:
@@ -5078,8 +4963,8 @@ class Lifecycle:
         task = self.store.get_task(task_id)
         if task.state == BLOCKED:
             raise wrong_state(task, "is BLOCKED; answer its question (ctl answer) or cancel it")
-        return self._move(task_id, QUEUED, only_from=(PENDING, *FAILURE_STATES), reason="", detail="", attempts=0,
-                          free_tries=0, round=1, resume=None, not_before=None, question=None)
+        return self._move(task_id, QUEUED, only_from=(PENDING, *FAILURE_STATES), **FRESH_TRIES, round=1, resume=None,
+                          question=None)
 
     def resume_session(self, task_id: str, message: str) -> Task:
         """Run a failed or cancelled task again in its last session and sandbox."""
@@ -5087,9 +4972,8 @@ class Lifecycle:
         continuation = continuation_of(self.store.last_execution(task))
         if continuation is None:
             raise wrong_state(task, "has no session to resume; ctl run starts it from the beginning")
-        continuation.update(kind="interrupted", text=message)
-        return self._move(task_id, QUEUED, only_from=FAILURE_STATES, reason="", detail="", attempts=0, free_tries=0,
-                          resume=continuation, not_before=None)
+        return self._move(task_id, QUEUED, only_from=FAILURE_STATES, **FRESH_TRIES,
+                          resume={**continuation, "kind": "interrupted", "text": message})
 
     def accept(self, task_id: str) -> Task:
         """READY to COMPLETED."""
@@ -5127,17 +5011,20 @@ class Lifecycle:
 
     # -- moves that the pool makes
 
-    def claim(self, task: Task, kind: str, model: str, timeout_s: float) -> tuple[Task, Execution]:
-        """QUEUED to RUNNING and the execution's row, in one transaction."""
-        resume, execution_id = task.resume or {}, self.new_id()
-        goes_on = {name: resume.get(name, "")
+    def claim(self, task: Task, kind: str, model: str, timeout_s: float, root: str) -> tuple[Task, Execution]:
+        """QUEUED to RUNNING and the execution's row, in one transaction; ``root`` holds the executions' directories."""
+        execution_id = self.new_id()
+        directory = os.path.join(root, execution_id)
+        goes_on = {name: (task.resume or {}).get(name, "")
                    for name in ("session_id", "sandbox_dir", "branch", "start_head", "source")}
+        goes_on["session_id"] = goes_on["session_id"] or execution_id
         with self.store.atomic():
             moved = self.store.move_task(task.id, RUNNING, only_from=(QUEUED,), execution_id=execution_id,
                                          not_before=None)
             execution = self.store.insert_execution(Execution(
                 id=execution_id, task_id=task.id, start_time=self.store.clock(), agent=kind, model=model,
-                round=task.round, timeout_s=timeout_s, **goes_on))
+                round=task.round, timeout_s=timeout_s, artifact_dir=directory,
+                stdout_path=f"{directory}/stdout.log", stderr_path=f"{directory}/stderr.log", **goes_on))
             self.store.append_event("task.state", task.id, execution_id, **{"from": QUEUED, "to": RUNNING},
                                     name=task.name, agent=kind, round=task.round)
             self.store.after(lambda: self.on_move(moved, QUEUED))
@@ -5148,6 +5035,10 @@ class Lifecycle:
         state = follow_up.state
         if state in (READY, COMPLETED) and self._open_subtasks(execution.task_id):
             state = BLOCKED
+        moved = {name: value for name, value in follow_up.__dict__.items()
+                 if name not in ("state", "park", "park_until")}
+        moved.update({"summary": verdict.summary} if verdict.summary else {})
+        moved.update({"rejection_comment": ""} if verdict.ok else {})
         with self.store.atomic():
             self.store.update_execution(
                 execution.id, status=verdict.state, reason=verdict.reason, detail=verdict.detail,
@@ -5160,12 +5051,7 @@ class Lifecycle:
             question = verdict.question_json() if verdict.state == BLOCKED else None
             if question:
                 self.store.append_event("task.question", execution.task_id, execution.id, **question)
-            task = self._move(execution.task_id, state, only_from=(RUNNING,), reason=follow_up.reason,
-                              detail=follow_up.detail, not_before=follow_up.not_before, attempts=follow_up.attempts,
-                              free_tries=follow_up.free_tries, round=follow_up.round, resume=follow_up.resume,
-                              question=question, **({"summary": verdict.summary} if verdict.summary else {}),
-                              **({"rejection_comment": ""} if verdict.ok else {}))
-        return task
+            return self._move(execution.task_id, state, only_from=(RUNNING,), question=question, **moved)
 
     def requeue_unstarted(self, execution: Execution, detail: str) -> Task:
         """A claimed execution whose agent never started: back to the queue as if it had not been claimed."""
@@ -5187,12 +5073,10 @@ class Lifecycle:
     def _settle_parent(self, parent_id: str) -> None:
         """Move a parent that waits for its subtasks once the last of them has ended."""
         parent = self.store.find_task(parent_id)
-        if parent is None or parent.state != BLOCKED or parent.question:
+        if parent is None or parent.state != BLOCKED or parent.question or self._open_subtasks(parent_id):
             return
         children = self.store.subtasks(parent_id)
         failed = [repr(child.name) for child in children if child.state in FAILURE_STATES]
-        if any(child.state not in ENDED_STATES for child in children):
-            return
         if failed:
             self._move(parent_id, FAILED, only_from=(BLOCKED,), reason="dependency_failed",
                        detail=f"{len(failed)} of {len(children)} subtasks failed: {', '.join(failed[:3])}")
@@ -5218,11 +5102,10 @@ class Core:
     """What the operations work on.  ``pool`` and ``reload`` are set by the daemon; without one they stay ``None``."""
 
     def __init__(self, config: Config, store: Store, log):
-        self.config, self.store, self.log = config, store, log
-        self.bus, self.life = Bus(store), Lifecycle(store)
-        self.kinds = tuple(RUNNERS)
+        self.config, self.store, self.log, self.kinds = config, store, log, tuple(RUNNERS)
+        self.bus, self.life, self.started_at = Bus(store), Lifecycle(store), store.clock()
         self.pool = self.reload = None
-        self.started_at = store.clock()
+        self.host_env = dict(os.environ)  # copied once: os.environ decodes each name and value at every look
 
     def show(self, task: Task, why: bool = False) -> dict:
         """A task as JSON, with its last execution, and with ``why`` the reason for where it is."""
@@ -5241,8 +5124,8 @@ class Core:
         """The newest execution of a task.  Raises ``NotFound`` where there is none yet."""
         run = self.store.last_execution(task)
         if run is None:
-            raise NotFound(f"task {task.id[:8]} has not run yet; claudomator ctl run {task.id[:8]} queues it"
-                           if task.state == PENDING else f"task {task.id[:8]} has not run yet")
+            hint = f"; claudomator ctl run {task.id[:8]} queues it" if task.state == PENDING else ""
+            raise NotFound(f"task {task.id[:8]} has not run yet{hint}")
         return run
 
     def check_kind(self, kind: str) -> None:
@@ -5291,17 +5174,13 @@ def is_number(value, kinds) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value < 2 ** 53
 
 
-def _is_list(value) -> bool:
-    return isinstance(value, list) and all(map(is_plain_text, value))
-
-
 PARAM_CHECKS = {  # kind: (what is expected, test, default)
     "str": ("a string", is_plain_text, ""),
     "int": ("a whole number, 0 or more", lambda value: is_number(value, int), None),
     "number": ("a number, 0 or more", lambda value: is_number(value, (int, float)), None),
     "bool": ("true or false", lambda value: isinstance(value, bool), False),
-    "ids": ("a list of task ids", _is_list, None),
-    "names": ("a list of strings", _is_list, ()),
+    "ids": ("a list of task ids", lambda value: isinstance(value, list) and all(map(is_plain_text, value)), None),
+    "names": ("a list of strings", lambda value: isinstance(value, list) and all(map(is_plain_text, value)), ()),
     "object": ("an object", lambda value: isinstance(value, dict), None),
     "any": ("any value", lambda value: True, None),
 }
@@ -5309,38 +5188,35 @@ PARAM_CHECKS = {  # kind: (what is expected, test, default)
 
 def check_params(operation: Operation, params: dict) -> dict:
     """The parameters with defaults filled in.  Raises ``InvalidInput`` naming every fault."""
+    if not params and not operation.params:
+        return {}
     known = {param.name: param for param in operation.params}
     problems = [f"{name}: unknown parameter{did_you_mean(name, known)}" for name in params if name not in known]
     values = {}
     for name, param in known.items():
-        value = params.get(name)
-        if value is None:
-            if param.required:
-                problems.append(f"{name}: is required ({param.help})")
-            values[name] = PARAM_CHECKS[param.kind][2] if param.default is None else param.default
-        elif not PARAM_CHECKS[param.kind][1](value):
-            problems.append(f"{name}: expected {PARAM_CHECKS[param.kind][0]}, got {format_json(value)[:60]}")
-        else:
-            values[name] = value
+        (expected, is_right, default), value = PARAM_CHECKS[param.kind], params.get(name)
+        if value is None and param.required:
+            problems.append(f"{name}: is required ({param.help})")
+        elif value is not None and not is_right(value):
+            problems.append(f"{name}: expected {expected}, got {format_json(value)[:60]}")
+        values[name] = value if value is not None else default if param.default is None else param.default
     if problems:
         raise InvalidInput(f"{operation.name}: the parameters are not right", problems)
     return values
 
 
 def _task_create(core: Core, params: dict) -> dict:
-    specs = parse_tasks(params["tasks"], params["source"], core.store.clock())
-    if params["auto_accept"]:
-        specs = [spec.replace(auto_accept=True) for spec in specs]
+    specs = [spec.replace(auto_accept=spec.auto_accept or params["auto_accept"])
+             for spec in parse_tasks(params["tasks"], params["source"], core.store.clock())]
     tasks = core.life.create(specs, queue=params["queue"], config=core.config, kinds=core.kinds)
     return {"tasks": [core.show(task) for task in tasks]}
 
 
 def _task_list(core: Core, params: dict) -> dict:
-    states = [state.upper() for state in params["states"]]
+    states, limit = [state.upper() for state in params["states"]], max(1, min(params["limit"], 1000))
     for state in states:
         if state not in MOVES:
             raise InvalidInput(f"states: there is no state {state!r}{did_you_mean(state, MOVES)}")
-    limit = max(1, min(params["limit"], 1000))
     tasks = core.store.list_tasks(
         states=states, tag=params["tag"], project=params["project"], agent=params["agent"], limit=limit + 1,
         parent=core.store.resolve_task(params["parent"]) if params["parent"] else "", before_seq=params["before"])
@@ -5363,8 +5239,7 @@ def _task_start_next(core: Core, params: dict) -> dict:
 async def _task_cancel(core: Core, params: dict) -> dict:
     with core.store.atomic():
         tasks = [core.life.cancel(task.id) for task in core.select(params["ids"])]
-    stopping = [task.id for task in tasks if task.state == RUNNING]
-    if stopping:
+    if stopping := [task.id for task in tasks if task.state == RUNNING]:
         await core.pool.wait_stopped(stopping)
     return {"tasks": [core.show(core.store.get_task(task.id)) for task in tasks]}
 
@@ -5401,8 +5276,7 @@ async def _task_wait(core: Core, params: dict) -> dict:
             while True:
                 for task in map(core.store.get_task, touched):
                     over[task.id] = is_over(task) or params["parked_ends"] and core.pool.is_parked(task)
-                done = (any if params["any"] else all)(over.values())
-                if done:
+                if done := (any if params["any"] else all)(over.values()):
                     break
                 named = {event["task_id"] for event in await anext(events)}
                 touched = set(ids) if None in named else named.intersection(ids)
@@ -5415,13 +5289,12 @@ async def _task_wait(core: Core, params: dict) -> dict:
 
 async def _task_diff(core: Core, params: dict) -> dict:
     task = core.one(params)
-    run = core.last_run(task)
-    diff = ""
+    run, env, diff = core.last_run(task), dict(os.environ), ""
     if run.sandbox_dir and os.path.isdir(run.sandbox_dir):
-        diff = await in_thread(sandbox_diff, run.sandbox_dir, dict(os.environ), 1 << 20)
+        diff = await in_thread(sandbox_diff, run.sandbox_dir, env)
     elif run.commits and task.agent.project_dir:
-        diff = await in_thread(commits_diff, task.agent.project_dir, run.source, [c["hash"] for c in run.commits],
-                               dict(os.environ), 1 << 20)
+        hashes = [commit["hash"] for commit in run.commits]
+        diff = await in_thread(commits_diff, task.agent.project_dir, run.source, hashes, env)
     return {"task_id": task.id, "execution_id": run.id, "commits": list(run.commits), "diff": diff}
 
 
@@ -5435,24 +5308,17 @@ def tail_offset(path: str, lines: int) -> int:
         wanted = lines + (file.read(1) == b"\n")  # the LF that ends the last line does not begin another
         while at > 0:
             step = min(LOG_CHUNK, at)
-            at -= step
-            file.seek(at)
-            block = file.read(step)
-            cut, count = len(block), block.count(b"\n")
-            if count >= wanted:
-                for _ in range(wanted):
-                    cut = block.rfind(b"\n", 0, cut)
-                return at + cut + 1
-            wanted -= count
+            at = file.seek(at - step)
+            head, *below = file.read(step).rsplit(b"\n", wanted)
+            wanted -= len(below)
+            if not wanted:
+                return at + len(head) + 1
     return 0
 
 
 def read_log(path: str, offset: int, ended: bool) -> tuple[str, int]:
-    """(text, next offset) of a piece of a log, cut after a line where there is one, and never inside a character
-    unless the log has ``ended`` there.
-
-    Bytes that are no UTF-8 become lone surrogates, as Python's ``surrogateescape`` makes them, so that none is lost.
-    """
+    """(text, next offset) of a piece of a log, cut after a line where there is one, and inside a character only where
+    the log has ``ended``.  Bytes that are no UTF-8 become lone surrogates (``surrogateescape``): none is lost."""
     try:
         with open_plain(path) as file:
             file.seek(offset)
@@ -5464,24 +5330,23 @@ def read_log(path: str, offset: int, ended: bool) -> tuple[str, int]:
     return block.decode("utf-8", "surrogateescape"), offset + len(block)
 
 
-def log_path(core: Core, run: Execution, stream: str) -> str:
-    """Where an execution's log is.  Raises ``NotFound`` where it is gone."""
+def log_path(core: Core, run: Execution, stream: str, must_exist: bool = True) -> str:
+    """Where an execution's log is, or will be.  Raises ``NotFound`` where it is gone."""
     path = os.path.join(core.config.executions_dir, run.id, f"{stream}.log")
-    if os.path.exists(path) or run.status == RUNNING:
+    if os.path.exists(path) or run.status == RUNNING or not must_exist:
         return path
     stored = run.stderr_path if stream == "stderr" else run.stdout_path  # the Go server's paths
     if stored and os.path.exists(stored):
         return stored
-    if run.pid is None:
-        raise NotFound(f"execution {run.id[:8]} has no log: its agent never started ({run.reason}: {run.detail})")
-    raise NotFound(f"the log of execution {run.id[:8]} is gone"
-                   f" (keep_logs = {format_duration(core.config.keep_logs_s)})")
+    raise NotFound(
+        f"execution {run.id[:8]} has no log: its agent never started ({run.reason}: {run.detail})" if run.pid is None
+        else f"the log of execution {run.id[:8]} is gone (keep_logs = {format_duration(core.config.keep_logs_s)})")
 
 
 async def _log_pieces(core: Core, run: Execution, stream: str, offset: int, follow: bool) -> object:
     """Yield one execution's log in pieces, with ``follow`` until it has ended."""
     import asyncio
-    path = os.path.join(core.config.executions_dir, run.id, f"{stream}.log") if follow else log_path(core, run, stream)
+    path = log_path(core, run, stream, must_exist=not follow)
     yield {"execution_id": run.id, "agent": run.agent, "round": run.round, "offset": offset, "next": offset, "text": ""}
     while True:
         ended = core.store.get_execution(run.id).status != RUNNING
@@ -5491,6 +5356,15 @@ async def _log_pieces(core: Core, run: Execution, stream: str, offset: int, foll
         if ended or not follow:
             return
         await asyncio.sleep(LOG_POLL_S)
+
+
+async def _next_run(core: Core, task_id: str, run: Execution | None, events) -> Execution | None:
+    """What comes after an execution, a further round or another try; ``None`` once the task is over."""
+    while True:
+        later = [other for other in core.store.executions_of(task_id) if run is None or other.seq > run.seq]
+        if later or is_over(core.store.get_task(task_id)):
+            return later[-1] if later else None
+        await anext(events)
 
 
 async def _execution_log(core: Core, params: dict) -> object:
@@ -5507,20 +5381,10 @@ async def _execution_log(core: Core, params: dict) -> object:
             if run:
                 async for piece in _log_pieces(core, run, params["stream"], offset, follow):
                     yield piece
-                task = task if follow else None
-            if task is None:
+            following = await _next_run(core, task.id, run, events) if task and follow else None
+            if following is None:
                 break
-            later = []  # of a task that is followed: what comes next, a further round or another try
-            while not later:
-                task, runs = core.store.get_task(task.id), core.store.executions_of(task.id)
-                later = [other for other in runs if run is None or other.seq > run.seq]
-                if not later and is_over(task):
-                    break
-                if not later:
-                    await anext(events)
-            if not later:
-                break
-            run, offset = later[-1], 0
+            run, offset = following, 0
     finally:
         await events.aclose()
     run = run and core.store.get_execution(run.id)
@@ -5537,16 +5401,15 @@ async def _events_watch(core: Core, params: dict) -> object:
 
 def _agent_park(core: Core, params: dict) -> dict:
     core.check_kind(params["agent"])
-    until, now = None, core.store.clock()
-    if params["until"]:
-        for read in (lambda text: now + parse_duration(text), parse_time):
-            try:
-                until = until or read(params["until"])
-            except ValueError:
-                pass
-        if until is None or until < now:
+    text, until, now = params["until"], None, core.store.clock()
+    if text:
+        try:
+            until = parse_time(text) if "-" in text else now + parse_duration(text)
+        except ValueError:
+            until = -1.0
+        if until < now:
             raise InvalidInput(f"until: expected a delay like 2h or a time to come like 2026-12-01T22:00:00Z,"
-                               f" got {params['until']!r}")
+                               f" got {text!r}")
     core.life.park(params["agent"], until, "operator", "parked by the operator")
     core.pool.wake()
     return {"agents": core.pool.agents()}
@@ -5560,10 +5423,10 @@ def _agent_unpark(core: Core, params: dict) -> dict:
 
 
 def _pool_status(core: Core, params: dict) -> dict:
+    ended = core.store.list_tasks(states=tuple(sorted(ENDED_STATES)), limit=max(1, min(params["ended"], 1000)))
     tasks = core.store.queued_page(limit=50)
     for state, limit in ((RUNNING, 100), (BLOCKED, 50), (READY, 50), (PENDING, 20)):
         tasks += core.store.list_tasks(states=(state,), limit=limit)
-    ended = core.store.list_tasks(states=tuple(sorted(ENDED_STATES)), limit=max(1, min(params["ended"], 1000)))
     tasks += sorted(ended, key=lambda task: -task.updated_at)
     return {"daemon": daemon_facts(core), "agents": core.pool.agents(), "counts": core.store.counts(),
             "tasks": [core.show(task, why=True) for task in tasks]}
@@ -5623,12 +5486,13 @@ async def _daemon_backup(core: Core, params: dict) -> dict:
     return {"path": path, "bytes": await in_thread(core.store.backup, path)}
 
 
-def changes_each(change) -> object:
-    """A handler that applies ``change(core, task_id, params)`` to the tasks of ``ids``: to all or to none, so that a
-    wrong id in a list does not leave half of it done."""
+def changes_each(change, *names: str) -> object:
+    """A handler that does ``change(life, task_id, *values)``, with the parameters ``names``, to the tasks of ``ids``:
+    to all or to none, so that a wrong id in a list does not leave half of it done."""
     def handler(core: Core, params: dict) -> dict:
+        values = [params[name] for name in names]
         with core.store.atomic():
-            return {"tasks": [core.show(change(core, task.id, params)) for task in core.select(params["ids"])]}
+            return {"tasks": [core.show(change(core.life, task.id, *values)) for task in core.select(params["ids"])]}
     return handler
 
 
@@ -5650,23 +5514,21 @@ OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in (
         Param("limit", "int", "at most so many, up to 1000", default=50),
         Param("before", "int", "continue after a list: its `next`"))),
     Operation("task.get", _task_get, "one task with its executions and subtasks", (ONE_ID,)),
-    Operation("task.run", changes_each(lambda core, task_id, params: core.life.enqueue(task_id)),
+    Operation("task.run", changes_each(Lifecycle.enqueue),
               "queue PENDING tasks, or run ended ones again from the beginning", (IDS,)),
     Operation("task.start_next", _task_start_next, "queue the oldest PENDING task"),
     Operation("task.cancel", _task_cancel, "cancel tasks; answers when they are proven stopped", (IDS,)),
-    Operation("task.accept", changes_each(lambda core, task_id, params: core.life.accept(task_id)),
-              "accept READY work: the task is COMPLETED", (IDS,)),
-    Operation("task.reject", changes_each(lambda core, task_id, params: core.life.reject(task_id, params["comment"])),
-              "send READY work back: the task is PENDING", (
-                  IDS, Param("comment", "str", "what the next run must know", required=True))),
+    Operation("task.accept", changes_each(Lifecycle.accept), "accept READY work: the task is COMPLETED", (IDS,)),
+    Operation("task.reject", changes_each(Lifecycle.reject, "comment"), "send READY work back: the task is PENDING", (
+        IDS, Param("comment", "str", "what the next run must know", required=True))),
     Operation("task.answer", lambda core, params: {"task": core.show(
         core.life.answer(core.one(params).id, params["text"]))}, "answer a BLOCKED task's question", (
             ONE_ID, Param("text", "str", "the answer", required=True))),
-    Operation("task.resume", changes_each(lambda core, task_id, params: core.life.resume_session(
-        task_id, params["message"])), "run ended tasks again in their last session and sandbox", (
-            IDS, Param("message", "str", "what to tell the agent"))),
-    Operation("task.edit", changes_each(lambda core, task_id, params: core.life.edit(
-        task_id, params["changes"], config=core.config, kinds=core.kinds)), "change tasks that do not run", (
+    Operation("task.resume", changes_each(Lifecycle.resume_session, "message"),
+              "run ended tasks again in their last session and sandbox", (
+                  IDS, Param("message", "str", "what to tell the agent"))),
+    Operation("task.edit", lambda core, params: changes_each(lambda life, *edit: life.edit(
+        *edit, config=core.config, kinds=core.kinds), "changes")(core, params), "change tasks that do not run", (
             IDS, Param("changes", "object", "keys of a task file with their new values", required=True))),
     Operation("task.delete", _task_delete, "delete tasks with their logs and sandboxes", (IDS,)),
     Operation("task.subtasks", lambda core, params: {"tasks": [
@@ -5746,8 +5608,10 @@ class LogReader:
         except OSError:
             return False, []
         self._offset += len(block)
-        events = [event for line in self._splitter.feed(block, self.stream.BORING)
-                  for event in self.stream.feed_line(line)]
+        events, feed_line = [], self.stream.feed_line
+        for line in self._splitter.feed(block, self.stream.BORING):
+            if found := feed_line(line):
+                events += found
         return len(block) == LOG_BLOCK, events
 
     def finish(self) -> None:
@@ -5778,7 +5642,7 @@ class Workplace:
 
     async def _prepare(self) -> None:
         """Make the execution's directory and its sandbox, or take the sandbox of the run that this one continues."""
-        os.makedirs(self.directory, mode=0o700, exist_ok=True)
+        make_directory(self.directory)
         agent, execution, config = self.task.agent, self.execution, self.core.config
         resume = self.task.resume or {}
         isolation = agent.isolation or ("sandbox" if agent.project_dir else "none")
@@ -5792,12 +5656,12 @@ class Workplace:
                 self.sandbox = open_sandbox(execution.sandbox_dir)
             else:
                 await self._clone()
-        self.execution = self.core.store.update_execution(
-            execution.id, session_id=execution.session_id if self.resumed else execution.id,
-            artifact_dir=self.directory, stdout_path=os.path.join(self.directory, "stdout.log"),
-            stderr_path=os.path.join(self.directory, "stderr.log"),
-            **({"sandbox_dir": self.sandbox.path, "branch": self.sandbox.branch, "source": self.sandbox.source,
-                "start_head": self.sandbox.start_head} if self.sandbox else {"sandbox_dir": ""}))
+        facts = {"session_id": execution.session_id if self.resumed else execution.id, "sandbox_dir": ""}
+        if self.sandbox:
+            facts.update(sandbox_dir=self.sandbox.path, branch=self.sandbox.branch, source=self.sandbox.source,
+                         start_head=self.sandbox.start_head)
+        if any(getattr(execution, name) != value for name, value in facts.items()):
+            self.execution = self.core.store.update_execution(execution.id, **facts)
 
     async def _clone(self) -> None:
         path = self.own_sandbox
@@ -5814,7 +5678,7 @@ class Workplace:
         if self.task.agent.project_dir:
             return self.task.agent.project_dir
         scratch = os.path.join(self.directory, "work")
-        os.makedirs(scratch, mode=0o700, exist_ok=True)
+        make_directory(scratch)
         return scratch
 
     def _launch(self) -> tuple[Launch, str]:
@@ -5827,7 +5691,7 @@ class Workplace:
             session_id=self.execution.session_id, resume=self.resumed, feedback=feedback,
             answer=resume.get("text", "") if resume.get("kind") == "answer" else "", round=self.execution.round,
             is_root=os.geteuid() == 0)
-        launch = self.runner.build(self.task, context, self.core.config, dict(os.environ))
+        launch = self.runner.build(self.task, context, self.core.config, self.core.host_env)
         if self.sandbox:
             launch = launch.replace(env={**launch.env, **agent_git_env(launch.env, cwd)})
         if feedback or self.task.rejection_comment:
@@ -5947,7 +5811,6 @@ class Run(Workplace):
 
     async def _work(self, phase: str):
         if phase == "new":
-            await self.core.store.durable()
             if not self.stop_reason:
                 await self._prepare()
             if self.stop_reason:
@@ -5997,6 +5860,8 @@ class Run(Workplace):
         try:
             while not ended.done():
                 await asyncio.wait((ended,), timeout=FOLLOW_S)
+                if ended.done():
+                    break  # ``_finish`` reads the rest
                 await self._read_log()
                 output = max(map(modified_at, (self.log.path, os.path.join(self.directory, "stderr.log"))))
                 if output != last_output:  # the first time it is from the wall clock: silence without a daemon counts
@@ -6164,9 +6029,18 @@ def feedback_text(resume: dict) -> str:
 
 def write_private(path: str, text: str) -> None:
     """Write a file that only its owner may read."""
-    with open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w", encoding="utf-8",
-              errors="surrogateescape") as file:
-        file.write(text)
+    with open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb", buffering=0) as file:
+        rest = memoryview(text.encode("utf-8", "surrogateescape"))
+        while rest:
+            rest = rest[file.write(rest):]
+
+
+def make_directory(path: str) -> None:
+    """Make a directory that only its owner may enter, unless it is there."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass
 
 
 def modified_at(path: str) -> float:
@@ -6324,7 +6198,8 @@ class Dispatcher:
             task = self.core.store.get_task(start.task_id)
             model = task.agent.model or self.core.config.agent_settings(start.kind).model
             timeout_s = task.timeout_s or self.core.config.default_timeout_s
-            task, execution = self.core.life.claim(task, start.kind, model, timeout_s)
+            task, execution = self.core.life.claim(task, start.kind, model, timeout_s,
+                                                        self.core.config.executions_dir)
         except (NotFound, WrongState) as error:  # somebody else was faster; what is stored decides
             self.queue.discard(start.task_id)
             self.core.log("info", f"task {start.task_id[:8]} was not started: {error}")
@@ -6701,10 +6576,9 @@ class ControlConnection:
             raise WireError(INVALID_REQUEST, f"a stream with id {request.id!r} is already open", request.id)
         work = operation.handler(self._core, check_params(operation, request.params))
         if isinstance(work, dict):  # most operations wait for nothing but the disk, and reading ones not even for that
-            synced = self._core.store.durable()
-            if synced.done():
+            if self._core.store.is_durable():
                 return self._answer(request, work)
-            work = _after(synced, work)
+            work = _after(self._core.store.durable(), work)
         task = self._tasks[key] = self._server.loop.create_task(self._serve(operation, request, work))
         task.add_done_callback(lambda done: self._ended(key, done))
 
@@ -7123,12 +6997,18 @@ class ControlClient:
 
 
 class Option(Record):
-    """``names``: spellings, the first names the value.  ``kind``: flag, str, int, number, list (may be repeated)."""
+    """``Option("--lines -n N", help, kind)``: its spellings, the first names the value, and what stands for the value;
+    without that it is a flag.  ``kind``: flag, str, int, number, list (may be repeated)."""
 
     names: tuple
+    metavar: str
     kind: str
     help: str
-    metavar: str = "X"
+
+    def __init__(self, spelled: str, help: str, kind: str = "str"):
+        words = spelled.split()
+        metavar = "" if words[-1].startswith("-") else words.pop()
+        super().__init__(tuple(words), metavar, kind if metavar else "flag", help)
 
     def key(self) -> str:
         """The name of its value."""
@@ -7146,31 +7026,22 @@ class Command(Record):
     most: int = 0
 
 
-def flag(names: str, help: str) -> Option:
-    """An option without a value; ``names`` are its spellings."""
-    return Option(tuple(names.split()), "flag", help)
-
-
-def value(names: str, metavar: str, help: str, kind: str = "str") -> Option:
-    """An option with a value."""
-    return Option(tuple(names.split()), kind, help, metavar)
-
-
 GLOBAL_OPTIONS = (
-    value("--config", "FILE", "the configuration file (CLAUDOMATOR_CONFIG)"),
-    value("--data-dir", "DIR", "the data directory (CLAUDOMATOR_DATA_DIR)"),
-    value("--socket", "PATH", "the control socket (CLAUDOMATOR_SOCKET)"),
-    value("--color", "WHEN", "auto, always or never (NO_COLOR)"),
-    flag("--json", "one JSON document on stdout; lines of JSON for streams"), flag("--help -h", "show help"),
-    flag("--version", "show the version"),
+    Option("--config FILE", "the configuration file (CLAUDOMATOR_CONFIG)"),
+    Option("--data-dir DIR", "the data directory (CLAUDOMATOR_DATA_DIR)"),
+    Option("--socket PATH", "the control socket (CLAUDOMATOR_SOCKET)"),
+    Option("--color WHEN", "auto, always or never (NO_COLOR)"),
+    Option("--json", "one JSON document on stdout; lines of JSON for streams"), Option("--help -h", "show help"),
+    Option("--version", "show the version"),
 )
 SELECTORS = (
-    value("--tag", "TAG", "tasks with this tag"), value("--project", "NAME", "tasks of this project"),
-    value("--state", "STATE", "tasks in this state; may be repeated", "list"),
-    value("--agent", "KIND", "tasks of this agent kind"), flag("--all", "all tasks"),
+    Option("--tag TAG", "tasks with this tag"), Option("--project NAME", "tasks of this project"),
+    Option("--state STATE", "tasks in this state; may be repeated", "list"),
+    Option("--agent KIND", "tasks of this agent kind"), Option("--all", "all tasks"),
 )
-WAITING = (flag("--wait", "wait for the end; the exit code tells it"), flag("--follow -f", "show the log meanwhile"),
-           value("--timeout-wait", "D", "give up waiting after this long"))
+WAITING = (
+    Option("--wait", "wait for the end; the exit code tells it"), Option("--follow -f", "show the log meanwhile"),
+    Option("--timeout-wait D", "give up waiting after this long"))
 EXIT_CODES = (
     (EXIT_OK, "ok"), (EXIT_FAILED, "the task failed"), (EXIT_USAGE, "wrong usage or a bad file"),
     (EXIT_NOT_FOUND, "not found, or in the wrong state"), (EXIT_UNREACHABLE, "no daemon answers"),
@@ -7180,10 +7051,8 @@ EXIT_CODES = (
 
 
 def parse_arguments(argv: list[str], options: tuple, command: str) -> tuple[dict, list[str]]:
-    """(values of options, positional arguments).  Options may stand anywhere; ``--`` ends them.
-
-    Raises ``UsageError`` naming what is wrong and the nearest known option.
-    """
+    """(values of options, positional arguments).  Options may stand anywhere; ``--`` ends them.  Raises ``UsageError``
+    naming what is wrong and the nearest known option."""
     known = {name: option for option in options for name in option.names}
     values: dict = {option.key(): [] if option.kind == "list" else None for option in options}
     positionals, rest = [], list(argv)
@@ -7199,29 +7068,23 @@ def parse_arguments(argv: list[str], options: tuple, command: str) -> tuple[dict
         if option is None:
             raise UsageError(f"{command}: unknown option {name}{did_you_mean(name, known)};"
                              f" try `claudomator {command} --help`")
-        if option.kind == "flag":
-            if equals:
-                raise UsageError(f"{command}: {name} takes no value")
-            values[option.key()] = True
-            continue
-        if not equals:
-            if not rest:
-                raise UsageError(f"{command}: {name} needs a value ({option.metavar}: {option.help})")
-            value = rest.pop(0)
-        if option.kind == "list":
-            values[option.key()].append(value)
-            continue
-        values[option.key()] = value if option.kind == "str" else parse_json_or(value, None)
-        if option.kind != "str" and not is_number(values[option.key()], int if option.kind == "int" else (int, float)):
-            raise UsageError(f"{command}: {name}: expected a number, got {value!r}")
+        key, kind = option.key(), option.kind
+        if kind == "flag" and equals:
+            raise UsageError(f"{command}: {name} takes no value")
+        if kind != "flag" and not equals and not rest:
+            raise UsageError(f"{command}: {name} needs a value ({option.metavar}: {option.help})")
+        text = value if equals or kind == "flag" else rest.pop(0)
+        values[key] = True if kind == "flag" else [*values[key], text] if kind == "list" else text
+        if kind in ("int", "number"):
+            values[key] = parse_json_or(text, None)
+            if not is_number(values[key], int if kind == "int" else (int, float)):
+                raise UsageError(f"{command}: {name}: expected a number, got {text!r}")
     return values, positionals
 
 
 def quick_paths(text: str) -> dict | None:
-    """``data_dir`` and ``socket_path`` of a configuration, or ``None`` where only a TOML parser can tell.
-
-    Importing ``tomllib`` costs more than a whole ``ctl list``; the two keys are usually absent or plain strings.
-    """
+    """``data_dir`` and ``socket_path`` of a configuration, or ``None`` where only a TOML parser can tell: importing
+    ``tomllib`` costs more than a whole ``ctl list``, and the two keys are usually absent or plain strings."""
     found: dict[str, str] = {}
     for line in text.removeprefix("\ufeff").split("\n"):
         line = line.strip(" \t\r")
@@ -7248,8 +7111,7 @@ class Cli:
         self.command, self.options, self.arguments, self.environ = command, options, arguments, environ
         self.json = bool(options.get("json"))
         self.home = environ.get("HOME") or os.path.expanduser("~")
-        self._client: ControlClient | None = None
-        self._core: Core | None = None
+        self._client = self._core = None
         if options.get("color") not in (None, "auto", "always", "never"):
             raise UsageError(f"--color: expected auto, always or never, got {options['color']!r}")
 
@@ -7258,8 +7120,6 @@ class Cli:
             return self.__dict__["options"][name]
         except KeyError:
             raise AttributeError(name) from None
-
-    # -- configuration
 
     def config_path(self) -> str:
         """The configuration file that counts."""
@@ -7281,9 +7141,8 @@ class Cli:
 
     def load_config(self) -> Config:
         """The configuration with what the command line overrides."""
-        text = self.config_text()
-        config = parse_config_text(text, self.config_path(), self.home) if text.strip() else \
-            parse_config({}, self.config_path(), self.home)
+        text, path = self.config_text(), self.config_path()
+        config = parse_config_text(text, path, self.home) if text.strip() else parse_config({}, path, self.home)
         return config.replace(**self._path_overrides())
 
     def _path_overrides(self) -> dict:
@@ -7328,16 +7187,17 @@ class Cli:
                 config = self.load_config()
                 self._core = Core(config, Store(config.db_path, readonly=True), stderr_log)
                 self.say("(no daemon runs; this is what the database says)")
-        given = {name: value for name, value in params.items() if value is not None}
-        return OPERATIONS[method].handler(self._core, check_params(OPERATIONS[method], given))
-
-    # -- terminal
+        return OPERATIONS[method].handler(self._core, check_params(OPERATIONS[method], params))
 
     def color(self) -> bool:
         """Whether stdout gets colours."""
         when = self.options.get("color") or "auto"
         return when == "always" or when == "auto" and sys.stdout.isatty() and not self.environ.get("NO_COLOR") \
             and self.environ.get("TERM") != "dumb"
+
+    def talks_in_color(self) -> bool:
+        """Whether stderr gets colours."""
+        return sys.stderr.isatty() and self.color()
 
     def width(self) -> int:
         """The terminal's width, 120 where there is none."""
@@ -7358,25 +7218,22 @@ class Cli:
         """Data: stdout."""
         sys.stdout.write(text + "\n")
 
-    def document(self, value, text) -> None:
-        """The command's result: JSON with --json, else ``text()``."""
+    def document(self, value, text) -> int:
+        """The command's result: JSON with --json, else ``text()``; returns ``EXIT_OK``, the end of most commands."""
         shown = format_json(value) if self.json else text().rstrip("\n")
         if shown:
             self.out(shown)
+        return EXIT_OK
 
     def table(self, render, *args, zone: bool = False) -> str:
         """``render(*args, width, color)`` for this terminal, with ``zone`` for its time zone too."""
         more = {"tz_offset_s": local_offset_s(time.time())} if zone else {}
         return render(*args, self.width(), self.color(), **more)
 
-    # -- selecting
-
-    def selected(self, states=None) -> list[str]:
-        """The task ids that arguments or selectors name; of the tasks that selectors match, those in ``states``.
-
-        Raises ``UsageError`` where nothing was named, ``NotFound`` where nothing matches.
-        """
-        filters = self.filters()
+    def selected(self) -> list[str]:
+        """The task ids that arguments or selectors name; of what selectors match, those that ``VERB_STATES`` allows.
+        Raises ``UsageError`` where nothing was named, ``NotFound`` where nothing matches."""
+        filters, states = self.filters(), VERB_STATES.get(self.command.removeprefix("ctl "))
         selectors = " ".join(f"--{name.removesuffix('s')} {value}" for name, value in filters.items()) \
             or "--all" * bool(self.options.get("all"))
         if bool(self.arguments) == bool(selectors):
@@ -7398,9 +7255,8 @@ class Cli:
 
     def filters(self) -> dict:
         """The selectors as parameters of ``task.list``."""
-        filters = {"tag": self.options.get("tag"), "project": self.options.get("project"),
-                   "agent": self.options.get("agent"), "states": self.options.get("state")}
-        return {name: value for name, value in filters.items() if value}
+        names = {"tag": "tag", "project": "project", "agent": "agent", "state": "states"}
+        return {name: self.options[option] for option, name in names.items() if self.options.get(option)}
 
     def all_tasks(self, call, **filters) -> list[dict]:
         """Every task that matches, page by page."""
@@ -7410,13 +7266,6 @@ class Cli:
             page = call("task.list", limit=1000, before=page["next"], **filters)
             tasks += page["tasks"]
         return tasks
-
-    def seconds(self, text: str | None) -> float | None:
-        """The seconds of a duration that an option gave."""
-        try:
-            return None if text is None else parse_duration(text)
-        except ValueError as error:
-            raise UsageError(f"{self.command}: {error}") from None
 
 
 def exit_code_of(tasks: list[dict]) -> int:
@@ -7435,17 +7284,14 @@ def task_line(task: dict, color: bool) -> str:
     if run.get("commits"):
         pushed = f" pushed to {run['pushed_branch']}" if run["pushed_branch"] else ""
         parts.append(f"{len(run['commits'])} commit{'s'[:len(run['commits']) > 1]}{pushed}")
-    lines = ["  ".join(parts)]
+    told = f"{task['reason']}: {task['detail']}" if task["reason"] else \
+        task["summary"] if task["state"] in SETTLED_STATES else ""
     if task["state"] == BLOCKED and question:
         options = " | ".join(map(str, question.get("options") or ()))
-        lines.append(f"asks: {question.get('text', '')}" + (f" [{options}]" if options else ""))
-    elif task["reason"]:
-        lines.append(f"{task['reason']}: {task['detail']}")
-    elif task["state"] in SETTLED_STATES and task["summary"]:
-        lines.append(task["summary"])
-    if next_step(task):
-        lines.append(f"next: {next_step(task)}")
-    return "\n    ".join([lines[0], *(part for text in lines[1:] for part in safe_text(text).strip().split("\n"))])
+        told = f"asks: {question.get('text', '')}" + (f" [{options}]" if options else "")
+    step = next_step(task)
+    texts = filter(None, (told, step and f"next: {step}"))
+    return "\n    ".join(["  ".join(parts), *(part for text in texts for part in safe_text(text).strip().split("\n"))])
 
 
 def task_lines(cli: Cli, tasks: list[dict]) -> str:
@@ -7453,14 +7299,9 @@ def task_lines(cli: Cli, tasks: list[dict]) -> str:
     return "\n".join(task_line(task, cli.color()) for task in tasks)
 
 
-# -- reading task files
-
-
 def read_document(cli: Cli) -> tuple[object, str]:
-    """(task document, source name) of the file that is the argument, ``-`` for stdin.
-
-    It is checked here, so that errors name the file's keys; directories are made absolute.
-    """
+    """(task document, source name) of the file that is the argument, ``-`` for stdin.  It is checked here, so that
+    errors name the file's keys; directories are made absolute."""
     path = cli.arguments[0]
     source = "stdin" if path == "-" else path
     try:
@@ -7472,13 +7313,9 @@ def read_document(cli: Cli) -> tuple[object, str]:
         raise InvalidInput(f"{source} cannot be read: {error}") from None
     documents = [spec_to_json(spec) for spec in parse_task_text(text, source, time.time())]
     for document in documents:
-        agent = document["agent"]
-        if agent.get("project_dir"):
-            agent["project_dir"] = os.path.abspath(cli.expand(agent["project_dir"]))
+        if directory := document["agent"].get("project_dir"):
+            document["agent"]["project_dir"] = os.path.abspath(cli.expand(directory))
     return {"tasks": documents}, source
-
-
-# -- commands without a daemon
 
 
 def cmd_serve(cli: Cli) -> int:
@@ -7489,11 +7326,10 @@ def cmd_serve(cli: Cli) -> int:
 
 def cmd_list(cli: Cli) -> int:
     """``list``: tasks, newest first, also without a daemon."""
-    if cli.all:
-        result = {"tasks": cli.all_tasks(cli.read, **cli.filters()), "next": None}
-    else:
-        result = cli.read("task.list", limit=cli.limit, **cli.filters())
-    none = "no task matches" if cli.filters() else NO_TASKS
+    filters = cli.filters()
+    result = {"tasks": cli.all_tasks(cli.read, **filters), "next": None} if cli.all else \
+        cli.read("task.list", limit=cli.limit, **filters)
+    none = "no task matches" if filters else NO_TASKS
     cli.document(result, lambda: cli.table(render_tasks, result["tasks"], time.time()) if result["tasks"] else none)
     if result["next"]:
         cli.say(f"(the newest {len(result['tasks'])}; --all shows the others too)")
@@ -7503,10 +7339,9 @@ def cmd_list(cli: Cli) -> int:
 def cmd_show(cli: Cli) -> int:
     """``status ID``, also without a daemon, and ``ctl show``: tasks in full."""
     results = [cli.read("task.get", id=task_id) for task_id in cli.selected()]
-    cli.document(results[0] if len(results) == 1 else results, lambda: "\n\n".join(
+    return cli.document(results[0] if len(results) == 1 else results, lambda: "\n\n".join(
         render_task(result["task"], result["executions"], cli.color(), cli.width(), local_offset_s(time.time()))
         for result in results))
-    return EXIT_OK
 
 
 def program_version(program: str) -> str | None:
@@ -7545,16 +7380,15 @@ def cmd_init(cli: Cli) -> int:
                    " (npm install -g @anthropic-ai/claude-code), tasks of type shell do not"),
         ("pyyaml", "PyYAML is not installed: write task files as JSON, or: pip install pyyaml"))
              if found[name] is None]
-    cli.document({"config": path, "written": written, "data_dir": config.data_dir, "found": found, "hints": hints,
-                  "warnings": list(config.warnings)}, lambda: "\n".join([
-                      f"configuration  {path}  ({'written' if written else 'was there; left as it is'})",
-                      f"data           {config.data_dir}",
-                      *(f"{name:14} {version or 'not found'}" for name, version in found.items()), "",
-                      *(f"note: {hint}" for hint in (*hints, *config.warnings)), "",
-                      "next: claudomator serve",
-                      'then, in another terminal: claudomator ctl add "what to do" --dir REPOSITORY',
-                      "or see the whole way without any account: claudomator demo"]))
-    return EXIT_OK
+    facts = {"config": path, "written": written, "data_dir": config.data_dir, "found": found, "hints": hints,
+             "warnings": list(config.warnings)}
+    return cli.document(facts, lambda: "\n".join([
+        f"configuration  {path}  ({'written' if written else 'was there; left as it is'})",
+        f"data           {config.data_dir}",
+        *(f"{name:14} {version or 'not found'}" for name, version in found.items()), "",
+        *(f"note: {hint}" for hint in (*hints, *config.warnings)), "", "next: claudomator serve",
+        'then, in another terminal: claudomator ctl add "what to do" --dir REPOSITORY',
+        "or see the whole way without any account: claudomator demo"]))
 
 
 def cmd_run(cli: Cli) -> int:
@@ -7598,10 +7432,8 @@ def _dry_run(cli: Cli, document: dict, source: str) -> int:
 
 
 def start_pool_here(cli: Cli) -> object:
-    """Run a daemon in a thread of this process, for the tasks of this command alone; returns what stops it.
-
-    Raises what its start raised.
-    """
+    """Run a daemon in a thread of this process, for the tasks of this command alone; returns what stops it.  Raises
+    what its start raised."""
     import signal
     import threading
     asyncio = import_asyncio()
@@ -7618,7 +7450,6 @@ def start_pool_here(cli: Cli) -> object:
         run(daemon.close())
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
-
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     thread.start()
     try:
@@ -7630,9 +7461,6 @@ def start_pool_here(cli: Cli) -> object:
         if agent["park_reason"] == "auth":  # a person is here, and may have logged in: one try costs nothing
             cli.call("agent.unpark", agent=agent["kind"])
     return stop
-
-
-# -- commands of ctl
 
 
 def patiently(cli: Cli, attempt, give_up_s: float = 60.0) -> object:
@@ -7687,36 +7515,34 @@ def last_event(cli: Cli) -> int:
     return patiently(cli, lambda: cli.call("daemon.status"))["last_event"]
 
 
+def say_event(cli: Cli, event: dict) -> None:
+    """Tell of an event; what every task goes through at its start is no news."""
+    if event["kind"] not in ("task.created", "execution.started"):
+        cli.say(render_event(event, cli.talks_in_color(), local_offset_s(time.time())))
+
+
 def watch_tasks(cli: Cli, ids: list[str], since: int) -> list[dict]:
     """Tell what happens to tasks until nothing more can happen without a person; returns them."""
-    color, offset_s = sys.stderr.isatty() and cli.color(), local_offset_s(time.time())
-
     def state() -> dict:
         return patiently(cli, lambda: cli.call("task.wait", ids=ids, timeout_s=0, parked_ends=True))
     result, events = state(), follow_events(cli, since)
     while result["timed_out"]:
         event = next(events)
-        if event["task_id"] in ids and event["kind"] not in ("task.created", "execution.started"):
-            cli.say(render_event(event, color, offset_s))
+        if event["task_id"] in ids:
+            say_event(cli, event)
         if event["kind"] in ("task.state", "task.question", "task.deleted", "agent.parked"):
             result = state()
     return result["tasks"]
 
 
-def cmd_wait(cli: Cli) -> int:
-    """``ctl wait``."""
-    return wait_for(cli, cli.selected(VERB_STATES["wait"]), cli.timeout, bool(cli.any))
-
-
 def wait_for(cli: Cli, ids: list[str], timeout: str | None, any_one: bool = False) -> int:
     """Wait for the end of tasks and print them; returns what became of them as an exit code."""
-    timeout_s = cli.seconds(timeout)
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
-
-    def attempt() -> dict:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        return cli.call("task.wait", ids=ids, any=any_one, timeout_s=left)
-    result = patiently(cli, attempt)
+    try:
+        deadline = None if timeout is None else time.monotonic() + parse_duration(timeout)
+    except ValueError as error:
+        raise UsageError(f"{cli.command}: {error}") from None
+    result = patiently(cli, lambda: cli.call("task.wait", ids=ids, any=any_one, timeout_s=(
+        None if deadline is None else max(0.0, deadline - time.monotonic()))))
     cli.document(result, lambda: task_lines(cli, result["tasks"]))
     if result["timed_out"]:
         cli.say(f"gave up after {timeout}; the tasks go on")
@@ -7733,18 +7559,13 @@ def _show_tasks(cli: Cli, tasks: list[dict], text=None) -> int:
     if cli.options.get("wait"):
         cli.say("\n".join(ids))
         return wait_for(cli, ids, cli.timeout_wait)
-    cli.document({"tasks": tasks}, text or (lambda: task_lines(cli, tasks)))
-    return EXIT_OK
+    return cli.document({"tasks": tasks}, text or (lambda: task_lines(cli, tasks)))
 
 
-def _create(cli: Cli, document: object, source: str, queue: bool) -> int:
+def create_tasks(cli: Cli, document: object, source: str, queue: bool) -> int:
+    """Hand a task document to the daemon and print the ids."""
     tasks = cli.call("task.create", tasks=document, source=source, queue=queue)["tasks"]
     return _show_tasks(cli, tasks, lambda: "\n".join(task["id"] for task in tasks))
-
-
-def cmd_create(cli: Cli) -> int:
-    """``ctl create`` and ``ctl submit``: tasks from a file."""
-    return _create(cli, *read_document(cli), queue=cli.command == "ctl submit")
 
 
 def cmd_add(cli: Cli) -> int:
@@ -7758,7 +7579,7 @@ def cmd_add(cli: Cli) -> int:
     task = {"name": cli.name or one_line(text.strip().partition("\n")[0], 60) or "task", "project": cli.project,
             "timeout": cli.timeout, "verify": cli.verify, "tags": cli.tag, "depends_on": cli.after, "start_at": cli.at,
             "priority": cli.priority, "agent": {name: value for name, value in agent.items() if value is not None}}
-    return _create(cli, {name: value for name, value in task.items() if value}, "ctl add", queue=True)
+    return create_tasks(cli, {name: value for name, value in task.items() if value}, "ctl add", queue=True)
 
 
 VERB_STATES = {  # which of the tasks that a selector matches a verb means; ids are taken as they are
@@ -7771,17 +7592,13 @@ VERB_STATES = {  # which of the tasks that a selector matches a verb means; ids 
 
 
 def cmd_verb(cli: Cli) -> int:
-    """``ctl run|cancel|accept|reject|resume|edit|delete``: one operation on the selected tasks."""
+    """``ctl run|cancel|accept|reject|resume|edit``: one operation on the selected tasks."""
     verb = cli.command.split()[1]
     if verb == "reject" and not cli.message:
         raise UsageError('ctl reject: say why with -m "comment"; it reaches the next run')
     params = {"comment": cli.message} if verb == "reject" else {"message": cli.message} if verb == "resume" else \
         {"changes": read_settings(cli.set)} if verb == "edit" else {}
-    result = cli.call(f"task.{verb}", ids=cli.selected(VERB_STATES[verb]), **params)
-    if verb != "delete":
-        return _show_tasks(cli, result["tasks"])
-    cli.document(result, lambda: "\n".join(f"deleted {task_id}" for task_id in result["deleted"]))
-    return EXIT_OK
+    return _show_tasks(cli, cli.call(f"task.{verb}", ids=cli.selected(), **params)["tasks"])
 
 
 def read_settings(settings: list[str]) -> dict:
@@ -7813,9 +7630,8 @@ def cmd_answer(cli: Cli) -> int:
 def cmd_executions(cli: Cli) -> int:
     """``ctl executions ID``."""
     runs = [run for task_id in cli.selected() for run in cli.call("execution.list", id=task_id)["executions"]]
-    cli.document({"executions": runs}, lambda: cli.table(render_executions, runs, time.time(), zone=True) if runs
-                 else "none of these tasks has run yet")
-    return EXIT_OK
+    return cli.document({"executions": runs}, lambda: cli.table(render_executions, runs, time.time(), zone=True)
+                        if runs else "none of these tasks has run yet")
 
 
 def cmd_watch(cli: Cli) -> int:
@@ -7834,28 +7650,25 @@ def follow_log(cli: Cli, params: dict) -> dict:
         "execution": item["execution_id"], "offset": item["next"], "tail": None})
     splitter, offset_s, kind = LineSplitter(), local_offset_s(time.time()), ""
 
-    def show(lines: list[bytes]) -> None:
+    def show(lines: list[bytes | None]) -> None:
+        format = RUNNERS[kind].format if kind in RUNNERS else "claude"
         for line in lines:
-            text = render_log_line(line, RUNNERS[kind].format if kind in RUNNERS else "claude", cli.color(), offset_s)
+            text = None if line is None else render_log_line(line, format, cli.color(), offset_s)
             if text is not None:
                 cli.out(text)
-
-    def finish() -> None:
-        last = splitter.finish()
-        show([] if last is None else [last])
     while True:
         try:
             item = next(items)
         except StopIteration as done:
-            finish()
+            show([splitter.finish()])
             task = done.value["task"]
             if params.get("follow") and cli.json:
                 cli.out(format_json({"task": task}))
             elif params.get("follow"):
-                cli.say(task_line(task, sys.stderr.isatty() and cli.color()))
+                cli.say(task_line(task, cli.talks_in_color()))
             return task
         if "agent" in item and item["offset"] == 0 and kind:
-            finish()
+            show([splitter.finish()])
             cli.say(f"— round {item['round']}, execution {item['execution_id'][:8]}")
         kind, data = item.get("agent", kind), item["text"].encode("utf-8", "surrogateescape")
         if cli.json:
@@ -7884,6 +7697,11 @@ def pool_text(cli: Cli, result: dict) -> str:
     return "\n".join([busy, *dict.fromkeys(f"next: claudomator ctl pool resume{option}" for _, option in held)])
 
 
+def status_text(cli: Cli, result: dict) -> str:
+    """The status table."""
+    return cli.table(render_status, result, time.time(), zone=True)
+
+
 def agents_text(cli: Cli, result: dict) -> str:
     """The table of agent kinds."""
     return cli.table(render_agents, result["agents"], zone=True)
@@ -7901,8 +7719,7 @@ def asks(method: str, text, params=lambda cli: {}) -> object:
     """A command that calls one operation and shows ``text(cli, result)``."""
     def run(cli: Cli) -> int:
         result = cli.call(method, **params(cli))
-        cli.document(result, lambda: text(cli, result))
-        return EXIT_OK
+        return cli.document(result, lambda: text(cli, result))
     return run
 
 
@@ -7945,7 +7762,6 @@ if __name__ == "__main__":
     assert mean([2, 4, 6]) == 4, f"mean([2, 4, 6]) is {mean([2, 4, 6])}, it should be 4"
     print("ok")
 '''
-DEMO_CHECK = "{python} mean.py"
 DEMO_FIX = """\
 sed -i 's/ (len(values) - 1)/ len(values)/' mean.py
 git commit -qam 'fix: mean divides by the number of values'
@@ -7975,7 +7791,7 @@ fi
 git add median.py
 git commit -qm "feat: median (round $CLAUDOMATOR_ROUND)"
 """
-DEMO_MEDIAN_CHECK = "{python} -c 'from median import median; assert median([1, 2, 3, 4, 9]) == 3, \"median is wrong\"'"
+DEMO_MEDIAN_CHECK = "-c 'from median import median; assert median([1, 2, 3, 4, 9]) == 3, \"median is wrong\"'"
 
 
 def demo_tasks(repository: str, python: str) -> dict:
@@ -7984,10 +7800,10 @@ def demo_tasks(repository: str, python: str) -> dict:
         return {"name": name, "agent": {"type": "shell", "project_dir": repository, "instructions": script},
                 "timeout": "60s", "auto_accept": True, **more}
     return {"tasks": [
-        task("fix the mean", DEMO_FIX, verify=DEMO_CHECK.replace("{python}", python), priority="high"),
+        task("fix the mean", DEMO_FIX, verify=f"{python} mean.py", priority="high"),
         task("write a README", DEMO_DOCUMENT, depends_on=["fix the mean"]),
         task("choose a licence", DEMO_ASK),
-        task("add a median", DEMO_ROUNDS, verify=DEMO_MEDIAN_CHECK.replace("{python}", python)),
+        task("add a median", DEMO_ROUNDS, verify=f"{python} {DEMO_MEDIAN_CHECK}"),
         task("watch paint dry", "echo 'watching ...'; sleep 600", tags=["endless"]),
     ]}
 
@@ -8007,31 +7823,19 @@ def demo_repository(root: str) -> str:
     return copy
 
 
-class DemoScreen:
-    """The live status table: redrawn in place on a terminal, a line for each event elsewhere."""
-
-    def __init__(self, cli: Cli):
-        self._cli, self._live, self._height = cli, sys.stdout.isatty() and not cli.json, 0
-
-    def show(self, event: dict) -> dict:
-        """Show that something has happened; returns the status."""
-        status = self._cli.call("pool.status")
-        if self._live:
-            text = self._cli.table(render_status, status, time.time(), zone=True).rstrip("\n")
-            sys.stdout.write((f"\033[{self._height}A\033[J" if self._height else "") + text + "\n")
-            sys.stdout.flush()
-            self._height = text.count("\n") + 1
-        elif event["task_id"] and event["kind"] not in ("task.created", "execution.started"):
-            self._cli.say(render_event(event, sys.stderr.isatty() and self._cli.color(), local_offset_s(time.time())))
-        return status
-
-
 def demo_story(cli: Cli, ids: list[str]) -> list[dict]:
-    """Show the batch, answer its question, cancel its endless task; returns the tasks as they ended."""
-    screen, answered, cancelled, events = DemoScreen(cli), False, False, follow_events(cli, 0)
-    while True:
-        event = next(events)
-        status = screen.show(event)
+    """Show the batch, answer its question, cancel its endless task; returns the tasks as they ended.  On a terminal
+    the status table is redrawn in place, elsewhere each event is a line."""
+    height, answered, cancelled, is_live = 0, False, False, sys.stdout.isatty() and not cli.json
+    for event in follow_events(cli, 0):
+        status = cli.call("pool.status")
+        if is_live:
+            text = status_text(cli, status).rstrip("\n")
+            sys.stdout.write((f"\033[{height}A\033[J" if height else "") + text + "\n")
+            sys.stdout.flush()
+            height = text.count("\n") + 1
+        elif event["task_id"]:
+            say_event(cli, event)
         tasks = {task["id"]: task for task in status["tasks"]}
         open_tasks = [tasks[task_id] for task_id in ids if tasks[task_id]["state"] not in ENDED_STATES]
         asking = [task for task in open_tasks if task["state"] == BLOCKED]
@@ -8083,33 +7887,34 @@ def for_tasks(run, help: str, *options: Option, usage: str = "") -> Command:
     return Command(run, "ID... | SELECTORS" + usage, help, (*SELECTORS, *options), 0, MOST)
 
 
-MESSAGE = value("--message -m", "TEXT", "a comment for the agent")
-LIMIT = value("--limit", "N", "at most so many; otherwise 50", "int")
-HOLD = (value("--agent", "KIND", "only this agent kind"), value("--project", "NAME", "only this project"))
+MESSAGE = Option("--message -m TEXT", "a comment for the agent")
+LISTING = (*SELECTORS, Option("--limit N", "at most so many; otherwise 50", "int"))
+HOLD = (Option("--agent KIND", "only this agent kind"), Option("--project NAME", "only this project"))
 COMMANDS: dict[str, Command] = {
     "init": Command(cmd_init, "", "write a commented configuration file and say what is installed"),
     "serve": Command(cmd_serve, "", "run the daemon in the foreground"),
     "demo": Command(cmd_demo, "", "see the whole way in half a minute, without any account"),
     "run": Command(cmd_run, "FILE|-", "run a task file to its end and print the result", (
-        value("--parallel", "N", "at most so many at once (without a daemon)", "int"),
-        flag("--dry-run", "check the file and show what would run")), 1, 1),
-    "list": Command(cmd_list, "[SELECTORS]", "tasks, newest first; also without a daemon", (*SELECTORS, LIMIT)),
+        Option("--parallel N", "at most so many at once (without a daemon)", "int"),
+        Option("--dry-run", "check the file and show what would run")), 1, 1),
+    "list": Command(cmd_list, "[SELECTORS]", "tasks, newest first; also without a daemon", LISTING),
     "status": Command(cmd_show, "ID", "one task in full; also without a daemon", (), 1, 1),
-    "ctl": Command(asks("pool.status", lambda cli, status: cli.table(render_status, status, time.time(), zone=True)),
-                   "", "the status table: what runs, asks or waits, and why"),
+    "ctl": Command(asks("pool.status", status_text), "", "the status table: what runs, asks or waits, and why"),
     "ctl watch": Command(cmd_watch, "", "events as they come", (
-        value("--since", "SEQ", "all after this number", "int"),)),
-    "ctl create": Command(cmd_create, "FILE|-", "create tasks, leave them PENDING", WAITING, 1, 1),
-    "ctl submit": Command(cmd_create, "FILE|-", "create tasks and queue them", WAITING, 1, 1),
+        Option("--since SEQ", "all after this number", "int"),)),
+    "ctl create": Command(lambda cli: create_tasks(cli, *read_document(cli), queue=False), "FILE|-",
+                          "create tasks, leave them PENDING", WAITING, 1, 1),
+    "ctl submit": Command(lambda cli: create_tasks(cli, *read_document(cli), queue=True), "FILE|-",
+                          "create tasks and queue them", WAITING, 1, 1),
     "ctl add": Command(cmd_add, '"instructions"|-', "create and queue one task", (
-        value("--name", "NAME", "its name; else the first line"), value("--agent", "KIND", "agent kind"),
-        value("--model", "MODEL", "model"), value("--dir", "DIR", "the repository to work on"),
-        value("--project", "NAME", "a project of the configuration"),
-        value("--budget", "USD", "USD for a run", "number"), value("--timeout", "D", "time limit"),
-        value("--verify", "CMD", "command that must pass"), value("--tag", "TAG", "tag; may be repeated", "list"),
-        value("--after", "ID", "start after this task; may be repeated", "list"),
-        value("--at", "TIME", "start at this time, or after this delay"),
-        value("--priority", "P", "high, normal or low"), *WAITING), 1, 1),
+        Option("--name NAME", "its name; else the first line"), Option("--agent KIND", "agent kind"),
+        Option("--model MODEL", "model"), Option("--dir DIR", "the repository to work on"),
+        Option("--project NAME", "a project of the configuration"), Option("--budget USD", "USD for a run", "number"),
+        Option("--timeout D", "time limit"), Option("--verify CMD", "command that must pass"),
+        Option("--tag TAG", "tag; may be repeated", "list"),
+        Option("--after ID", "start after this task; may be repeated", "list"),
+        Option("--at TIME", "start at this time, or after this delay"),
+        Option("--priority P", "high, normal or low"), *WAITING), 1, 1),
     "ctl show": for_tasks(cmd_show, "tasks in full"),
     "ctl run": for_tasks(cmd_verb, "queue tasks, or run ended ones again", *WAITING),
     "ctl cancel": for_tasks(cmd_verb, "cancel tasks; returns when they are proven stopped"),
@@ -8117,18 +7922,21 @@ COMMANDS: dict[str, Command] = {
     "ctl reject": for_tasks(cmd_verb, "send READY tasks back", MESSAGE, usage=" -m TEXT"),
     "ctl resume": for_tasks(cmd_verb, "run ended tasks again in their last session", MESSAGE, *WAITING,
                             usage=" [-m TEXT]"),
-    "ctl edit": for_tasks(cmd_verb, "change tasks that do not run", value(
-        "--set", "KEY=VALUE", "a task file's key; may be repeated", "list"), usage=" --set KEY=VALUE"),
-    "ctl delete": for_tasks(cmd_verb, "delete tasks with their logs and sandboxes"),
+    "ctl edit": for_tasks(cmd_verb, "change tasks that do not run", Option(
+        "--set KEY=VALUE", "a task file's key; may be repeated", "list"), usage=" --set KEY=VALUE"),
+    "ctl delete": for_tasks(asks("task.delete", lambda cli, result: "\n".join(
+        f"deleted {task_id}" for task_id in result["deleted"]), lambda cli: {"ids": cli.selected()}),
+        "delete tasks with their logs and sandboxes"),
     "ctl answer": Command(cmd_answer, "ID TEXT|-", "answer a BLOCKED task's question", WAITING, 2, MOST),
-    "ctl list": Command(cmd_list, "[SELECTORS]", "tasks, newest first", (*SELECTORS, LIMIT)),
-    "ctl wait": for_tasks(cmd_wait, "wait for the end; the exit code tells it", flag("--any", "one is enough"),
-                          value("--timeout", "D", "give up after this long")),
+    "ctl list": Command(cmd_list, "[SELECTORS]", "tasks, newest first", LISTING),
+    "ctl wait": for_tasks(lambda cli: wait_for(cli, cli.selected(), cli.timeout, bool(cli.any)),
+                          "wait for the end; the exit code tells it", Option("--any", "one is enough"),
+                          Option("--timeout D", "give up after this long")),
     "ctl logs": Command(cmd_logs, "ID | SELECTORS", "a task's log, readable", (
-        *SELECTORS, flag("--follow -f", "follow it to the end of the task; the exit code tells it"),
-        value("--lines -n", "N", "only the last so many lines", "int"), flag("--raw", "as the agent printed it"),
-        flag("--stderr", "stderr instead of stdout"),
-        value("--execution", "ID", "this execution instead of the newest")), 0, 1),
+        *SELECTORS, Option("--follow -f", "follow it to the end of the task; the exit code tells it"),
+        Option("--lines -n N", "only the last so many lines", "int"), Option("--raw", "as the agent printed it"),
+        Option("--stderr", "stderr instead of stdout"),
+        Option("--execution ID", "this execution instead of the newest")), 0, 1),
     "ctl diff": Command(
         asks("task.diff", lambda cli, result: result["diff"] or "no changes", lambda cli: {"id": cli.only()}),
         "ID | SELECTORS", "what a task changed", SELECTORS, 0, 1),
@@ -8136,21 +7944,21 @@ COMMANDS: dict[str, Command] = {
     "ctl agent": Command(asks("agent.status", agents_text), "", "the agent kinds, and which are parked"),
     "ctl agent park": Command(
         asks("agent.park", agents_text, lambda cli: {"agent": cli.arguments[0], "until": cli.until}), "KIND",
-        "start no agent of a kind until it is unparked", (value("--until", "T", "or until then"),), 1, 1),
+        "start no agent of a kind until it is unparked", (Option("--until T", "or until then"),), 1, 1),
     "ctl agent unpark": Command(asks("agent.unpark", agents_text, lambda cli: {"agent": cli.arguments[0]}), "KIND",
                                 "let a kind start again", (), 1, 1),
     "ctl pool": Command(asks("daemon.status", pool_text), "", "what runs, and what is held"),
     "ctl pool pause": Command(asks("pool.pause", pool_text, Cli.filters), "", "start nothing new", HOLD),
     "ctl pool resume": Command(asks("pool.resume", pool_text, Cli.filters), "", "end a pause or a drain", HOLD),
-    "ctl pool drain": Command(asks("pool.drain", pool_text, lambda cli: {"wait": bool(cli.wait)}), "",
-                              "start nothing new until a resume or a restart", (
-                                  flag("--wait", "return when nothing runs"),)),
+    "ctl pool drain": Command(
+        asks("pool.drain", pool_text, lambda cli: {"wait": bool(cli.wait)}), "",
+        "start nothing new until a resume or a restart", (Option("--wait", "return when nothing runs"),)),
     "ctl project": Command(asks("project.list", projects_text), "", "the configured projects"),
     "ctl sandbox": Command(asks("sandbox.list", sandboxes_text), "", "the kept sandboxes"),
     "ctl sandbox list": Command(asks("sandbox.list", sandboxes_text), "", "the kept sandboxes"),
     "ctl sandbox rm": for_tasks(asks("sandbox.rm", lambda cli, result: "\n".join(
-        f"removed {path}" for path in result["removed"]) or "nothing to remove",
-        lambda cli: {"ids": cli.selected(VERB_STATES["sandbox rm"])}), "delete kept sandboxes"),
+        f"removed {path}" for path in result["removed"]) or "nothing to remove", lambda cli: {"ids": cli.selected()}),
+        "delete kept sandboxes"),
     "ctl backup": Command(asks("daemon.backup", lambda cli, result: f"{result['path']}  ({result['bytes']} bytes)",
                                lambda cli: {"path": os.path.abspath(cli.arguments[0])}), "FILE",
                           "copy the database while the daemon works", (), 1, 1),
@@ -8161,10 +7969,8 @@ COMMANDS: dict[str, Command] = {
 
 
 def find_command(argv: list[str]) -> tuple[str, list[str]]:
-    """(name of the command, the other arguments).  Global options may come first.
-
-    Raises ``UsageError`` for a command that does not exist.
-    """
+    """(name of the command, the other arguments).  Global options may come first.  Raises ``UsageError`` for a command
+    that does not exist."""
     takes_value = {name for option in GLOBAL_OPTIONS if option.kind != "flag" for name in option.names}
     name, taken, at = "", [], 0
     while at < len(argv):
@@ -8223,10 +8029,8 @@ def dispatch(argv: list[str], environ: dict) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line ``claudomator ...``; returns the exit code.
-
-    As the program itself (without ``argv``) it leaves at once: taking the interpreter down costs a tenth of a command.
-    """
+    """The command line ``claudomator ...``; returns the exit code.  As the program itself (without ``argv``) it leaves
+    at once: taking the interpreter down costs a tenth of a command."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")

@@ -9,7 +9,7 @@ ERRORS = [value for value in vars(c).values() if isinstance(value, type) and iss
 @pytest.mark.parametrize("name, code, http_status, exit_code", [
     ("ClaudomatorError", "internal", 500, 1), ("UsageError", "usage", 400, 2), ("InvalidInput", "invalid", 422, 2),
     ("NotFound", "not_found", 404, 3), ("WrongState", "wrong_state", 409, 3), ("Forbidden", "forbidden", 403, 1),
-    ("Unreachable", "unreachable", 503, 4), ("WaitTimeout", "timeout", 504, 124), ("StorageError", "storage", 507, 1),
+    ("Unreachable", "unreachable", 503, 4), ("StorageError", "storage", 507, 1),
     ("SandboxError", "sandbox", 500, 1), ("SpawnError", "spawn_failed", 500, 1),
 ])
 def test_code_http_status_and_exit_code_are_the_documented_ones(name, code, http_status, exit_code):

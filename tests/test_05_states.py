@@ -42,7 +42,6 @@ def test_the_sets_of_states_say_what_they_are_called():
     assert c.FAILURE_STATES == {"FAILED", "TIMED_OUT", "CANCELLED", "BUDGET_EXCEEDED"}
     assert c.ENDED_STATES == c.FAILURE_STATES | {"COMPLETED"}
     assert c.SETTLED_STATES == c.ENDED_STATES | {"READY"}
-    assert c.ACTIVE_STATES == {"QUEUED", "RUNNING"}
     assert c.FAILURE_STATES == {state for state in c.STATES if ALLOWED[state] == {"QUEUED"}}
 
 
@@ -62,7 +61,7 @@ def test_the_reasons_are_the_closed_list():
 
 
 def test_limits_logins_and_losses_never_count_as_attempts_and_all_else_does():
-    free = {reason for reason in c.REASONS if not c.counts_as_attempt(reason)}
+    free = {reason for reason in c.REASONS if c.REASONS[reason].get("free")}
     assert free == {"rate_limited", "quota_exhausted", "auth", "lost"}
 
 

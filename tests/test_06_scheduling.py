@@ -38,11 +38,11 @@ def test_every_state_meets_a_dependency_leaves_it_open_or_rules_it_out(on, met, 
 
 def test_a_task_waits_until_all_that_it_depends_on_is_met():
     queue = queue_of({"task_id": "deploy", "waits_for": {"build": "success", "lint": "any"}})
-    assert queue.entry("deploy").unmet == 2
+    assert len(queue.entry("deploy").waits_for) == 2
     assert started(queue, c.Limits(3)) == []
     assert queue.settle("build", "RUNNING") == ([], [])
     assert queue.settle("build", "COMPLETED") == ([], [])
-    assert queue.entry("deploy").unmet == 1 and started(queue, c.Limits(3)) == []
+    assert len(queue.entry("deploy").waits_for) == 1 and started(queue, c.Limits(3)) == []
     assert queue.settle("build", "COMPLETED") == ([], [])  # told twice, counted once
     assert queue.settle("lint", "FAILED") == (["deploy"], [])
     assert started(queue, c.Limits(3)) == [("deploy", "claude")]

@@ -177,9 +177,10 @@ def test_an_idempotency_key_makes_the_second_task_the_first_one(daemon):
     assert daemon.add("false", queue=False, idempotency_key="once") == first
     again = daemon.call("task.create", tasks={"tasks": [
         shell_task("true", "b", depends_on=["a"]), shell_task("true", "a", idempotency_key="once"),
-        shell_task("true", "c", idempotency_key="twice"), shell_task("true", "d", idempotency_key="twice")]}, queue=True)
-    b, a, twin, other_twin = again["tasks"]
-    assert a["id"] == first and a["state"] == c.QUEUED and twin["id"] == other_twin["id"]
+        shell_task("true", "c", idempotency_key="twice"), shell_task("true", "d", idempotency_key="twice"),
+        shell_task("true", "e", idempotency_key="once")]}, queue=True)
+    b, a, twin, other_twin, known_again = again["tasks"]
+    assert a["id"] == known_again["id"] == first and a["state"] == c.QUEUED and twin["id"] == other_twin["id"]
     assert b["depends_on"] == [first], "a dependency on a known task means that task"
     daemon.wait(first)
     daemon.call("task.accept", ids=[first])

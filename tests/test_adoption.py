@@ -149,7 +149,7 @@ def test_a_claimed_execution_that_never_started_goes_back_to_the_queue(daemon, t
     daemon.kill9()
     store = c.Store(str(daemon.data_dir / "claudomator.db"))
     life = c.Lifecycle(store)
-    life.claim(life.enqueue(task_id), "shell", "", 60.0)
+    life.claim(life.enqueue(task_id), "shell", "", 60.0, str(daemon.data_dir / "executions"))
     store.close()
     daemon.start()
     assert daemon.wait(task_id)["state"] == c.READY

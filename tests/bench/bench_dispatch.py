@@ -19,8 +19,10 @@ async def bare_loop(root: str, count: int) -> float:
         while waiting:
             directory = f"{root}/bare-{waiting.pop()}"
             os.makedirs(directory)
-            supervisor = c.spawn_supervisor(directory, "bench", ["/bin/true"], env={"PATH": "/usr/bin:/bin"}, cwd="/",
-                                            stdin_path="/dev/null", timeout_s=60)
+            script = os.path.join(directory, "prompt.txt")
+            c.write_private(script, "exit 0")  # the very agent that the daemon's tasks run
+            supervisor = c.spawn_supervisor(directory, "bench", ["/bin/sh", script], env={"PATH": "/usr/bin:/bin"},
+                                            cwd="/", stdin_path="/dev/null", timeout_s=60)
             supervisor.open_gate()
             await c.wait_for_exit(supervisor.pid, supervisor.start)
     start = time.perf_counter()

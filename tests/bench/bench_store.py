@@ -86,7 +86,7 @@ def claim_s(store: c.Store, life: c.Lifecycle) -> float:
     """Seconds to find the next task and to claim it: one page of one, then a transaction, committed and not synced."""
     began = time.perf_counter()
     task, = store.queued_page(limit=1)
-    life.claim(task, "shell", "", 900.0)
+    life.claim(task, "shell", "", 900.0, "")
     return time.perf_counter() - began
 
 
