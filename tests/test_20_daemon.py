@@ -1,0 +1,120 @@
+"""Section 20: what a daemon inherits, how it stops, reloads and comes back, with real daemon processes."""
+import os
+import resource
+import signal
+import subprocess
+import time
+
+import pytest
+
+import claudomator as c
+from tests.support import COMMAND, DaemonProcess, shell_task, wait_until
+
+
+def state(daemon, task_id):
+    return daemon.call("task.get", id=task_id)["task"]["state"]
+
+
+def row(daemon, task_id):
+    """The newest execution as the database has it (read beside the daemon)."""
+    store = c.Store(str(daemon.data_dir / "claudomator.db"), readonly=True)
+    try:
+        return store.last_execution(store.get_task(task_id))
+    finally:
+        store.close()
+
+
+def at_work(daemon, tmp_path):
+    """(task id, execution) of an agent that works until ``go`` is there."""
+    task_id = daemon.add(f": > {tmp_path}/up; while [ ! -e {tmp_path}/go ]; do sleep 0.02; done")
+    wait_until((tmp_path / "up").exists)
+    return task_id, row(daemon, task_id)
+
+
+def test_descriptors_that_the_daemon_inherited_do_not_reach_its_agents(tmp_path):
+    daemon = DaemonProcess(tmp_path)
+    read_end, write_end = os.pipe()
+    try:
+        with open(daemon.log_path, "ab") as log:
+            daemon.process = subprocess.Popen([*COMMAND, "serve"], env=daemon.env, stdin=subprocess.DEVNULL,
+                                              stdout=log, stderr=log, pass_fds=(write_end,))
+        wait_until(lambda: os.path.exists(daemon.socket_path), 20)
+        pipe = os.readlink(f"/proc/self/fd/{write_end}")
+        assert os.readlink(f"/proc/{daemon.process.pid}/fd/{write_end}") == pipe
+        assert daemon.wait(daemon.add(f"readlink /proc/self/fd/* > {tmp_path}/open; true"))["state"] == c.READY
+        held = (tmp_path / "open").read_text()
+        assert "stderr.log" in held and pipe not in held
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+        daemon.__exit__()
+
+
+@pytest.mark.parametrize("config, least_s, most_s", [
+    ('on_shutdown = "drain"\nshutdown_timeout = "600ms"\n', 0.6, 5), ('on_shutdown = "leave"\n', 0, 5)])
+def test_a_stop_waits_as_configured_and_leaves_the_agent_at_work_for_the_next(tmp_path, config, least_s, most_s):
+    with DaemonProcess(tmp_path, config) as daemon:
+        task_id, found = at_work(daemon, tmp_path)
+        began = time.monotonic()
+        assert daemon.terminate() == 0 and least_s <= time.monotonic() - began < most_s
+        assert c.process_start(found.pid) == found.pid_start
+        assert "1 agent at work without the daemon" in daemon.log()
+        (tmp_path / "go").touch()
+        daemon.start()
+        ended = daemon.wait(task_id)
+        assert (ended["state"], ended["execution"]["id"]) == (c.READY, found.id)
+
+
+def test_closing_on_a_full_disk_ends_soon_and_loses_neither_tasks_nor_the_agent(tmp_path):
+    with DaemonProcess(tmp_path) as daemon:
+        wal = daemon.data_dir / "claudomator.db-wal"
+        while wal.stat().st_size < 250_000:
+            daemon.call("task.create", tasks=shell_task("true", description="x" * 20_000))
+        kept = daemon.call("daemon.status")["counts"]
+        task_id, found = at_work(daemon, tmp_path)
+        unlimited = resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (200_000, unlimited[1]))  # as good as a full disk
+        with pytest.raises(c.ClaudomatorError, match="make room"):
+            daemon.add("true")
+        began = time.monotonic()
+        daemon.terminate()
+        assert time.monotonic() - began < 8
+        assert c.process_start(found.pid) == found.pid_start
+        (tmp_path / "go").touch()
+        daemon.start()
+        assert daemon.wait(task_id)["execution"]["id"] == found.id
+        assert daemon.call("daemon.status")["counts"][c.PENDING] == kept[c.PENDING]
+
+
+def test_a_hangup_with_a_bad_configuration_keeps_the_last_good_one_and_says_why(tmp_path):
+    with DaemonProcess(tmp_path, "max_concurrent = 2\n") as daemon:
+        daemon.config_path.write_text("max_concurrent = 7\n")
+        daemon.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "changed: max_concurrent" in daemon.log())
+        for text, why in (("max_concurent = 9\n", "did you mean 'max_concurrent'"),
+                          ("max_concurrent = \n", "config.toml")):
+            daemon.config_path.write_text(text)
+            before = daemon.log().count("the present one stays")
+            daemon.process.send_signal(signal.SIGHUP)
+            wait_until(lambda: daemon.log().count("the present one stays") > before)
+            assert why in daemon.log().rpartition("the present one stays")[2]
+            assert daemon.call("daemon.status")["max_concurrent"] == 7
+
+
+def test_start_at_a_retry_delay_a_pause_and_a_park_outlive_the_daemon_and_end_in_their_time(tmp_path):
+    with DaemonProcess(tmp_path) as daemon:
+        began = time.time()
+        later = daemon.add(f"date +%s.%N > {tmp_path}/later", start_at="2s", name="later")
+        again = daemon.add(f"date +%s.%N >> {tmp_path}/again; exit 1", retry={"max_attempts": 2, "backoff": ["2s"]})
+        wait_until(lambda: daemon.call("task.get", id=again)["task"]["attempts"] == 1)
+        daemon.call("pool.pause", agent="claude")
+        daemon.call("agent.park", agent="claude", until="3h")
+        daemon.kill9()
+        daemon.start()
+        facts = daemon.call("daemon.status")
+        assert facts["paused_kinds"] == ["claude"] and state(daemon, later) == state(daemon, again) == c.QUEUED
+        assert [agent["kind"] for agent in daemon.call("agent.status")["agents"] if agent["parked"]] == ["claude"]
+        assert daemon.wait(later)["state"] == c.READY and daemon.wait(again)["attempts"] == 2
+        assert 1.9 < float((tmp_path / "later").read_text()) - began < 6
+        first, second = map(float, (tmp_path / "again").read_text().split())
+        assert 1.7 < second - first < 6
