@@ -634,6 +634,7 @@ CONFIG_KEYS: tuple[Key, ...] = (
     Key("max_concurrent", "integer >= 1", 3, "how many agents may run at the same time"),
     Key("default_timeout", "duration > 0", "15m", "for tasks that name no timeout"),
     Key("stall_timeout", "duration", "20m", "an agent silent for so long is stopped; 0: never"),
+    Key("stop_grace", "duration > 0", "5s", "what a stopped agent has between SIGTERM and SIGKILL; claude needs 1.6s"),
     Key("shutdown_timeout", "duration", "30s", "how long a draining daemon waits for running agents"),
     Key("on_shutdown", "choice leave|drain", "leave", "leave: agents run on without the daemon; drain: wait for them"),
     Key("claude_binary_path", "program", "claude", "the claude CLI"),
@@ -3367,12 +3368,17 @@ class Transactions:
         self._syncer = WalSyncer(self.path + "-wal", loop.call_soon_threadsafe)
 
     def close(self) -> None:
-        """Commit what is open and close; the last reader's checkpoint leaves one plain file."""
-        self.commit()
-        if self._syncer:
-            self._syncer.close()
-        self._loop = None
-        self._db.close()
+        """Commit what is open and close; the last reader's checkpoint leaves one plain file.
+
+        Raises ``StorageError`` where the disk does not take the last of it; closed it is then, too.
+        """
+        self._loop = None  # nobody waits for the answer any more: a failure is raised
+        try:
+            self.commit()
+        finally:
+            if self._syncer:
+                self._syncer.close()
+            self._db.close()
 
     def atomic(self) -> Transactions:
         """``with store.atomic():`` makes the writes inside, which must not await, happen together or not at all.
@@ -3789,7 +3795,6 @@ class Store(Transactions):
 
 MARK = "CLAUDOMATOR_EXECUTION_ID"
 GATE_FD = 9
-STOP_GRACE_S = 5  # SIGTERM to SIGKILL; claude needs 1.6 s to end a running tool
 LOOK_AGAIN = 10  # passes over /proc at the most
 
 # Arguments: execution directory, execution id, working directory, stdin file, timeout in seconds, grace, then the agent.
@@ -4018,7 +4023,7 @@ class Supervisor:
 
 
 def spawn_supervisor(execution_dir: str, execution_id: str, argv, *, env: dict, cwd: str, stdin_path: str,
-                     timeout_s: float, grace_s: float = STOP_GRACE_S) -> Supervisor:
+                     timeout_s: float, grace_s: float = 5.0) -> Supervisor:
     """Start a supervisor that will run ``argv`` once its gate opens.  Raises ``SpawnError``.
 
     ``env`` is the agent's whole environment; the mark is added here.  stdout and stderr are appended to ``stdout.log``
@@ -5740,11 +5745,15 @@ class Run(Workplace):
     def __init__(self, pool: Pool, task: Task, execution: Execution):
         super().__init__(pool.core, task, execution)
         self.pool = pool
-        self.log = LogReader(os.path.join(self.directory, "stdout.log"), STREAMS[self.runner.format]())
-        self.events: list[dict] = []  # read from the log and not stored yet
-        self.known_events = self.core.store.count_log_events(execution) if execution.pid else 0  # stored before a restart
+        self.read_again()
         self._stop_task = None
         self.job = None
+
+    def read_again(self) -> None:
+        """Read the log from its beginning: events of it were not stored, or are not known to be."""
+        self.log = LogReader(os.path.join(self.directory, "stdout.log"), STREAMS[self.runner.format]())
+        self.events: list[dict] = []  # read from the log and not stored yet
+        self.known_events = self.core.store.count_log_events(self.execution) if self.execution.pid else 0
 
     def is_alive(self) -> bool:
         """Whether its supervisor still runs."""
@@ -5766,7 +5775,7 @@ class Run(Workplace):
         import signal
         execution = self.execution
         if execution.pid is not None and signal_process(execution.pid, execution.pid_start, signal.SIGTERM):
-            deadline = time.monotonic() + STOP_GRACE_S + STOP_MARGIN_S
+            deadline = time.monotonic() + self.core.config.stop_grace_s + STOP_MARGIN_S
             while time.monotonic() < deadline and process_start(execution.pid) == execution.pid_start:
                 await asyncio.sleep(0.05)
             signal_process(execution.pid, execution.pid_start, signal.SIGKILL)
@@ -5834,7 +5843,8 @@ class Run(Workplace):
         write_private(prompt, launch.stdin or "")
         supervisor = spawn_supervisor(
             self.directory, self.execution.id, (program, *launch.argv[1:]), env=launch.env, cwd=cwd,
-            stdin_path=prompt if self.runner.reads_stdin else "/dev/null", timeout_s=self.execution.timeout_s)
+            stdin_path=prompt if self.runner.reads_stdin else "/dev/null", timeout_s=self.execution.timeout_s,
+            grace_s=self.core.config.stop_grace_s)
         try:
             with self.core.store.atomic():
                 self.execution = self.core.store.update_execution(
@@ -6132,7 +6142,10 @@ class Dispatcher:
             self._impossible = None
 
     def _rolled_back(self) -> None:
-        """The disk refused a tick's transaction: what is stored decides, so read the queue again when it may have room."""
+        """The disk refused a tick's transaction: what is stored decides, so logs are read again, and the queue is when
+        there may be room."""
+        for run in self.runs.values():
+            run.read_again()
         if self._loop is not None and not self.stopping and self._reload_timer is None:
             self._reload_timer = self._loop.call_later(SETTLE_RETRY_S, self.load_queue)
 

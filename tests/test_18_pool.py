@@ -14,6 +14,8 @@ import pytest
 import claudomator as c
 from tests.support import DaemonProcess, make_repository, shell_task, wait_until
 
+DATA = pathlib.Path(__file__).parent / "data" / "claude"
+
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory):
@@ -321,7 +323,7 @@ def test_what_does_not_run_is_cancelled_at_once(daemon, tmp_path):
 
 
 def test_a_cancel_wins_over_a_stall_that_was_first_and_both_callers_are_answered(tmp_path):
-    with patched_daemon(tmp_path, "c.spawn_supervisor.__kwdefaults__['grace_s'] = 1") as daemon:
+    with DaemonProcess(tmp_path, 'stop_grace = "1s"\n') as daemon:
         script = "trap '' TERM; echo up; sleep 300 & while :; do sleep 1; done"
         task_id = daemon.add(script, stall_timeout="500ms", retry={"max_attempts": 3})
         wait_until(lambda: daemon.call("task.get", id=task_id)["task"]["why"] == "stopping (stalled)")
@@ -484,6 +486,35 @@ def test_a_disk_that_refuses_the_pid_fails_no_task_and_the_agent_runs_once_there
         resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, unlimited)
         task_id = next(task["id"] for task in daemon.call("task.list")["tasks"] if task["name"] == "refused")
         assert daemon.wait(task_id)["state"] == c.READY and runs(tmp_path / "runs") == 1
+
+
+NOTED_UNDO = """
+undo = c.Store._undo
+def noted(self, error):
+    open({path!r}, "a").write("x")
+    return undo(self, error)
+c.Store._undo = noted
+"""
+
+
+def test_what_an_agent_reports_while_the_disk_is_full_is_told_once_when_there_is_room(tmp_path):
+    lines = (DATA / "a_text.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "first").write_text(lines[0])
+    (tmp_path / "rest").write_text("".join(lines[1:]))
+    agent, undone = tmp_path / "agent", tmp_path / "undone"
+    agent.write_text(f"#!/bin/sh\necho; while [ ! -e {tmp_path}/go ]; do sleep 0.02; done; cat {tmp_path}/first\n"
+                     f"while [ ! -e {tmp_path}/end ]; do sleep 0.02; done; cat {tmp_path}/rest\n")
+    agent.chmod(0o755)
+    with patched_daemon(tmp_path, NOTED_UNDO.format(path=str(undone)), f'claude_binary_path = "{agent}"\n') as daemon:
+        outgrow(daemon)
+        task_id = daemon.add("Say hello", agent={"type": "claude"})
+        started(daemon, task_id)
+        with full_disk(daemon):
+            (tmp_path / "go").touch()
+            wait_until(lambda: undone.exists() and undone.stat().st_size > 1, what="refused commits")
+        (tmp_path / "end").touch()
+        assert daemon.wait(task_id)["state"] == c.READY
+        assert len(events(daemon, "agent.session", task_id)) == 1
 
 
 # -- dispatch

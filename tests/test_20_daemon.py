@@ -79,6 +79,7 @@ def test_closing_on_a_full_disk_ends_soon_and_loses_neither_tasks_nor_the_agent(
         began = time.monotonic()
         daemon.terminate()
         assert time.monotonic() - began < 8
+        assert "could not be written" in daemon.log().rpartition("1 agent at work")[2], "what was not stored is told"
         assert c.process_start(found.pid) == found.pid_start
         (tmp_path / "go").touch()
         daemon.start()

@@ -15,7 +15,7 @@ from tests.support import DaemonProcess, make_repository, wait_until
 
 @pytest.fixture
 def daemon(tmp_path):
-    with DaemonProcess(tmp_path) as running:
+    with DaemonProcess(tmp_path, 'stop_grace = "1s"\n') as running:
         yield running
 
 
