@@ -6955,9 +6955,9 @@ class ControlClient:
             try:
                 self._socket.sendall(line)
                 return self._next_id
-            except OSError as error:
+            except OSError:
                 if is_new:
-                    self._lost(error)
+                    return self._next_id  # it may have said why it hung up: ``_receive`` reads that, or finds the end
                 self.close()  # the daemon had closed it while it was idle, so it has not seen the line
 
     def _lost(self, error) -> None:

@@ -307,6 +307,24 @@ def test_what_changes_something_goes_on_when_its_client_leaves(daemon):
 # -- who may come, and where the socket is
 
 
+def test_a_client_reads_why_it_was_refused_also_where_the_daemon_hung_up_before_it_could_ask(tmp_path):
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        client = c.ControlClient(path)
+        client.connect()
+        peer, _ = listener.accept()
+        peer.sendall(c.encode_error(None, c.Forbidden("not you")))
+        peer.close()
+        real, client._socket = client._socket, None
+        client.connect = lambda: setattr(client, "_socket", real)  # new, as far as the client knows
+        with pytest.raises(c.ClaudomatorError, match="not you") as refused:
+            client.call("daemon.status")
+        assert refused.value.code == "forbidden"
+        client.close()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 def test_another_user_is_refused():
     with tempfile.TemporaryDirectory(dir="/tmp") as home, DaemonProcess(home) as daemon:
