@@ -195,10 +195,10 @@ def test_a_stop_reaches_the_agent_and_the_status_stays_true(tmp_path):
 
 def test_a_stop_at_any_moment_ends_the_agent_and_is_recorded(tmp_path):
     """The supervisor is told between opening of the gate and well into the run; it never goes on as if nothing was."""
-    for step in range(40):
+    for step in range(20):
         directory = tmp_path / str(step)
         supervisor = supervise(directory, "trap 'exit 5' TERM; sleep 30 & wait", execution_id=f"any-{step}")
-        time.sleep(step * 0.0002)
+        time.sleep(step * 0.0004)
         c.signal_process(supervisor.pid, supervisor.start, signal.SIGTERM)
         began = time.monotonic()
         end(supervisor)

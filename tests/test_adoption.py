@@ -200,7 +200,7 @@ def test_a_stopping_daemon_leaves_its_agents_at_work(daemon, tmp_path):
 
 def test_a_draining_daemon_waits_for_its_agents(tmp_path):
     with DaemonProcess(tmp_path, 'on_shutdown = "drain"\nshutdown_timeout = "20s"\n') as daemon:
-        task_id = daemon.add("echo up; sleep 1; echo end")
+        task_id = daemon.add("echo up; sleep 0.3; echo end")
         running(daemon, task_id)
         assert daemon.terminate() == 0
         assert row(daemon, task_id).status == c.COMPLETED
@@ -298,9 +298,9 @@ def test_an_idle_daemon_sleeps(daemon):
         return int(text.split("voluntary_ctxt_switches:")[1].split()[0])
     wait_until(lambda: not daemon.call("daemon.status")["running"])
     daemon.client.close()
-    _pause(1.0)  # what the last request left to do
+    _pause(0.5)  # what the last request left to do
     before = switches()
-    _pause(2.0)
+    _pause(1.5)
     assert switches() == before
 
 
