@@ -1924,7 +1924,7 @@ class ClaudeStream:
         """The facts so far.  May be asked at any time, also again."""
         final = assistant_text(_object(parse_json_or(self._text_line.decode("utf-8", "replace"), None)))
         usage = [_sum(column) for column in zip(*self._since)] if self._since else self._whole
-        return AgentFacts(lines=self._lines, garbage_lines=self._garbage, final_text=clean_text(final),
+        return AgentFacts(lines=self._lines, garbage_lines=self._garbage, final_text=clean_text(final[-TEXT_LIMIT:]),
                           summary_text=clean_text(self._summary.text()), num_turns=self._turns,
                           cost_usd=usage[0], tokens_in=usage[1], tokens_out=usage[2], retry=self._retry,
                           denials=tuple(self._denials.values()), stream_tail=tuple(self._tail), **self._facts)
@@ -2040,6 +2040,283 @@ class TextStream:
 
 
 STREAMS = {"claude": ClaudeStream, "text": TextStream}
+
+
+# -- server-sent events and chat: what a model server with OpenAI's interface answers.  A server may be any program, so
+# nothing in here raises for what it sends, whatever comes is bounded, and a ``ChatFault`` says what went wrong.
+
+MAX_SSE_EVENT = 8 << 20  # bytes of a line, and of an event's data; real ones have a few hundred
+MAX_CHAT_TEXT = 4 << 20  # characters kept of an answer, half of them from its end; the log's deltas have all of it
+RETRY_AFTER = "retry_after"  # the status of a limit that a server puts into a Retry-After field
+MAX_RETRY_AFTER_S = 86400.0  # a server that asks for more patience is asked again after a day
+
+
+class StreamError(ClaudomatorError):
+    """A server sends a line or an event beyond what is kept in memory."""
+
+    code = "stream"
+
+
+class ServerEvent(Record):
+    """One server-sent event; ``type`` is ``message`` unless the stream says otherwise."""
+
+    type: str
+    data: str
+
+
+class SseDecoder:
+    """Cuts a byte stream into server-sent events (WHATWG HTML, section 9.2.6), in whatever pieces the bytes come.
+
+    A line ends at CR, LF or CRLF and nowhere else.  ``id`` and ``retry`` are for a client that connects again, which a
+    POST cannot.  An event whose blank line never comes is none (section 9.2.6: "discarded").
+    """
+
+    def __init__(self, limit: int = MAX_SSE_EVENT):
+        self._limit, self._start, self._after_cr = limit, b"", False
+        self._rest, self._lines, self._size, self._type = bytearray(), [], 0, b""
+
+    def feed(self, data: bytes) -> list[ServerEvent]:
+        """The events that are whole now.  Raises ``StreamError`` where a line or an event is too long."""
+        if self._start is not None:  # "one leading U+FEFF BYTE ORDER MARK character must be ignored"
+            data = self._start + data
+            if len(data) < 3 and b"\xef\xbb\xbf".startswith(data):
+                self._start = data
+                return []
+            self._start, data = None, data.removeprefix(b"\xef\xbb\xbf")
+        if self._after_cr and data:
+            data = data.removeprefix(b"\n")
+            self._after_cr = False
+        if b"\r" in data:
+            self._after_cr = data.endswith(b"\r")
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        first, *lines = data.split(b"\n")
+        self._rest += first
+        events: list[ServerEvent] = []
+        if lines:
+            last = lines.pop()
+            for line in (bytes(self._rest), *lines):
+                self._take(line, events)
+            self._rest = bytearray(last)
+        if len(self._rest) > self._limit:
+            raise StreamError(f"a line of the event stream is longer than {self._limit} bytes")
+        return events
+
+    def _take(self, line: bytes, events: list[ServerEvent]) -> None:
+        if not line:
+            if self._lines:
+                data = b"\n".join(self._lines).decode("utf-8", "replace")
+                events.append(ServerEvent(self._type.decode("utf-8", "replace") or "message", data))
+                self._lines, self._size = [], 0
+            self._type = b""
+            return
+        if len(line) > self._limit:
+            raise StreamError(f"a line of the event stream is longer than {self._limit} bytes")
+        name, _, value = line.partition(b":")
+        if name == b"data":
+            self._lines.append(value.removeprefix(b" "))
+            self._size += len(value) + 1
+            if self._size > self._limit:
+                raise StreamError(f"an event of the stream is longer than {self._limit} bytes")
+        elif name == b"event":
+            self._type = value.removeprefix(b" ")
+
+
+class ChatFault(KeyedRecord, status=None, retry_at=None):
+    """Why a model server gave no answer: ``kind`` is a word of claude's ``error`` field, ``message`` a sentence for a
+    person, ``status`` the HTTP status if there was one, ``retry_at`` (unix seconds) when the server wants to be asked."""
+
+    kind: str
+    message: str
+
+
+STATUS_FAULTS = {
+    **dict.fromkeys((401, 403), "authentication_failed"), 402: "billing_error", 404: "model_not_found",
+    429: "rate_limit", **dict.fromkeys((503, 529), "overloaded"),
+    **dict.fromkeys((300, 301, 302, 303, 307, 308, 400, 405, 406, 411, 413, 415, 422, 501), "invalid_request"),
+}
+FAULT_HINTS = {
+    "authentication_failed": "set [local_model] api_key",
+    "model_not_found": "[local_model] endpoint (it mostly ends in /v1) or the model's name is not the server's",
+    "overloaded": "the model server is busy or still loading",
+    "context": "the prompt is longer than the model's context: shorten it, or raise the server's context size",
+    "redirect": "the server redirects: set [local_model] endpoint to where it points",
+}
+
+
+def read_fault(document, status: int | None = None, retry_at: float | None = None) -> ChatFault:
+    """The fault that a server tells by an HTTP status or in mid-stream; ``document`` is its parsed JSON, or a text."""
+    told = _object(document).get("error", document)
+    told = told if isinstance(told, dict) else {"message": told}
+    words = next(filter(str.strip, (clean_text(told.get(name), MESSAGE_LIMIT) for name in
+                                    ("message", "detail", "msg"))), "").strip()
+    marks, code = {str(told.get("type")), str(told.get("code"))}, told.get("code")
+    if status is None:
+        number = int(code) if isinstance(code, str) and len(code) == 3 and code.isascii() and code.isdigit() else code
+        status = number if type(number) is int and 400 <= number <= 599 else None
+    kind = STATUS_FAULTS.get(status or 0, "server_error")
+    hint = FAULT_HINTS.get("redirect" if status and 300 <= status < 400 else kind, "")
+    if marks & {"exceed_context_size_error", "context_length_exceeded"}:
+        kind, hint = "invalid_request", FAULT_HINTS["context"]
+    elif "insufficient_quota" in marks:
+        kind, hint = "billing_error", ""
+    return ChatFault(kind, "; ".join(filter(None, (words, hint))) or "it says nothing more", status,
+                     retry_at if kind in ("rate_limit", "overloaded") else None)
+
+
+def parse_retry_after(text, now: float) -> float | None:
+    """Unix seconds of a Retry-After field, a count of seconds or an HTTP-date (RFC 9110 sections 10.2.3 and 5.6.7);
+    ``None`` where it is neither.  Never before ``now`` and at most a day after it."""
+    text = str(text or "").strip()
+    if text.isascii() and text.isdigit():
+        return now + min(float(text[:12]), MAX_RETRY_AFTER_S)
+    from email.utils import mktime_tz, parsedate_tz  # it reads all three forms of the date
+    try:
+        at = mktime_tz(parsedate_tz(text))
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
+    return min(max(at, now), now + MAX_RETRY_AFTER_S)
+
+
+class ChatReader:
+    """Reads the answer to a chat completion: a stream of chunks, or one JSON document where a server does not stream.
+
+    ``feed`` and ``finish`` return the new text, ``text()`` is all of it.  ``fault`` is why the answer is not whole;
+    ``done`` says that nothing more is of interest.  Reasoning and tool calls are passed over.
+    """
+
+    def __init__(self) -> None:
+        self.model = self.finish_reason = ""
+        self.tokens_in = self.tokens_out = self.fault = None
+        self.done = False
+        self.characters = 0
+        self._sse = SseDecoder()
+        self._json: bytearray | None = None  # of an answer that is one document
+        self._is_sse = False
+        self._head: list[str] = []
+        self._tail: list[str] = []
+        self._tail_size = 0
+
+    def feed(self, data: bytes) -> str:
+        """Take the next bytes; returns the text in them."""
+        if self.done:
+            return ""
+        start = b"" if self._is_sse else data.lstrip(b" \t\r\n")
+        if start and self._json is None:
+            self._is_sse = start[:1] != b"{"  # no event stream begins with a brace
+            self._json = None if self._is_sse else bytearray()
+        if self._json is not None:
+            self._json += data
+            if len(self._json) > MAX_SSE_EVENT:
+                self._fail(ChatFault("server_error", f"the answer is longer than {MAX_SSE_EVENT} bytes"))
+            return ""
+        try:
+            return self._keep("".join([self._take_event(event.data) for event in self._sse.feed(data)]))
+        except StreamError as error:
+            self._fail(ChatFault("server_error", str(error)))
+            return ""
+
+    def finish(self) -> str:
+        """Take the end of the bytes; returns text that only now is known to be whole."""
+        text = ""
+        if self._json and not self.done:
+            document = parse_json_or(bytes(self._json).decode("utf-8", "replace"), None)
+            text = self._keep(self._take(_object(document)))
+        self._json = None
+        if not (self.finish_reason or self.done):
+            words = "the connection ended in the middle of the answer" if self.characters else \
+                "the answer is no chat completion: is [local_model] endpoint right?"
+            self._fail(ChatFault("server_error", words))
+        self.done = True
+        return text
+
+    def fail(self, fault: ChatFault) -> None:
+        """The connection failed; that is no fault any more once the answer is whole."""
+        if not (self.done or self.finish_reason):
+            self._fail(fault)
+        self.done = True
+
+    def text(self) -> str:
+        """The whole answer, or the beginning and the end of one beyond ``MAX_CHAT_TEXT``."""
+        head, tail = "".join(self._head), "".join(self._tail)[-(MAX_CHAT_TEXT // 2):]
+        left_out = self.characters - len(head) - len(tail)
+        return head + (f"\n[... {left_out} characters left out ...]\n" if left_out else "") + tail
+
+    def _fail(self, fault: ChatFault) -> None:
+        self.fault, self.done = self.fault or fault, True
+
+    def _keep(self, text: str) -> str:
+        if self.characters + len(text) <= MAX_CHAT_TEXT // 2:
+            self._head.append(text)
+        else:
+            room = max(0, MAX_CHAT_TEXT // 2 - self.characters)
+            if room:
+                self._head.append(text[:room])
+            self._tail.append(text[room:])
+            self._tail_size += len(text) - room
+            if self._tail_size > MAX_CHAT_TEXT:
+                self._tail = ["".join(self._tail)[-(MAX_CHAT_TEXT // 2):]]
+                self._tail_size = len(self._tail[0])
+        self.characters += len(text)
+        return text
+
+    def _take_event(self, data: str) -> str:
+        if self.done:
+            return ""
+        if data.strip() == "[DONE]":
+            self.done = True
+            return ""
+        return self._take(_object(parse_json_or(data, None)))  # what is no JSON object says nothing
+
+    def _take(self, record: dict) -> str:
+        if record.get("error") or record.get("object") == "error":
+            self._fail(read_fault(record))
+            return ""
+        if isinstance(record.get("usage"), dict):
+            self.tokens_in, self.tokens_out = (_count(record["usage"].get(name)) for name in
+                                               ("prompt_tokens", "completion_tokens"))
+        self.model = self.model or clean_text(record.get("model"), 100)
+        choices = record.get("choices")
+        choice = _object(choices[0]) if isinstance(choices, list) and choices else {}
+        self.finish_reason = clean_text(choice.get("finish_reason"), 40) or self.finish_reason
+        content = (_object(choice.get("delta")) or _object(choice.get("message"))).get("content")
+        return clean_text(content, len(content)) if isinstance(content, str) else ""
+
+
+def chat_error(reader: ChatReader, is_limited: bool) -> str:
+    """Why an answer that came whole is none: a sentence, or an empty string.  ``is_limited``: the task has a
+    ``max_tokens`` of its own, so that an answer of that length is what it wants."""
+    if reader.finish_reason == "content_filter":
+        return "the server's content filter withheld the answer"
+    if reader.finish_reason == "length" and not is_limited:
+        return ("the answer is cut off: the server's own limit of its length or the model's context is reached;"
+                " raise it there, or set agent.max_tokens to accept that")
+    return "" if reader.text().strip() else "the model answered without any text"
+
+
+def chat_envelope(reader: ChatReader, session_id: str, duration_s: float, is_limited: bool) -> list[dict]:
+    """The last lines of a local agent's log, in the shape of claude's: the whole text, or the error, and the result."""
+    def message(text: str, model: str, **more) -> dict:
+        body = {"role": "assistant", "model": model, "content": [{"type": "text", "text": text}]}
+        return {"type": "assistant", "message": body, "parent_tool_use_id": None, **more, "session_id": session_id}
+
+    fault, text = reader.fault, reader.text()
+    lines = [message(text, reader.model)] if text else []
+    usage = {"input_tokens": reader.tokens_in, "output_tokens": reader.tokens_out}
+    result = {"type": "result", "subtype": "success", "is_error": fault is not None, "num_turns": 1,
+              "duration_ms": round(duration_s * 1000), "result": text[:TEXT_LIMIT], "stop_reason": reader.finish_reason,
+              "total_cost_usd": 0, "usage": usage, "permission_denials": [], "session_id": session_id}
+    if fault is None:
+        if words := chat_error(reader, is_limited):
+            del result["result"]
+            result.update(subtype="error_during_execution", is_error=True, errors=[words])
+        return [*lines, result]
+    if fault.retry_at is not None:
+        lines.append({"type": "rate_limit_event", "session_id": session_id, "rate_limit_info": {
+            "status": RETRY_AFTER, "rateLimitType": RETRY_AFTER, "resetsAt": fault.retry_at}})
+    lines.append(message(fault.message, "<synthetic>", error=fault.kind, is_api_error_message=True,
+                         api_error_status=fault.status))
+    result.update(result=fault.message, terminal_reason="api_error", api_error_status=fault.status)
+    return [*lines, result]
 
 
 # ---- 09 Outcome (pure) -----------------------------------------------------------------------------------------
@@ -2296,7 +2573,8 @@ def judge(**facts) -> Verdict:
     if not reason:
         return Verdict(True, COMPLETED, **common)
     return Verdict(False, REASONS[reason]["state"], reason, cut_text(detail, DETAIL_LIMIT),
-                   retry_at=limit.get("resets_at") if reason == "quota_exhausted" else None, **common)
+                   retry_at=limit.get("resets_at") if reason == "quota_exhausted" or
+                   reason == "rate_limited" and limit.get("status") == RETRY_AFTER else None, **common)
 
 
 FEEDBACK = {
