@@ -662,12 +662,12 @@ CONFIG_KEYS: tuple[Key, ...] = (
         example=("ANTHROPIC_API_KEY",)),
     Key("agents.*.on_quota", "choice wait|other_agent|fail", "wait", "what to do when the quota is used up",
         active=False),
-    Key("local_model.endpoint", "url", "", "an OpenAI-compatible server; empty: none", active=False,
+    Key("local_model.endpoint", "url", "", "a server with OpenAI's chat completions; empty: none",
         example="http://localhost:11434/v1"),
-    Key("local_model.model", "string", "llama3.1:8b", "its model", active=False),
-    Key("local_model.timeout_seconds", "number > 0", 60, "seconds per request", active=False),
-    Key("local_model.default_temperature", "number 0..2", 0.2, "for tasks that name none", active=False),
-    Key("local_model.api_key", "string", "", "bearer token for the endpoint", active=False, secret=True),
+    Key("local_model.model", "string", "llama3.1:8b", "its model, for tasks that name none"),
+    Key("local_model.timeout_seconds", "number > 0", 60, "longest wait to connect, and for each piece of an answer"),
+    Key("local_model.default_temperature", "number 0..2", 0.2, "for tasks that name none"),
+    Key("local_model.api_key", "string", "", "bearer token for the endpoint", secret=True),
     Key("local_model.prefer_for_elaborate", "bool", True, "elaborate prompts with it first", active=False),
     Key("projects[].name", "string", None, "what tasks call the project", required=True, example="myrepo"),
     Key("projects[].dir", "path", None, "its repository", required=True, example="/workspace/myrepo"),
@@ -875,7 +875,7 @@ TASK_KEYS: tuple[Key, ...] = (
     Key("agent.system_prompt_append", "string", "", "added to the system prompt"),
     Key("agent.additional_args", "strings", (), "more arguments for the agent's command line"),
     Key("agent.skip_planning", "bool", False, "true: no preamble in front of the instructions"),
-    Key("agent.temperature", "number 0..2", None, "local only; absent: the server's default"),
+    Key("agent.temperature", "number 0..2", None, "local only; absent: default_temperature of [local_model]"),
     Key("agent.max_tokens", "integer >= 0", 0, "local only; 0: no limit"),
     Key("timeout", "duration > 0", None, "absent: default_timeout of the configuration"),
     Key("stall_timeout", "duration", None, "silence after which the agent is stopped; absent: the configuration's"),
@@ -3159,6 +3159,8 @@ ENVIRONMENT_ALLOWED = frozenset(
     " SSL_CERT_DIR NODE_EXTRA_CA_CERTS REQUESTS_CA_BUNDLE".split())
 CLAUDE_CREDENTIALS = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_BASE_URL")
 CLAUDE_MAX_RETRIES = 2  # by itself claude retries for three minutes in a slot; the queue does the waiting instead
+LOCAL_API_KEY = "CLAUDOMATOR_LOCAL_API_KEY"  # how the key comes to a local agent's process: argv is for all to see
+LOCAL_MODE = "_local"  # the argument that makes this program the process of a local agent
 LONGEST_VARIABLE = 100_000  # bytes; the kernel refuses a variable of 128 KiB (MAX_ARG_STRLEN)
 
 PREAMBLE = """\
@@ -3169,6 +3171,12 @@ You are running unattended: nobody reads along, and nobody can approve or answer
   resumed with the answer. Do not ask what you can find out or decide yourself.
 - When you are done, write a summary of 2 to 5 sentences for a person to the file
   {summary}: what you changed, how you checked it, what is left.
+
+Your task:
+"""
+LOCAL_PREAMBLE = """\
+You are running unattended: your one answer is the result, and nobody can reply to it. You have no tools and see no
+files, so work with what stands here. End with a line "## Summary" and, below it, 2 to 5 sentences for a person.
 
 Your task:
 """
@@ -3199,6 +3207,7 @@ class RunContext(Record):
     answer: str = ""
     round: int = 1
     is_root: bool = False
+    program: tuple = ()  # how to start this program itself
 
 
 def agent_environment(host: dict, settings: AgentSettings, credentials: tuple[str, ...], context: RunContext,
@@ -3260,14 +3269,14 @@ def build_claude(task: Task, context: RunContext, config: Config, host: dict) ->
         env.setdefault("CLAUDE_CONFIG_DIR", config.claude_config_dir)
     if context.is_root and mode == "bypassPermissions":
         env.setdefault("IS_SANDBOX", "1")  # without it claude refuses to run as root
-    return Launch(tuple(argv), env, _prompt(task, context), "claude", context.session_id)
+    return Launch(tuple(argv), env, _prompt(task, context, preamble(context)), "claude", context.session_id)
 
 
-def _prompt(task: Task, context: RunContext) -> str:
+def _prompt(task: Task, context: RunContext, head: str) -> str:
     """The text on stdin: the feedback alone for a resumed session, else preamble, instructions and what came back."""
     if context.resume:
         return context.feedback
-    text = task.agent.instructions if task.agent.skip_planning else preamble(context) + task.agent.instructions
+    text = task.agent.instructions if task.agent.skip_planning else head + task.agent.instructions
     if task.rejection_comment:
         text += "\n\n" + build_feedback_prompt("reject", comment=task.rejection_comment)
     return text + ("\n\n" + context.feedback if context.feedback else "")
@@ -3287,9 +3296,30 @@ def build_shell(task: Task, context: RunContext, config: Config, host: dict) -> 
     return Launch(("/bin/sh", f"{context.execution_dir}/prompt.txt"), env, task.agent.instructions, "text")
 
 
+def build_local(task: Task, context: RunContext, config: Config, host: dict) -> Launch:
+    """This program as the process of a local agent (section 14); its stdin is the request to the model server.  It has
+    no session: what came back stands behind the instructions.  Raises ``SpawnError`` where there is no server."""
+    agent, settings, local = task.agent, config.agent_settings("local"), config.local_model
+    if not local.endpoint:
+        raise SpawnError("there is no model server: set [local_model] endpoint in the configuration")
+    messages = [{"role": "user", "content": _prompt(task, context.replace(resume=False), LOCAL_PREAMBLE)}]
+    if agent.system_prompt_append:
+        messages.insert(0, {"role": "system", "content": agent.system_prompt_append})
+    temperature = local.default_temperature if agent.temperature is None else agent.temperature
+    body = {"model": agent.model or settings.model or local.model, "messages": messages, "temperature": temperature}
+    if agent.max_tokens:
+        body["max_tokens"] = agent.max_tokens
+    env = agent_environment(host, settings, (), context, task)
+    if local.api_key:
+        env[LOCAL_API_KEY] = local.api_key
+    request = {"endpoint": local.endpoint, "timeout_s": local.timeout_seconds, "body": body}
+    return Launch((*context.program, LOCAL_MODE), env, format_json(request), "claude", context.session_id)
+
+
 class Runner(Record):
     """An agent kind: ``build`` makes its command, ``resumable`` says whether a session can be continued,
-    ``reads_stdin`` whether the prompt file is its stdin, ``chosen`` whether a task without a type may get it."""
+    ``reads_stdin`` whether the prompt file is its stdin, ``chosen`` whether a task without a type may get it,
+    ``sandboxed`` whether it can work on files."""
 
     kind: str
     build: object
@@ -3297,11 +3327,13 @@ class Runner(Record):
     resumable: bool
     reads_stdin: bool
     chosen: bool
+    sandboxed: bool = True
 
 
 RUNNERS = {
     "claude": Runner("claude", build_claude, "claude", resumable=True, reads_stdin=True, chosen=True),
     "shell": Runner("shell", build_shell, "text", resumable=False, reads_stdin=False, chosen=False),
+    "local": Runner("local", build_local, "claude", resumable=False, reads_stdin=True, chosen=False, sandboxed=False),
 }
 
 
@@ -4451,6 +4483,155 @@ async def in_thread(function, *args, **kwargs) -> Any:
     return await future
 
 
+# -- a model server's client.  A local agent is this program in a process of its own: it asks a server with OpenAI's
+# interface and writes what claude would write, so that supervisor, log reader and ``judge`` need to know nothing of it.
+
+ANSWER_BLOCK = 1 << 16  # bytes read of an answer at once
+ERROR_BODY = 1 << 16  # bytes read of an error's document
+
+
+def is_loopback_url(url: str) -> bool:
+    """Whether a URL leads to this machine itself, where no proxy of the environment has any business."""
+    import ipaddress
+    from urllib.parse import urlsplit
+    host = urlsplit(url).hostname or ""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
+
+
+def open_model(endpoint: str, body: dict, api_key: str, timeout_s: float) -> Any:
+    """POST a chat completion and return the answer.  No redirect is followed: it would turn the POST into a GET, and
+    carry the key to another host."""
+    from urllib import request
+    opener = request.OpenerDirector()
+    for handler in (request.ProxyHandler({} if is_loopback_url(endpoint) else None), request.HTTPHandler(),
+                    request.HTTPSHandler(), request.HTTPErrorProcessor(), request.HTTPDefaultErrorHandler()):
+        opener.add_handler(handler)
+    headers = {"Content-Type": "application/json", "Accept": "text/event-stream, application/json",
+               "User-Agent": f"claudomator/{__version__}"}
+    if api_key:
+        headers["Authorization"] = f"Bearer {api_key}"
+    return opener.open(request.Request(endpoint.rstrip("/") + "/chat/completions", format_json(body).encode(), headers,
+                                       method="POST"), timeout=timeout_s)
+
+
+def connection_fault(error: Exception, endpoint: str, timeout_s: float) -> ChatFault:
+    """What a failed connection means, with what to do about it; never the URL's user or password, nor the key."""
+    import socket
+    import ssl
+    from urllib.parse import urlsplit
+    try:
+        parts = urlsplit(endpoint)
+        where = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+    except ValueError:
+        where = "[local_model] endpoint"
+    reason = getattr(error, "reason", error)  # of a ``URLError``
+    if isinstance(reason, ConnectionRefusedError):
+        words = f"no model server listens at {where}: start it, or correct [local_model] endpoint"
+    elif isinstance(reason, socket.gaierror):
+        words = f"the host of {where} is not known: correct [local_model] endpoint"
+    elif isinstance(reason, TimeoutError):
+        words = (f"the model server at {where} sent nothing for {format_duration(timeout_s)}: look whether it hangs, or"
+                 " raise [local_model] timeout_seconds")
+    elif isinstance(reason, ssl.SSLError):
+        words = f"TLS with {where} fails: {reason.reason or 'no reason given'}"
+    elif isinstance(reason, (ConnectionError, EOFError)) or type(reason).__name__ == "IncompleteRead":
+        words = f"the model server at {where} closed the connection before its answer was whole"
+    else:
+        words = f"{where} cannot be asked: {type(reason).__name__}"
+        words += f" ({os.strerror(reason.errno)})" if getattr(reason, "errno", None) else ""
+    return ChatFault("unknown", words)
+
+
+def refused_fault(error) -> ChatFault:
+    """What an HTTP status means that is no success; ``error`` is an ``HTTPError``."""
+    try:
+        told = error.read(ERROR_BODY).decode("utf-8", "replace")
+    except (OSError, ValueError, EOFError):
+        told = ""
+    document = parse_json_or(told, None)
+    words = document if isinstance(document, dict) else "" if "<html" in told.lower() else one_line(told)
+    return read_fault(words or str(error.reason), error.code,
+                      parse_retry_after(error.headers.get("Retry-After"), time.time()))
+
+
+def ask_model(reader: ChatReader, endpoint: str, body: dict, *, api_key: str = "", timeout_s: float = 60.0,
+              limit_s: float | None = None) -> Iterator[str]:
+    """Ask for a chat completion; yields the answer's text as it comes, and leaves the rest in ``reader``.
+
+    ``timeout_s`` bounds the connecting and each silence, ``limit_s`` all of it.  Whatever goes wrong is the reader's
+    ``fault``; nothing is raised for it.
+    """
+    from http.client import HTTPException
+    from urllib.error import HTTPError
+    end = None if limit_s is None else time.monotonic() + limit_s
+    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    try:
+        if not (api_key.isascii() and api_key.isprintable()):
+            reader.fail(ChatFault("authentication_failed", "[local_model] api_key holds characters that no HTTP header can"))
+            return
+        with open_model(endpoint, body, api_key, timeout_s) as answer:
+            while not reader.done and (data := answer.read1(ANSWER_BLOCK)):
+                if text := reader.feed(data):
+                    yield text
+                if end is not None and time.monotonic() > end:
+                    raise TimeoutError
+        if text := reader.finish():
+            yield text
+    except HTTPError as error:
+        with error:
+            reader.fail(refused_fault(error))
+    except (OSError, HTTPException, ValueError) as error:
+        reader.fail(connection_fault(error, endpoint, timeout_s))
+    if reader.fault and api_key:  # some servers repeat a wrong key in their error
+        reader.fault = reader.fault.replace(message=reader.fault.message.replace(api_key, "***"))
+
+
+def run_local_agent(source, sink, environ: dict) -> int:
+    """The process of a local agent: the request as JSON from ``source``, lines as claude writes them to ``sink``.
+    Returns the exit code."""
+    request, started = _object(parse_json(source.read())), time.monotonic()
+    session_id, body = environ.get(MARK, ""), request["body"]
+
+    def write(*lines: dict) -> None:
+        sink.write(b"".join(format_json(line).encode() + b"\n" for line in lines))
+        sink.flush()
+
+    write({"type": "system", "subtype": "init", "session_id": session_id, "model": body["model"], "tools": [],
+           "cwd": os.getcwd(), "permissionMode": "default", "apiKeySource": "none"})
+    reader = ChatReader()
+    for text in ask_model(reader, request["endpoint"], body, api_key=environ.get(LOCAL_API_KEY, ""),
+                          timeout_s=request["timeout_s"]):
+        write({"type": "stream_event", "event": {"type": "content_block_delta", "index": 0, "delta": {
+            "type": "text_delta", "text": text}}, "session_id": session_id})
+    lines = chat_envelope(reader, session_id, time.monotonic() - started, "max_tokens" in body)
+    write(*lines)
+    return EXIT_FAILED if lines[-1]["is_error"] else EXIT_OK
+
+
+SUMMARY_S = 6.0  # how long the end of an execution waits for the local model's summary
+SUMMARY_SOURCE = 1 << 14  # bytes of the end of what the agent said
+SUMMARY_TOKENS = 400
+SUMMARY_PROMPT = ("Below is the end of what a coding agent wrote while it worked on a task. Write a summary of the work"
+                  " for a person: 2 to 4 sentences of plain text, only what the text says, no heading and no list.")
+
+
+def summarize(settings: LocalModelSettings, text: str) -> str:
+    """2 to 4 sentences on what an agent said, by the local model, or an empty string where it fails or is too slow."""
+    said = text.encode("utf-8", "replace")[-SUMMARY_SOURCE:].decode("utf-8", "ignore")
+    body = {"model": settings.model, "temperature": settings.default_temperature, "max_tokens": SUMMARY_TOKENS,
+            "messages": [{"role": "system", "content": SUMMARY_PROMPT}, {"role": "user", "content": said}]}
+    reader = ChatReader()
+    for _ in ask_model(reader, settings.endpoint, body, api_key=settings.api_key,
+                       timeout_s=min(settings.timeout_seconds, SUMMARY_S), limit_s=SUMMARY_S):
+        pass
+    answer = "" if reader.fault else reader.text().rpartition("</think>")[2]  # older servers leave the reasoning in it
+    return cut_text(safe_text(answer).strip(), SUMMARY_LIMIT)
+
+
 # ---- 15 Git sandboxes ------------------------------------------------------------------------------------------
 # A sandbox is a clone that one task works in.  Four rules carry the section:
 # - the developer's working copy is never touched.  Commits go to a branch of the clone's source; where that branch is
@@ -5107,6 +5288,8 @@ def complete_spec(spec: TaskSpec, config: Config, kinds) -> TaskSpec:
     if agent.isolation == "container" or agent.repository_url:
         raise InvalidInput(f"{where}agent.isolation: this version runs no containers yet;"
                            " give project_dir instead of repository_url")
+    if agent.isolation == "sandbox" and agent.type in RUNNERS and not RUNNERS[agent.type].sandboxed:
+        raise InvalidInput(f"{where}agent.isolation: a {agent.type} agent has no tools to work in a sandbox; leave it out")
     if spec.acceptance_criteria:
         raise InvalidInput(f"{where}acceptance_criteria: this version has no checker yet; use verify")
     project = config.project_named(spec.project) if spec.project else config.project_for_dir(agent.project_dir)
@@ -5923,7 +6106,7 @@ class Workplace:
         make_directory(self.directory)
         agent, execution, config = self.task.agent, self.execution, self.core.config
         resume = self.task.resume or {}
-        isolation = agent.isolation or ("sandbox" if agent.project_dir else "none")
+        isolation = agent.isolation or ("sandbox" if agent.project_dir and self.runner.sandboxed else "none")
         if isolation == "sandbox" and not agent.project_dir:
             raise SandboxError("isolation is sandbox, but there is no project_dir to clone", "bad_task")
         keeps_sandbox = bool(execution.sandbox_dir) and os.path.isdir(execution.sandbox_dir)
@@ -5968,7 +6151,7 @@ class Workplace:
             project_dir=self.task.agent.project_dir, sandboxed=self.sandbox is not None,
             session_id=self.execution.session_id, resume=self.resumed, feedback=feedback,
             answer=resume.get("text", "") if resume.get("kind") == "answer" else "", round=self.execution.round,
-            is_root=os.geteuid() == 0)
+            is_root=os.geteuid() == 0, program=(sys.executable, "-I", os.path.abspath(__file__)))
         launch = self.runner.build(self.task, context, self.core.config, self.core.host_env)
         if self.sandbox:
             launch = launch.replace(env={**launch.env, **agent_git_env(launch.env, cwd)})
@@ -6203,7 +6386,23 @@ class Run(Workplace):
         if verdict.ok:
             verdict, more = await self._deliver(verdict)
             facts.update(more)
+        if verdict.ok and not verdict.summary:
+            verdict = verdict.replace(summary=await self._summarize(agent.final_text))
         return verdict, facts
+
+    async def _summarize(self, said: str) -> str:
+        """The local model's summary of an agent's last words, where there is such a model.  It may fail; the run not."""
+        import asyncio
+        settings = self.core.config.local_model
+        if not settings.endpoint or not said.strip():
+            return ""
+        try:
+            return await asyncio.wait_for(in_thread(summarize, settings, said), SUMMARY_S)
+        except TimeoutError:
+            return ""
+        except Exception as error:
+            self.core.log("warning", f"execution {self.execution.id[:8]}: no summary: {error!r}")
+            return ""
 
     def _stop_cause(self, exit_code: int | None) -> str:
         """Why the agent was stopped: what was asked for, or the time limit (coreutils ``timeout`` says 124, or 137)."""
@@ -6257,8 +6456,8 @@ class Run(Workplace):
         execution = self.execution.replace(session_id=facts.get("session_id", self.execution.session_id),
                                            sandbox_dir=sandbox_dir)
         continuation = continuation_of(execution) if self.runner.resumable or sandbox_dir else None
-        if continuation is not None and self.feedback:
-            continuation.update(self.feedback)
+        if self.feedback:
+            continuation = {**(continuation or {}), **self.feedback}
         follow_up = decide_follow_up(task, verdict, continuation, store.clock(), life.jitter())
         keep = self.core.config.keep_executions
         with store.atomic():
@@ -6518,7 +6717,9 @@ class Dispatcher:
             available_kinds=tuple(kind for kind in self.core.kinds if RUNNERS[kind].chosen and self.is_installed(kind)))
 
     def is_installed(self, kind: str) -> bool:
-        """Whether an agent kind's program is there; looked at again after a few seconds."""
+        """Whether an agent kind's program is there, looked at again after a few seconds; of ``local``, its endpoint."""
+        if kind == "local":
+            return bool(self.core.config.local_model.endpoint)
         program, now = runner_binary(kind, self.core.config), time.monotonic()
         if now > self._programs.get(program, (0.0, False))[0]:
             self._programs[program] = now + LOOK_S, bool(find_program(program, os.environ.get("PATH", "")))
@@ -8288,6 +8489,9 @@ def help_text(name: str) -> str:
 
 def dispatch(argv: list[str], environ: dict) -> int:
     """Run one command line; returns the exit code.  Raises ``ClaudomatorError``."""
+    if argv == [LOCAL_MODE]:  # no command for people: what a supervisor starts for a local agent
+        with open(0, "rb", closefd=False) as source, open(1, "wb", closefd=False) as sink:
+            return run_local_agent(source, sink, environ)
     if argv[:1] == ["help"]:
         argv = [*argv[1:], "--help"]
     name, rest = find_command(argv)
