@@ -663,12 +663,12 @@ CONFIG_KEYS: tuple[Key, ...] = (
         example=("ANTHROPIC_API_KEY",)),
     Key("agents.*.on_quota", "choice wait|other_agent|fail", "wait", "what to do when the quota is used up",
         active=False),
-    Key("local_model.endpoint", "url", "", "an OpenAI-compatible server; empty: none", active=False,
+    Key("local_model.endpoint", "url", "", "a server with OpenAI's chat completions; empty: none",
         example="http://localhost:11434/v1"),
-    Key("local_model.model", "string", "llama3.1:8b", "its model", active=False),
-    Key("local_model.timeout_seconds", "number > 0", 60, "seconds per request", active=False),
-    Key("local_model.default_temperature", "number 0..2", 0.2, "for tasks that name none", active=False),
-    Key("local_model.api_key", "string", "", "bearer token for the endpoint", active=False, secret=True),
+    Key("local_model.model", "string", "llama3.1:8b", "its model, for tasks that name none"),
+    Key("local_model.timeout_seconds", "number > 0", 60, "longest wait to connect, and for each piece of an answer"),
+    Key("local_model.default_temperature", "number 0..2", 0.2, "for tasks that name none"),
+    Key("local_model.api_key", "string", "", "bearer token for the endpoint", secret=True),
     Key("local_model.prefer_for_elaborate", "bool", True, "elaborate prompts with it first", active=False),
     Key("projects[].name", "string", None, "what tasks call the project", required=True, example="myrepo"),
     Key("projects[].dir", "path", None, "its repository", required=True, example="/workspace/myrepo"),
@@ -876,7 +876,7 @@ TASK_KEYS: tuple[Key, ...] = (
     Key("agent.system_prompt_append", "string", "", "added to the system prompt"),
     Key("agent.additional_args", "strings", (), "more arguments for the agent's command line"),
     Key("agent.skip_planning", "bool", False, "true: no preamble in front of the instructions"),
-    Key("agent.temperature", "number 0..2", None, "local only; absent: the server's default"),
+    Key("agent.temperature", "number 0..2", None, "local only; absent: default_temperature of [local_model]"),
     Key("agent.max_tokens", "integer >= 0", 0, "local only; 0: no limit"),
     Key("timeout", "duration > 0", None, "absent: default_timeout of the configuration"),
     Key("stall_timeout", "duration", None, "silence after which the agent is stopped; absent: the configuration's"),
@@ -1925,7 +1925,7 @@ class ClaudeStream:
         """The facts so far.  May be asked at any time, also again."""
         final = assistant_text(_object(parse_json_or(self._text_line.decode("utf-8", "replace"), None)))
         usage = [_sum(column) for column in zip(*self._since)] if self._since else self._whole
-        return AgentFacts(lines=self._lines, garbage_lines=self._garbage, final_text=clean_text(final),
+        return AgentFacts(lines=self._lines, garbage_lines=self._garbage, final_text=clean_text(final[-TEXT_LIMIT:]),
                           summary_text=clean_text(self._summary.text()), num_turns=self._turns,
                           cost_usd=usage[0], tokens_in=usage[1], tokens_out=usage[2], retry=self._retry,
                           denials=tuple(self._denials.values()), stream_tail=tuple(self._tail), **self._facts)
@@ -2041,6 +2041,283 @@ class TextStream:
 
 
 STREAMS = {"claude": ClaudeStream, "text": TextStream}
+
+
+# -- server-sent events and chat: what a model server with OpenAI's interface answers.  A server may be any program, so
+# nothing in here raises for what it sends, whatever comes is bounded, and a ``ChatFault`` says what went wrong.
+
+MAX_SSE_EVENT = 8 << 20  # bytes of a line, and of an event's data; real ones have a few hundred
+MAX_CHAT_TEXT = 4 << 20  # characters kept of an answer, half of them from its end; the log's deltas have all of it
+RETRY_AFTER = "retry_after"  # the status of a limit that a server puts into a Retry-After field
+MAX_RETRY_AFTER_S = 86400.0  # a server that asks for more patience is asked again after a day
+
+
+class StreamError(ClaudomatorError):
+    """A server sends a line or an event beyond what is kept in memory."""
+
+    code = "stream"
+
+
+class ServerEvent(Record):
+    """One server-sent event; ``type`` is ``message`` unless the stream says otherwise."""
+
+    type: str
+    data: str
+
+
+class SseDecoder:
+    """Cuts a byte stream into server-sent events (WHATWG HTML, section 9.2.6), in whatever pieces the bytes come.
+
+    A line ends at CR, LF or CRLF and nowhere else.  ``id`` and ``retry`` are for a client that connects again, which a
+    POST cannot.  An event whose blank line never comes is none (section 9.2.6: "discarded").
+    """
+
+    def __init__(self, limit: int = MAX_SSE_EVENT):
+        self._limit, self._start, self._after_cr = limit, b"", False
+        self._rest, self._lines, self._size, self._type = bytearray(), [], 0, b""
+
+    def feed(self, data: bytes) -> list[ServerEvent]:
+        """The events that are whole now.  Raises ``StreamError`` where a line or an event is too long."""
+        if self._start is not None:  # "one leading U+FEFF BYTE ORDER MARK character must be ignored"
+            data = self._start + data
+            if len(data) < 3 and b"\xef\xbb\xbf".startswith(data):
+                self._start = data
+                return []
+            self._start, data = None, data.removeprefix(b"\xef\xbb\xbf")
+        if self._after_cr and data:
+            data = data.removeprefix(b"\n")
+            self._after_cr = False
+        if b"\r" in data:
+            self._after_cr = data.endswith(b"\r")
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        first, *lines = data.split(b"\n")
+        self._rest += first
+        events: list[ServerEvent] = []
+        if lines:
+            last = lines.pop()
+            for line in (bytes(self._rest), *lines):
+                self._take(line, events)
+            self._rest = bytearray(last)
+        if len(self._rest) > self._limit:
+            raise StreamError(f"a line of the event stream is longer than {self._limit} bytes")
+        return events
+
+    def _take(self, line: bytes, events: list[ServerEvent]) -> None:
+        if not line:
+            if self._lines:
+                data = b"\n".join(self._lines).decode("utf-8", "replace")
+                events.append(ServerEvent(self._type.decode("utf-8", "replace") or "message", data))
+                self._lines, self._size = [], 0
+            self._type = b""
+            return
+        if len(line) > self._limit:
+            raise StreamError(f"a line of the event stream is longer than {self._limit} bytes")
+        name, _, value = line.partition(b":")
+        if name == b"data":
+            self._lines.append(value.removeprefix(b" "))
+            self._size += len(value) + 1
+            if self._size > self._limit:
+                raise StreamError(f"an event of the stream is longer than {self._limit} bytes")
+        elif name == b"event":
+            self._type = value.removeprefix(b" ")
+
+
+class ChatFault(KeyedRecord, status=None, retry_at=None):
+    """Why a model server gave no answer: ``kind`` is a word of claude's ``error`` field, ``message`` a sentence for a
+    person, ``status`` the HTTP status if there was one, ``retry_at`` (unix seconds) when the server wants to be asked."""
+
+    kind: str
+    message: str
+
+
+STATUS_FAULTS = {
+    **dict.fromkeys((401, 403), "authentication_failed"), 402: "billing_error", 404: "model_not_found",
+    429: "rate_limit", **dict.fromkeys((503, 529), "overloaded"),
+    **dict.fromkeys((300, 301, 302, 303, 307, 308, 400, 405, 406, 411, 413, 415, 422, 501), "invalid_request"),
+}
+FAULT_HINTS = {
+    "authentication_failed": "set [local_model] api_key",
+    "model_not_found": "[local_model] endpoint (it mostly ends in /v1) or the model's name is not the server's",
+    "overloaded": "the model server is busy or still loading",
+    "context": "the prompt is longer than the model's context: shorten it, or raise the server's context size",
+    "redirect": "the server redirects: set [local_model] endpoint to where it points",
+}
+
+
+def read_fault(document, status: int | None = None, retry_at: float | None = None) -> ChatFault:
+    """The fault that a server tells by an HTTP status or in mid-stream; ``document`` is its parsed JSON, or a text."""
+    told = _object(document).get("error", document)
+    told = told if isinstance(told, dict) else {"message": told}
+    words = next(filter(str.strip, (clean_text(told.get(name), MESSAGE_LIMIT) for name in
+                                    ("message", "detail", "msg"))), "").strip()
+    marks, code = {str(told.get("type")), str(told.get("code"))}, told.get("code")
+    if status is None:
+        number = int(code) if isinstance(code, str) and len(code) == 3 and code.isascii() and code.isdigit() else code
+        status = number if type(number) is int and 400 <= number <= 599 else None
+    kind = STATUS_FAULTS.get(status or 0, "server_error")
+    hint = FAULT_HINTS.get("redirect" if status and 300 <= status < 400 else kind, "")
+    if marks & {"exceed_context_size_error", "context_length_exceeded"}:
+        kind, hint = "invalid_request", FAULT_HINTS["context"]
+    elif "insufficient_quota" in marks:
+        kind, hint = "billing_error", ""
+    return ChatFault(kind, "; ".join(filter(None, (words, hint))) or "it says nothing more", status,
+                     retry_at if kind in ("rate_limit", "overloaded") else None)
+
+
+def parse_retry_after(text, now: float) -> float | None:
+    """Unix seconds of a Retry-After field, a count of seconds or an HTTP-date (RFC 9110 sections 10.2.3 and 5.6.7);
+    ``None`` where it is neither.  Never before ``now`` and at most a day after it."""
+    text = str(text or "").strip()
+    if text.isascii() and text.isdigit():
+        return now + min(float(text[:12]), MAX_RETRY_AFTER_S)
+    from email.utils import mktime_tz, parsedate_tz  # it reads all three forms of the date
+    try:
+        at = mktime_tz(parsedate_tz(text))
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
+    return min(max(at, now), now + MAX_RETRY_AFTER_S)
+
+
+class ChatReader:
+    """Reads the answer to a chat completion: a stream of chunks, or one JSON document where a server does not stream.
+
+    ``feed`` and ``finish`` return the new text, ``text()`` is all of it.  ``fault`` is why the answer is not whole;
+    ``done`` says that nothing more is of interest.  Reasoning and tool calls are passed over.
+    """
+
+    def __init__(self) -> None:
+        self.model = self.finish_reason = ""
+        self.tokens_in = self.tokens_out = self.fault = None
+        self.done = False
+        self.characters = 0
+        self._sse = SseDecoder()
+        self._json: bytearray | None = None  # of an answer that is one document
+        self._is_sse = False
+        self._head: list[str] = []
+        self._tail: list[str] = []
+        self._tail_size = 0
+
+    def feed(self, data: bytes) -> str:
+        """Take the next bytes; returns the text in them."""
+        if self.done:
+            return ""
+        start = b"" if self._is_sse else data.lstrip(b" \t\r\n")
+        if start and self._json is None:
+            self._is_sse = start[:1] != b"{"  # no event stream begins with a brace
+            self._json = None if self._is_sse else bytearray()
+        if self._json is not None:
+            self._json += data
+            if len(self._json) > MAX_SSE_EVENT:
+                self._fail(ChatFault("server_error", f"the answer is longer than {MAX_SSE_EVENT} bytes"))
+            return ""
+        try:
+            return self._keep("".join([self._take_event(event.data) for event in self._sse.feed(data)]))
+        except StreamError as error:
+            self._fail(ChatFault("server_error", str(error)))
+            return ""
+
+    def finish(self) -> str:
+        """Take the end of the bytes; returns text that only now is known to be whole."""
+        text = ""
+        if self._json and not self.done:
+            document = parse_json_or(bytes(self._json).decode("utf-8", "replace"), None)
+            text = self._keep(self._take(_object(document)))
+        self._json = None
+        if not (self.finish_reason or self.done):
+            words = "the connection ended in the middle of the answer" if self.characters else \
+                "the answer is no chat completion: is [local_model] endpoint right?"
+            self._fail(ChatFault("server_error", words))
+        self.done = True
+        return text
+
+    def fail(self, fault: ChatFault) -> None:
+        """The connection failed; that is no fault any more once the answer is whole."""
+        if not (self.done or self.finish_reason):
+            self._fail(fault)
+        self.done = True
+
+    def text(self) -> str:
+        """The whole answer, or the beginning and the end of one beyond ``MAX_CHAT_TEXT``."""
+        head, tail = "".join(self._head), "".join(self._tail)[-(MAX_CHAT_TEXT // 2):]
+        left_out = self.characters - len(head) - len(tail)
+        return head + (f"\n[... {left_out} characters left out ...]\n" if left_out else "") + tail
+
+    def _fail(self, fault: ChatFault) -> None:
+        self.fault, self.done = self.fault or fault, True
+
+    def _keep(self, text: str) -> str:
+        if self.characters + len(text) <= MAX_CHAT_TEXT // 2:
+            self._head.append(text)
+        else:
+            room = max(0, MAX_CHAT_TEXT // 2 - self.characters)
+            if room:
+                self._head.append(text[:room])
+            self._tail.append(text[room:])
+            self._tail_size += len(text) - room
+            if self._tail_size > MAX_CHAT_TEXT:
+                self._tail = ["".join(self._tail)[-(MAX_CHAT_TEXT // 2):]]
+                self._tail_size = len(self._tail[0])
+        self.characters += len(text)
+        return text
+
+    def _take_event(self, data: str) -> str:
+        if self.done:
+            return ""
+        if data.strip() == "[DONE]":
+            self.done = True
+            return ""
+        return self._take(_object(parse_json_or(data, None)))  # what is no JSON object says nothing
+
+    def _take(self, record: dict) -> str:
+        if record.get("error") or record.get("object") == "error":
+            self._fail(read_fault(record))
+            return ""
+        if isinstance(record.get("usage"), dict):
+            self.tokens_in, self.tokens_out = (_count(record["usage"].get(name)) for name in
+                                               ("prompt_tokens", "completion_tokens"))
+        self.model = self.model or clean_text(record.get("model"), 100)
+        choices = record.get("choices")
+        choice = _object(choices[0]) if isinstance(choices, list) and choices else {}
+        self.finish_reason = clean_text(choice.get("finish_reason"), 40) or self.finish_reason
+        content = (_object(choice.get("delta")) or _object(choice.get("message"))).get("content")
+        return clean_text(content, len(content)) if isinstance(content, str) else ""
+
+
+def chat_error(reader: ChatReader, is_limited: bool) -> str:
+    """Why an answer that came whole is none: a sentence, or an empty string.  ``is_limited``: the task has a
+    ``max_tokens`` of its own, so that an answer of that length is what it wants."""
+    if reader.finish_reason == "content_filter":
+        return "the server's content filter withheld the answer"
+    if reader.finish_reason == "length" and not is_limited:
+        return ("the answer is cut off: the server's own limit of its length or the model's context is reached;"
+                " raise it there, or set agent.max_tokens to accept that")
+    return "" if reader.text().strip() else "the model answered without any text"
+
+
+def chat_envelope(reader: ChatReader, session_id: str, duration_s: float, is_limited: bool) -> list[dict]:
+    """The last lines of a local agent's log, in the shape of claude's: the whole text, or the error, and the result."""
+    def message(text: str, model: str, **more) -> dict:
+        body = {"role": "assistant", "model": model, "content": [{"type": "text", "text": text}]}
+        return {"type": "assistant", "message": body, "parent_tool_use_id": None, **more, "session_id": session_id}
+
+    fault, text = reader.fault, reader.text()
+    lines = [message(text, reader.model)] if text else []
+    usage = {"input_tokens": reader.tokens_in, "output_tokens": reader.tokens_out}
+    result = {"type": "result", "subtype": "success", "is_error": fault is not None, "num_turns": 1,
+              "duration_ms": round(duration_s * 1000), "result": text[:TEXT_LIMIT], "stop_reason": reader.finish_reason,
+              "total_cost_usd": 0, "usage": usage, "permission_denials": [], "session_id": session_id}
+    if fault is None:
+        if words := chat_error(reader, is_limited):
+            del result["result"]
+            result.update(subtype="error_during_execution", is_error=True, errors=[words])
+        return [*lines, result]
+    if fault.retry_at is not None:
+        lines.append({"type": "rate_limit_event", "session_id": session_id, "rate_limit_info": {
+            "status": RETRY_AFTER, "rateLimitType": RETRY_AFTER, "resetsAt": fault.retry_at}})
+    lines.append(message(fault.message, "<synthetic>", error=fault.kind, is_api_error_message=True,
+                         api_error_status=fault.status))
+    result.update(result=fault.message, terminal_reason="api_error", api_error_status=fault.status)
+    return [*lines, result]
 
 
 # ---- 09 Outcome (pure) -----------------------------------------------------------------------------------------
@@ -2297,7 +2574,8 @@ def judge(**facts) -> Verdict:
     if not reason:
         return Verdict(True, COMPLETED, **common)
     return Verdict(False, REASONS[reason]["state"], reason, cut_text(detail, DETAIL_LIMIT),
-                   retry_at=limit.get("resets_at") if reason == "quota_exhausted" else None, **common)
+                   retry_at=limit.get("resets_at") if reason == "quota_exhausted" or
+                   reason == "rate_limited" and limit.get("status") == RETRY_AFTER else None, **common)
 
 
 FEEDBACK = {
@@ -2882,6 +3160,8 @@ ENVIRONMENT_ALLOWED = frozenset(
     " SSL_CERT_DIR NODE_EXTRA_CA_CERTS REQUESTS_CA_BUNDLE".split())
 CLAUDE_CREDENTIALS = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_BASE_URL")
 CLAUDE_MAX_RETRIES = 2  # by itself claude retries for three minutes in a slot; the queue does the waiting instead
+LOCAL_API_KEY = "CLAUDOMATOR_LOCAL_API_KEY"  # how the key comes to a local agent's process: argv is for all to see
+LOCAL_MODE = "_local"  # the argument that makes this program the process of a local agent
 LONGEST_VARIABLE = 100_000  # bytes; the kernel refuses a variable of 128 KiB (MAX_ARG_STRLEN)
 
 PREAMBLE = """\
@@ -2892,6 +3172,12 @@ You are running unattended: nobody reads along, and nobody can approve or answer
   resumed with the answer. Do not ask what you can find out or decide yourself.
 - When you are done, write a summary of 2 to 5 sentences for a person to the file
   {summary}: what you changed, how you checked it, what is left.
+
+Your task:
+"""
+LOCAL_PREAMBLE = """\
+You are running unattended: your one answer is the result, and nobody can reply to it. You have no tools and see no
+files, so work with what stands here. End with a line "## Summary" and, below it, 2 to 5 sentences for a person.
 
 Your task:
 """
@@ -2922,6 +3208,7 @@ class RunContext(Record):
     answer: str = ""
     round: int = 1
     is_root: bool = False
+    program: tuple = ()  # how to start this program itself
 
 
 def agent_environment(host: dict, settings: AgentSettings, credentials: tuple[str, ...], context: RunContext,
@@ -2983,14 +3270,14 @@ def build_claude(task: Task, context: RunContext, config: Config, host: dict) ->
         env.setdefault("CLAUDE_CONFIG_DIR", config.claude_config_dir)
     if context.is_root and mode == "bypassPermissions":
         env.setdefault("IS_SANDBOX", "1")  # without it claude refuses to run as root
-    return Launch(tuple(argv), env, _prompt(task, context), "claude", context.session_id)
+    return Launch(tuple(argv), env, _prompt(task, context, preamble(context)), "claude", context.session_id)
 
 
-def _prompt(task: Task, context: RunContext) -> str:
+def _prompt(task: Task, context: RunContext, head: str) -> str:
     """The text on stdin: the feedback alone for a resumed session, else preamble, instructions and what came back."""
     if context.resume:
         return context.feedback
-    text = task.agent.instructions if task.agent.skip_planning else preamble(context) + task.agent.instructions
+    text = task.agent.instructions if task.agent.skip_planning else head + task.agent.instructions
     if task.rejection_comment:
         text += "\n\n" + build_feedback_prompt("reject", comment=task.rejection_comment)
     return text + ("\n\n" + context.feedback if context.feedback else "")
@@ -3010,9 +3297,30 @@ def build_shell(task: Task, context: RunContext, config: Config, host: dict) -> 
     return Launch(("/bin/sh", f"{context.execution_dir}/prompt.txt"), env, task.agent.instructions, "text")
 
 
+def build_local(task: Task, context: RunContext, config: Config, host: dict) -> Launch:
+    """This program as the process of a local agent (section 14); its stdin is the request to the model server.  It has
+    no session: what came back stands behind the instructions.  Raises ``SpawnError`` where there is no server."""
+    agent, settings, local = task.agent, config.agent_settings("local"), config.local_model
+    if not local.endpoint:
+        raise SpawnError("there is no model server: set [local_model] endpoint in the configuration")
+    messages = [{"role": "user", "content": _prompt(task, context.replace(resume=False), LOCAL_PREAMBLE)}]
+    if agent.system_prompt_append:
+        messages.insert(0, {"role": "system", "content": agent.system_prompt_append})
+    temperature = local.default_temperature if agent.temperature is None else agent.temperature
+    body = {"model": agent.model or settings.model or local.model, "messages": messages, "temperature": temperature}
+    if agent.max_tokens:
+        body["max_tokens"] = agent.max_tokens
+    env = agent_environment(host, settings, (), context, task)
+    if local.api_key:
+        env[LOCAL_API_KEY] = local.api_key
+    request = {"endpoint": local.endpoint, "timeout_s": local.timeout_seconds, "body": body}
+    return Launch((*context.program, LOCAL_MODE), env, format_json(request), "claude", context.session_id)
+
+
 class Runner(Record):
     """An agent kind: ``build`` makes its command, ``resumable`` says whether a session can be continued,
-    ``reads_stdin`` whether the prompt file is its stdin, ``chosen`` whether a task without a type may get it."""
+    ``reads_stdin`` whether the prompt file is its stdin, ``chosen`` whether a task without a type may get it,
+    ``sandboxed`` whether it can work on files."""
 
     kind: str
     build: object
@@ -3020,11 +3328,13 @@ class Runner(Record):
     resumable: bool
     reads_stdin: bool
     chosen: bool
+    sandboxed: bool = True
 
 
 RUNNERS = {
     "claude": Runner("claude", build_claude, "claude", resumable=True, reads_stdin=True, chosen=True),
     "shell": Runner("shell", build_shell, "text", resumable=False, reads_stdin=False, chosen=False),
+    "local": Runner("local", build_local, "claude", resumable=False, reads_stdin=True, chosen=False, sandboxed=False),
 }
 
 
@@ -4178,6 +4488,155 @@ async def in_thread(function, *args, **kwargs) -> Any:
     return await future
 
 
+# -- a model server's client.  A local agent is this program in a process of its own: it asks a server with OpenAI's
+# interface and writes what claude would write, so that supervisor, log reader and ``judge`` need to know nothing of it.
+
+ANSWER_BLOCK = 1 << 16  # bytes read of an answer at once
+ERROR_BODY = 1 << 16  # bytes read of an error's document
+
+
+def is_loopback_url(url: str) -> bool:
+    """Whether a URL leads to this machine itself, where no proxy of the environment has any business."""
+    import ipaddress
+    from urllib.parse import urlsplit
+    host = urlsplit(url).hostname or ""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
+
+
+def open_model(endpoint: str, body: dict, api_key: str, timeout_s: float) -> Any:
+    """POST a chat completion and return the answer.  No redirect is followed: it would turn the POST into a GET, and
+    carry the key to another host."""
+    from urllib import request
+    opener = request.OpenerDirector()
+    for handler in (request.ProxyHandler({} if is_loopback_url(endpoint) else None), request.HTTPHandler(),
+                    request.HTTPSHandler(), request.HTTPErrorProcessor(), request.HTTPDefaultErrorHandler()):
+        opener.add_handler(handler)
+    headers = {"Content-Type": "application/json", "Accept": "text/event-stream, application/json",
+               "User-Agent": f"claudomator/{__version__}"}
+    if api_key:
+        headers["Authorization"] = f"Bearer {api_key}"
+    return opener.open(request.Request(endpoint.rstrip("/") + "/chat/completions", format_json(body).encode(), headers,
+                                       method="POST"), timeout=timeout_s)
+
+
+def connection_fault(error: Exception, endpoint: str, timeout_s: float) -> ChatFault:
+    """What a failed connection means, with what to do about it; never the URL's user or password, nor the key."""
+    import socket
+    import ssl
+    from urllib.parse import urlsplit
+    try:
+        parts = urlsplit(endpoint)
+        where = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+    except ValueError:
+        where = "[local_model] endpoint"
+    reason = getattr(error, "reason", error)  # of a ``URLError``
+    if isinstance(reason, ConnectionRefusedError):
+        words = f"no model server listens at {where}: start it, or correct [local_model] endpoint"
+    elif isinstance(reason, socket.gaierror):
+        words = f"the host of {where} is not known: correct [local_model] endpoint"
+    elif isinstance(reason, TimeoutError):
+        words = (f"the model server at {where} sent nothing for {format_duration(timeout_s)}: look whether it hangs, or"
+                 " raise [local_model] timeout_seconds")
+    elif isinstance(reason, ssl.SSLError):
+        words = f"TLS with {where} fails: {reason.reason or 'no reason given'}"
+    elif isinstance(reason, (ConnectionError, EOFError)) or type(reason).__name__ == "IncompleteRead":
+        words = f"the model server at {where} closed the connection before its answer was whole"
+    else:
+        words = f"{where} cannot be asked: {type(reason).__name__}"
+        words += f" ({os.strerror(reason.errno)})" if getattr(reason, "errno", None) else ""
+    return ChatFault("unknown", words)
+
+
+def refused_fault(error) -> ChatFault:
+    """What an HTTP status means that is no success; ``error`` is an ``HTTPError``."""
+    try:
+        told = error.read(ERROR_BODY).decode("utf-8", "replace")
+    except (OSError, ValueError, EOFError):
+        told = ""
+    document = parse_json_or(told, None)
+    words = document if isinstance(document, dict) else "" if "<html" in told.lower() else one_line(told)
+    return read_fault(words or str(error.reason), error.code,
+                      parse_retry_after(error.headers.get("Retry-After"), time.time()))
+
+
+def ask_model(reader: ChatReader, endpoint: str, body: dict, *, api_key: str = "", timeout_s: float = 60.0,
+              limit_s: float | None = None) -> Iterator[str]:
+    """Ask for a chat completion; yields the answer's text as it comes, and leaves the rest in ``reader``.
+
+    ``timeout_s`` bounds the connecting and each silence, ``limit_s`` all of it.  Whatever goes wrong is the reader's
+    ``fault``; nothing is raised for it.
+    """
+    from http.client import HTTPException
+    from urllib.error import HTTPError
+    end = None if limit_s is None else time.monotonic() + limit_s
+    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    try:
+        if not (api_key.isascii() and api_key.isprintable()):
+            reader.fail(ChatFault("authentication_failed", "[local_model] api_key holds characters that no HTTP header can"))
+            return
+        with open_model(endpoint, body, api_key, timeout_s) as answer:
+            while not reader.done and (data := answer.read1(ANSWER_BLOCK)):
+                if text := reader.feed(data):
+                    yield text
+                if end is not None and time.monotonic() > end:
+                    raise TimeoutError
+        if text := reader.finish():
+            yield text
+    except HTTPError as error:
+        with error:
+            reader.fail(refused_fault(error))
+    except (OSError, HTTPException, ValueError) as error:
+        reader.fail(connection_fault(error, endpoint, timeout_s))
+    if reader.fault and api_key:  # some servers repeat a wrong key in their error
+        reader.fault = reader.fault.replace(message=reader.fault.message.replace(api_key, "***"))
+
+
+def run_local_agent(source, sink, environ: dict) -> int:
+    """The process of a local agent: the request as JSON from ``source``, lines as claude writes them to ``sink``.
+    Returns the exit code."""
+    request, started = _object(parse_json(source.read())), time.monotonic()
+    session_id, body = environ.get(MARK, ""), request["body"]
+
+    def write(*lines: dict) -> None:
+        sink.write(b"".join(format_json(line).encode() + b"\n" for line in lines))
+        sink.flush()
+
+    write({"type": "system", "subtype": "init", "session_id": session_id, "model": body["model"], "tools": [],
+           "cwd": os.getcwd(), "permissionMode": "default", "apiKeySource": "none"})
+    reader = ChatReader()
+    for text in ask_model(reader, request["endpoint"], body, api_key=environ.get(LOCAL_API_KEY, ""),
+                          timeout_s=request["timeout_s"]):
+        write({"type": "stream_event", "event": {"type": "content_block_delta", "index": 0, "delta": {
+            "type": "text_delta", "text": text}}, "session_id": session_id})
+    lines = chat_envelope(reader, session_id, time.monotonic() - started, "max_tokens" in body)
+    write(*lines)
+    return EXIT_FAILED if lines[-1]["is_error"] else EXIT_OK
+
+
+SUMMARY_S = 6.0  # how long the end of an execution waits for the local model's summary
+SUMMARY_SOURCE = 1 << 14  # bytes of the end of what the agent said
+SUMMARY_TOKENS = 400
+SUMMARY_PROMPT = ("Below is the end of what a coding agent wrote while it worked on a task. Write a summary of the work"
+                  " for a person: 2 to 4 sentences of plain text, only what the text says, no heading and no list.")
+
+
+def summarize(settings: LocalModelSettings, text: str) -> str:
+    """2 to 4 sentences on what an agent said, by the local model, or an empty string where it fails or is too slow."""
+    said = text.encode("utf-8", "replace")[-SUMMARY_SOURCE:].decode("utf-8", "ignore")
+    body = {"model": settings.model, "temperature": settings.default_temperature, "max_tokens": SUMMARY_TOKENS,
+            "messages": [{"role": "system", "content": SUMMARY_PROMPT}, {"role": "user", "content": said}]}
+    reader = ChatReader()
+    for _ in ask_model(reader, settings.endpoint, body, api_key=settings.api_key,
+                       timeout_s=min(settings.timeout_seconds, SUMMARY_S), limit_s=SUMMARY_S):
+        pass
+    answer = "" if reader.fault else reader.text().rpartition("</think>")[2]  # older servers leave the reasoning in it
+    return cut_text(safe_text(answer).strip(), SUMMARY_LIMIT)
+
+
 # ---- 15 Git sandboxes ------------------------------------------------------------------------------------------
 # A sandbox is a clone that one task works in.  Four rules carry the section:
 # - the developer's working copy is never touched.  Commits go to a branch of the clone's source; where that branch is
@@ -4834,6 +5293,8 @@ def complete_spec(spec: TaskSpec, config: Config, kinds) -> TaskSpec:
     if agent.isolation == "container" or agent.repository_url:
         raise InvalidInput(f"{where}agent.isolation: this version runs no containers yet;"
                            " give project_dir instead of repository_url")
+    if agent.isolation == "sandbox" and agent.type in RUNNERS and not RUNNERS[agent.type].sandboxed:
+        raise InvalidInput(f"{where}agent.isolation: a {agent.type} agent has no tools to work in a sandbox; leave it out")
     if spec.acceptance_criteria:
         raise InvalidInput(f"{where}acceptance_criteria: this version has no checker yet; use verify")
     project = config.project_named(spec.project) if spec.project else config.project_for_dir(agent.project_dir)
@@ -5650,7 +6111,7 @@ class Workplace:
         make_directory(self.directory)
         agent, execution, config = self.task.agent, self.execution, self.core.config
         resume = self.task.resume or {}
-        isolation = agent.isolation or ("sandbox" if agent.project_dir else "none")
+        isolation = agent.isolation or ("sandbox" if agent.project_dir and self.runner.sandboxed else "none")
         if isolation == "sandbox" and not agent.project_dir:
             raise SandboxError("isolation is sandbox, but there is no project_dir to clone", "bad_task")
         keeps_sandbox = bool(execution.sandbox_dir) and os.path.isdir(execution.sandbox_dir)
@@ -5695,7 +6156,7 @@ class Workplace:
             project_dir=self.task.agent.project_dir, sandboxed=self.sandbox is not None,
             session_id=self.execution.session_id, resume=self.resumed, feedback=feedback,
             answer=resume.get("text", "") if resume.get("kind") == "answer" else "", round=self.execution.round,
-            is_root=os.geteuid() == 0)
+            is_root=os.geteuid() == 0, program=(sys.executable, "-I", os.path.abspath(__file__)))
         launch = self.runner.build(self.task, context, self.core.config, self.core.host_env)
         if self.sandbox:
             launch = launch.replace(env={**launch.env, **agent_git_env(launch.env, cwd)})
@@ -5935,7 +6396,23 @@ class Run(Workplace):
         if verdict.ok:
             verdict, more = await self._deliver(verdict)
             facts.update(more)
+        if verdict.ok and not verdict.summary:
+            verdict = verdict.replace(summary=await self._summarize(agent.final_text))
         return verdict, facts
+
+    async def _summarize(self, said: str) -> str:
+        """The local model's summary of an agent's last words, where there is such a model.  It may fail; the run not."""
+        import asyncio
+        settings = self.core.config.local_model
+        if not settings.endpoint or not said.strip():
+            return ""
+        try:
+            return await asyncio.wait_for(in_thread(summarize, settings, said), SUMMARY_S)
+        except TimeoutError:
+            return ""
+        except Exception as error:
+            self.core.log("warning", f"execution {self.execution.id[:8]}: no summary: {error!r}")
+            return ""
 
     def _stop_cause(self, exit_code: int | None) -> str:
         """Why the agent was stopped: what was asked for, or the time limit (coreutils ``timeout`` says 124, or 137)."""
@@ -5989,8 +6466,8 @@ class Run(Workplace):
         execution = self.execution.replace(session_id=facts.get("session_id", self.execution.session_id),
                                            sandbox_dir=sandbox_dir)
         continuation = continuation_of(execution) if self.runner.resumable or sandbox_dir else None
-        if continuation is not None and self.feedback:
-            continuation.update(self.feedback)
+        if self.feedback:
+            continuation = {**(continuation or {}), **self.feedback}
         follow_up = decide_follow_up(task, verdict, continuation, store.clock(), life.jitter())
         keep = self.core.config.keep_executions
         with store.atomic():
@@ -6253,7 +6730,9 @@ class Dispatcher:
             available_kinds=tuple(kind for kind in self.core.kinds if RUNNERS[kind].chosen and self.is_installed(kind)))
 
     def is_installed(self, kind: str) -> bool:
-        """Whether an agent kind's program is there; looked at again after a few seconds."""
+        """Whether an agent kind's program is there, looked at again after a few seconds; of ``local``, its endpoint."""
+        if kind == "local":
+            return bool(self.core.config.local_model.endpoint)
         program, now = runner_binary(kind, self.core.config), time.monotonic()
         if now > self._programs.get(program, (0.0, False))[0]:
             self._programs[program] = now + LOOK_S, bool(find_program(program, os.environ.get("PATH", "")))
@@ -8023,6 +8502,9 @@ def help_text(name: str) -> str:
 
 def dispatch(argv: list[str], environ: dict) -> int:
     """Run one command line; returns the exit code.  Raises ``ClaudomatorError``."""
+    if argv == [LOCAL_MODE]:  # no command for people: what a supervisor starts for a local agent
+        with open(0, "rb", closefd=False) as source, open(1, "wb", closefd=False) as sink:
+            return run_local_agent(source, sink, environ)
     if argv[:1] == ["help"]:
         argv = [*argv[1:], "--help"]
     name, rest = find_command(argv)

@@ -316,7 +316,9 @@ def test_the_keys_of_this_version_are_the_active_ones():
         "data_dir", "socket_path", "max_concurrent", "default_timeout", "stall_timeout", "shutdown_timeout",
         "on_shutdown", "stop_grace", "claude_binary_path", "claude_config_dir", "keep_logs", "keep_sandboxes", "keep_executions",
         "agents.*.max_concurrent", "agents.*.model", "agents.*.env", "agents.*.pass_env", "projects[].name",
-        "projects[].dir", "projects[].remote", "projects[].setup", "projects[].build", "projects[].verify"}
+        "projects[].dir", "projects[].remote", "projects[].setup", "projects[].build", "projects[].verify",
+        "local_model.endpoint", "local_model.model", "local_model.timeout_seconds", "local_model.default_temperature",
+        "local_model.api_key"}
 
 
 def test_differences_name_changed_keys_and_those_that_need_a_restart():

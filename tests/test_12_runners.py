@@ -235,3 +235,67 @@ def test_a_script_finds_the_answer_and_what_came_back():
 def test_an_answer_that_no_variable_can_hold_is_only_in_the_file(answer):
     env = shell(where=dict(answer=answer, feedback=answer)).env
     assert "CLAUDOMATOR_ANSWER" not in env and "CLAUDOMATOR_FEEDBACK_FILE" in env
+
+
+# -- local
+
+LOCAL = '[local_model]\nendpoint = "http://127.0.0.1:9/v1"\n'
+
+
+def local(configuration=LOCAL, host=None, where=None, more=None, **agent) -> c.Launch:
+    where = {"program": ("/usr/bin/python3", "/opt/claudomator.py"), "sandboxed": False, **(where or {})}
+    return c.build_local(task(more=more, **agent), context(**where), config(configuration), host or HOST)
+
+
+def request(launch: c.Launch) -> dict:
+    return c.parse_json(launch.stdin)
+
+
+def test_a_local_agent_is_this_program_with_the_request_on_stdin():
+    launch = local(instructions="Think.", skip_planning=True)
+    assert launch.argv == ("/usr/bin/python3", "/opt/claudomator.py", "_local") and launch.format == "claude"
+    assert request(launch) == {"endpoint": "http://127.0.0.1:9/v1", "timeout_s": 60.0, "body": {
+        "model": "llama3.1:8b", "messages": [{"role": "user", "content": "Think."}], "temperature": 0.2}}
+
+
+@pytest.mark.parametrize("configuration, agent, expected", [
+    ("", {}, {"temperature": 0.2}), ("", {"temperature": 0.0}, {"temperature": 0.0}),
+    ("default_temperature = 0", {}, {"temperature": 0.0}), ("default_temperature = 1.5", {"temperature": 0.5}, {"temperature": 0.5}),
+    ("", {"max_tokens": 7}, {"max_tokens": 7}), ("", {"max_tokens": 0}, {"max_tokens": None}),
+    ('model = "m"', {}, {"model": "m"}), ('model = "m"\n[agents.local]\nmodel = "n"', {}, {"model": "n"}),
+    ('model = "m"\n[agents.local]\nmodel = "n"', {"model": "o"}, {"model": "o"})])
+def test_keys_of_the_task_come_before_those_of_the_configuration(configuration, agent, expected):
+    body = request(local(LOCAL + configuration, **agent))["body"]
+    assert {name: body.get(name) for name in expected} == expected
+
+
+def test_what_came_back_stands_behind_the_prompt_as_there_is_no_session():
+    launch = local(instructions="Think.", more=dict(rejection_comment="Too short."), where=dict(
+        resume=True, feedback="The check fails."))
+    text = request(launch)["body"]["messages"][-1]["content"]
+    assert text.startswith(c.LOCAL_PREAMBLE) and text.endswith("The check fails.")
+    assert text.index("Think.") < text.index("Too short.") < text.index("The check fails.")
+    assert not c.RUNNERS["local"].resumable and not c.RUNNERS["local"].sandboxed and not c.RUNNERS["local"].chosen
+
+
+def test_the_preamble_of_a_model_without_tools_promises_none():
+    text = request(local())["body"]["messages"][-1]["content"]
+    assert "no tools" in text and "## Summary" in text and "question.json" not in text and "commit" not in text.lower()
+
+
+def test_an_appended_system_prompt_is_the_system_message():
+    messages = request(local(system_prompt_append="Be brief."))["body"]["messages"]
+    assert [message["role"] for message in messages] == ["system", "user"] and messages[0]["content"] == "Be brief."
+
+
+def test_the_key_goes_by_the_environment_alone():
+    launch = local(LOCAL + 'api_key = "sk-local"', host={**HOST, **LEAKS})
+    assert launch.env["CLAUDOMATOR_LOCAL_API_KEY"] == "sk-local" and "sk-local" not in repr(launch)
+    assert "sk-local" not in launch.stdin + " ".join(launch.argv)
+    assert not {name for name in LEAKS if launch.env.get(name) == LEAKS[name]}
+    assert "CLAUDOMATOR_LOCAL_API_KEY" not in {**claude(LOCAL + 'api_key = "sk-local"').env, **local().env}
+
+
+def test_without_an_endpoint_there_is_nothing_to_start():
+    with pytest.raises(c.SpawnError, match=r"\[local_model\] endpoint"):
+        local("")
