@@ -2124,7 +2124,7 @@ class SseDecoder:
 
 class ChatFault(KeyedRecord, status=None, retry_at=None):
     """Why a model server gave no answer: ``kind`` is a word of claude's ``error`` field, ``message`` a sentence for a
-    person, ``status`` the HTTP status if there was one, ``retry_at`` (unix seconds) when the server wants to be asked."""
+    person, ``status`` the HTTP status if there was one, ``retry_at`` (unix seconds) what a Retry-After says."""
 
     kind: str
     message: str
@@ -2295,7 +2295,7 @@ def chat_error(reader: ChatReader, is_limited: bool) -> str:
 
 
 def chat_envelope(reader: ChatReader, session_id: str, duration_s: float, is_limited: bool) -> list[dict]:
-    """The last lines of a local agent's log, in the shape of claude's: the whole text, or the error, and the result."""
+    """The last lines of a local agent's log, in the shape of claude's: the whole text, the error, the result."""
     def message(text: str, model: str, **more) -> dict:
         body = {"role": "assistant", "model": model, "content": [{"type": "text", "text": text}]}
         return {"type": "assistant", "message": body, "parent_tool_use_id": None, **more, "session_id": session_id}
@@ -2304,8 +2304,9 @@ def chat_envelope(reader: ChatReader, session_id: str, duration_s: float, is_lim
     lines = [message(text, reader.model)] if text else []
     usage = {"input_tokens": reader.tokens_in, "output_tokens": reader.tokens_out}
     result = {"type": "result", "subtype": "success", "is_error": fault is not None, "num_turns": 1,
-              "duration_ms": round(duration_s * 1000), "result": text[:TEXT_LIMIT], "stop_reason": reader.finish_reason,
-              "total_cost_usd": 0, "usage": usage, "permission_denials": [], "session_id": session_id}
+              "duration_ms": round(duration_s * 1000), "result": text[:TEXT_LIMIT],
+              "stop_reason": reader.finish_reason, "total_cost_usd": 0, "usage": usage, "permission_denials": [],
+              "session_id": session_id}
     if fault is None:
         if words := chat_error(reader, is_limited):
             del result["result"]
@@ -2764,6 +2765,42 @@ def render_log_line(line: bytes, format: str, color: bool = False, tz_offset_s: 
     reset = f", resets at {_local(format_time(limit['resets_at']), tz_offset_s)[:16]}" if limit["resets_at"] else ""
     return paint(f"… rate limit {one_line(limit['type'].replace('_', ' '))}: {one_line(limit['status'])}{reset}",
                  YELLOW, color)
+
+
+LIVE_LINE = 2000  # characters of a line that is not whole; then it is shown as it is
+
+
+class LogRenderer:
+    """Renders the lines of a log that grows.  A text that comes in pieces (``stream_event``) is shown line by line as
+    it comes, and the message that says it once more only with what was held back."""
+
+    def __init__(self, format: str, color: bool = False, tz_offset_s: float = 0):
+        self._how = format, color, tz_offset_s
+        self._held, self._begun = "", False
+
+    def render(self, line: bytes) -> str | None:
+        """The next line for a person, as ``render_log_line``."""
+        if self._how[0] == "claude" and line.startswith(b'{"type":"stream_event"'):
+            event = _object(parse_json_or(line.decode("utf-8", "replace"), None)).get("event")
+            delta = _object(_object(event).get("delta"))
+            return self._take(delta["text"]) if isinstance(delta.get("text"), str) else None
+        if self._begun and line.startswith(b'{"type":"assistant"') and b'"error":"' not in line:
+            return self.finish()
+        return render_log_line(line, *self._how)
+
+    def finish(self) -> str | None:
+        """What is held back of a text whose end did not come."""
+        held, self._held, self._begun = safe_text(self._held).strip("\n"), "", False
+        return held or None
+
+    def _take(self, text: str) -> str | None:
+        self._held = self._held + text if self._begun else (self._held + text).lstrip("\n")
+        self._begun = self._begun or bool(self._held)
+        whole, newline, rest = self._held.rpartition("\n")
+        if not newline and len(rest) > LIVE_LINE:
+            whole, newline, rest = rest, "\n", ""
+        self._held = rest if newline else self._held
+        return safe_text(whole) if newline else None
 
 
 def _render_message(record: dict, color: bool) -> str | None:
@@ -4489,7 +4526,7 @@ async def in_thread(function, *args, **kwargs) -> Any:
 
 
 # -- a model server's client.  A local agent is this program in a process of its own: it asks a server with OpenAI's
-# interface and writes what claude would write, so that supervisor, log reader and ``judge`` need to know nothing of it.
+# interface and writes what claude would write, so supervisor, log reader and ``judge`` need to know nothing of it.
 
 ANSWER_BLOCK = 1 << 16  # bytes read of an answer at once
 ERROR_BODY = 1 << 16  # bytes read of an error's document
@@ -4539,8 +4576,8 @@ def connection_fault(error: Exception, endpoint: str, timeout_s: float) -> ChatF
     elif isinstance(reason, socket.gaierror):
         words = f"the host of {where} is not known: correct [local_model] endpoint"
     elif isinstance(reason, TimeoutError):
-        words = (f"the model server at {where} sent nothing for {format_duration(timeout_s)}: look whether it hangs, or"
-                 " raise [local_model] timeout_seconds")
+        words = (f"the model server at {where} sent nothing for {format_duration(timeout_s)}: look whether it hangs,"
+                 " or raise [local_model] timeout_seconds")
     elif isinstance(reason, ssl.SSLError):
         words = f"TLS with {where} fails: {reason.reason or 'no reason given'}"
     elif isinstance(reason, (ConnectionError, EOFError)) or type(reason).__name__ == "IncompleteRead":
@@ -4576,7 +4613,8 @@ def ask_model(reader: ChatReader, endpoint: str, body: dict, *, api_key: str = "
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     try:
         if not (api_key.isascii() and api_key.isprintable()):
-            reader.fail(ChatFault("authentication_failed", "[local_model] api_key holds characters that no HTTP header can"))
+            words = "[local_model] api_key holds characters that no HTTP header can"
+            reader.fail(ChatFault("authentication_failed", words))
             return
         with open_model(endpoint, body, api_key, timeout_s) as answer:
             while not reader.done and (data := answer.read1(ANSWER_BLOCK)):
@@ -4620,8 +4658,8 @@ def run_local_agent(source, sink, environ: dict) -> int:
 SUMMARY_S = 6.0  # how long the end of an execution waits for the local model's summary
 SUMMARY_SOURCE = 1 << 14  # bytes of the end of what the agent said
 SUMMARY_TOKENS = 400
-SUMMARY_PROMPT = ("Below is the end of what a coding agent wrote while it worked on a task. Write a summary of the work"
-                  " for a person: 2 to 4 sentences of plain text, only what the text says, no heading and no list.")
+SUMMARY_PROMPT = ("Below is the end of what a coding agent wrote while it worked on a task. Write a summary of the"
+                  " work for a person: 2 to 4 sentences of plain text, only what the text says, no heading, no list.")
 
 
 def summarize(settings: LocalModelSettings, text: str) -> str:
@@ -5294,7 +5332,7 @@ def complete_spec(spec: TaskSpec, config: Config, kinds) -> TaskSpec:
         raise InvalidInput(f"{where}agent.isolation: this version runs no containers yet;"
                            " give project_dir instead of repository_url")
     if agent.isolation == "sandbox" and agent.type in RUNNERS and not RUNNERS[agent.type].sandboxed:
-        raise InvalidInput(f"{where}agent.isolation: a {agent.type} agent has no tools to work in a sandbox; leave it out")
+        raise InvalidInput(f"{where}agent.isolation: a {agent.type} agent has no tools for a sandbox; leave it out")
     if spec.acceptance_criteria:
         raise InvalidInput(f"{where}acceptance_criteria: this version has no checker yet; use verify")
     project = config.project_named(spec.project) if spec.project else config.project_for_dir(agent.project_dir)
@@ -6401,7 +6439,7 @@ class Run(Workplace):
         return verdict, facts
 
     async def _summarize(self, said: str) -> str:
-        """The local model's summary of an agent's last words, where there is such a model.  It may fail; the run not."""
+        """The local model's summary of an agent's last words, where there is such a model; empty where it fails."""
         import asyncio
         settings = self.core.config.local_model
         if not settings.endpoint or not said.strip():
@@ -6730,7 +6768,7 @@ class Dispatcher:
             available_kinds=tuple(kind for kind in self.core.kinds if RUNNERS[kind].chosen and self.is_installed(kind)))
 
     def is_installed(self, kind: str) -> bool:
-        """Whether an agent kind's program is there, looked at again after a few seconds; of ``local``, its endpoint."""
+        """Whether an agent kind's program (of ``local``: its endpoint) is there; looked at again after seconds."""
         if kind == "local":
             return bool(self.core.config.local_model.endpoint)
         program, now = runner_binary(kind, self.core.config), time.monotonic()
@@ -8141,11 +8179,15 @@ def follow_log(cli: Cli, params: dict) -> dict:
     items = follow_stream(cli, "execution.log", params, lambda item: {
         "execution": item["execution_id"], "offset": item["next"], "tail": None})
     splitter, offset_s, kind = LineSplitter(), local_offset_s(time.time()), ""
+    renderers: dict[str, LogRenderer] = {}
+    is_live = params.get("follow") and params.get("tail") is None  # the end of a log may lack a text's first pieces
 
     def show(lines: list[bytes | None]) -> None:
         format = RUNNERS[kind].format if kind in RUNNERS else "claude"
+        live = renderers.setdefault(format, LogRenderer(format, cli.color(), offset_s))
         for line in lines:
-            text = None if line is None else render_log_line(line, format, cli.color(), offset_s)
+            text = live.finish() if line is None else live.render(line) if is_live else \
+                render_log_line(line, format, cli.color(), offset_s)
             if text is not None:
                 cli.out(text)
     while True:

@@ -413,3 +413,43 @@ def test_events_take_one_line(event, words):
 def test_an_event_of_no_task_keeps_the_column():
     event = {**BASE, "task_id": None, "kind": "agent.unparked", "agent": "claude", "why": "reset"}
     assert c.render_event(event, False) == "22:30:29            unparked agent=claude why=reset"
+
+
+# -- a log that grows
+
+
+def delta(text) -> bytes:
+    return c.format_json({"type": "stream_event", "event": {"delta": {"type": "text_delta", "text": text}}}).encode()
+
+
+def said(text) -> bytes:
+    return c.format_json({"type": "assistant", "message": {"content": [{"type": "text", "text": text}]}}).encode()
+
+
+def grown(*lines, format="claude") -> list[str]:
+    renderer = c.LogRenderer(format)
+    return [text for text in [*map(renderer.render, lines), renderer.finish()] if text is not None]
+
+
+@pytest.mark.parametrize("text", ["one", "one\ntwo\n\nthree", "\n\none\n", "é\u2028x\ny", "x" * 5000, "a\n" * 50])
+@pytest.mark.parametrize("size", [1, 3, 10_000])
+def test_a_text_in_pieces_is_shown_once_and_line_by_line(text, size):
+    pieces = [delta(text[at:at + size]) for at in range(0, len(text), size)]
+    shown = grown(*pieces, said(text), said("next"))
+    assert shown[-1] == "next"
+    assert "\n".join(shown[:-1]).replace("\n", "") == text.replace("\n", "")
+    if len(text) < 2000:
+        assert "\n".join(shown[:-1]).strip("\n") == text.strip("\n")
+
+
+def test_pieces_without_their_message_and_messages_without_pieces_are_shown():
+    assert grown(delta("half\nof")) == ["half", "of"] and grown(said("all"), said("of it")) == ["all", "of it"]
+    error = c.format_json({"type": "assistant", "error": "unknown", "message": {"content": [{"type": "text", "text": "no"}]}})
+    assert grown(delta("half"), error.encode())[0] == "✘ no"
+    assert grown(b'{"type":"stream_event"', b'{"type":"stream_event","event":{"delta":{"text":7}}}', delta("")) == []
+    assert grown(delta("x"), format="text") == [delta("x").decode()]
+
+
+def test_no_escape_sequence_survives_in_pieces():
+    for size in (1, 2, 5):
+        assert all(is_safe(text) for text in grown(*(delta((EVIL * 3 + "\n")[at:at + size]) for at in range(0, 200, size))))

@@ -5,6 +5,7 @@ names (llama.cpp with a tiny model of random words: for the wire, not for the se
 """
 import os
 import pathlib
+import subprocess
 import time
 
 import claudomator as c
@@ -194,6 +195,23 @@ def test_a_rejection_and_a_failed_check_reach_the_next_prompt(job, server, tmp_p
     job.daemon.call("task.run", ids=[task["id"]])
     job.daemon.wait(task["id"])
     assert "Shorter, please." in server.requests[2]["body"]["messages"][-1]["content"]
+
+
+def test_a_follower_reads_along_and_reads_nothing_twice(job, server):
+    task_id = job.submit("lines")
+    follower = subprocess.Popen([*support.COMMAND, "ctl", "logs", "-f", task_id], env=job.daemon.env, stdout=subprocess.PIPE)
+    try:
+        shown = b""
+        while b"first line\n" not in shown:
+            shown += follower.stdout.readline()
+            assert follower.poll() is None
+        server.release.set()
+        shown += follower.stdout.read()
+        assert shown.count(b"first line\n") == shown.count(b"last words\n") == 1 and b"tokens" in shown
+    finally:
+        follower.kill()
+        follower.wait()
+        follower.stdout.close()
 
 
 # -- the summary that nobody wrote

@@ -122,6 +122,15 @@ class Handler(BaseHTTPRequestHandler):
         self.send(END + DONE)
         self.wfile.write(b"0\r\n\r\n")
 
+    def on_lines(self, requests) -> None:
+        """A first line at once, the last when ``release`` is set."""
+        self.begin()
+        self.send(chunk("first li") + chunk("ne\nlast"))
+        self.wfile.flush()
+        self.server.stand_in.release.wait(60)
+        self.send(chunk(" words") + END + DONE)
+        self.wfile.write(b"0\r\n\r\n")
+
     def on_silent(self, requests) -> None:
         self.begin()
         self.send(chunk("first"))
