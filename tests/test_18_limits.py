@@ -423,3 +423,65 @@ def test_a_new_commit_in_each_round_is_progress(tmp_path, commits, rounds):
         assert ("breaker" in world.task(one).detail) is not commits
         assert world.task(one).reason == "verify_failed"
     play(tmp_path, body, "no_progress_runs = 2\n")
+
+
+def test_a_commit_counts_once_and_not_for_every_round_after_it(tmp_path):
+    _, copy = make_repository(tmp_path)
+
+    async def body(world):
+        script = f"echo round >> {tmp_path}/rounds; [ -e file ] || {{ : > file; git add file; git commit -qm work; }}"
+        one = world.add_shell(script, verify="false", verify_rounds=9, agent={"project_dir": str(copy)})
+        await world.ended([one])
+        assert (tmp_path / "rounds").read_text().count("round") == 3 and "breaker" in world.task(one).detail
+    play(tmp_path, body, "no_progress_runs = 2\n")
+
+
+# -- what counts, and who serves
+
+
+def test_an_agent_that_cannot_be_started_is_no_run_of_the_day(tmp_path):
+    async def body(world):
+        world.agent.unlink()
+        ids = world.add(5)
+        await world.ended(ids)
+        assert world.core.pool.budget()["spent"]["runs"] == 0 and world.events("agent.cooling")
+    play(tmp_path, body)
+
+
+def test_a_run_is_counted_once_while_its_end_is_written(tmp_path):
+    async def body(world):
+        await world.ended(world.add(1))
+        assert not world.events("budget.warning", "budget.reached")
+        await world.ended(world.add(1))
+        assert [event["kind"] for event in world.events("budget.warning", "budget.reached")] == ["budget.reached"]
+    play(tmp_path, body, "[budgets]\nruns = 2\n")
+
+
+@pytest.mark.parametrize("kind, resume, expected", [
+    ("claude", None, "claude"), ("", None, ""), ("", {"agent": "shell", "session_id": "s"}, "shell"),
+    ("claude", {"agent": "shell", "session_id": "s"}, "shell"), ("claude", {"agent": "shell", "session_id": ""}, "claude"),
+    ("claude", {"agent": "gone", "session_id": "s"}, "claude")])
+def test_a_session_is_resumed_by_the_kind_that_began_it(kind, resume, expected):
+    task = c.Task(id="t", name="t", agent=c.AgentConfig(type=kind), resume=resume)
+    assert c.serving_kind(task) == expected
+    assert c.is_movable(task) is not bool(resume and resume["session_id"])
+
+
+@pytest.mark.parametrize("more", [{"additional_args": ("-x",)}, {"permission_mode": "plan"},
+                                  {"disallowed_tools": ("Bash",)}])
+def test_what_another_cli_would_not_obey_binds_a_task_to_its_kind(more):
+    assert not c.is_movable(c.Task(id="t", name="t", agent=c.AgentConfig(type="claude", **more)))
+    assert c.is_choosable("claude") and not c.is_choosable("shell") and not c.is_choosable("gone")
+
+
+def test_a_day_ends_at_local_midnight_also_where_it_has_23_hours(monkeypatch):
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    try:
+        noon = c.parse_time("2026-03-28T23:30:00Z")  # half past midnight on the day on which summer time begins
+        day, midnight = c.local_day(noon)
+        assert (day, midnight) == ("2026-03-29", c.parse_time("2026-03-29T22:00:00Z"))
+        assert c.local_day(midnight)[0] == "2026-03-30" and c.local_day(midnight - 1)[0] == "2026-03-29"
+    finally:
+        monkeypatch.undo()
+        time.tzset()
