@@ -653,6 +653,8 @@ CONFIG_KEYS: tuple[Key, ...] = (
     Key("vapid_public_key", "string", "", "Web Push: public key", active=False),
     Key("vapid_private_key", "string", "", "Web Push: private key", active=False, secret=True),
     Key("vapid_email", "string", "", "Web Push: contact address", active=False),
+    Key("no_progress_runs", "integer >= 0", 5, "so many runs of a task in a row without a new commit, a question or an"
+        " end stop it; 0: off"),
     Key("keep_logs", "duration", "30d", "logs of finished executions are removed after this; 0: never"),
     Key("keep_sandboxes", "duration", "7d", "kept sandboxes are removed after this; 0: never"),
     Key("keep_executions", "integer >= 0", 0, "how many executions of a task to keep; 0: all"),
@@ -661,8 +663,8 @@ CONFIG_KEYS: tuple[Key, ...] = (
     Key("agents.*.env", "table", {}, "environment given to the agent", secret=True),
     Key("agents.*.pass_env", "strings", (), "names taken from the daemon's environment",
         example=("ANTHROPIC_API_KEY",)),
-    Key("agents.*.on_quota", "choice wait|other_agent|fail", "wait", "what to do when the quota is used up",
-        active=False),
+    Key("agents.*.on_quota", "choice wait|other_agent|fail", "wait",
+        "what queued tasks do while the quota is used up"),
     Key("local_model.endpoint", "url", "", "a server with OpenAI's chat completions; empty: none",
         example="http://localhost:11434/v1"),
     Key("local_model.model", "string", "llama3.1:8b", "its model, for tasks that name none"),
@@ -677,7 +679,7 @@ CONFIG_KEYS: tuple[Key, ...] = (
     Key("projects[].build", "string", "", "shell command that must pass before an automatic commit"),
     Key("projects[].verify", "string", "", "shell command that must pass before the work counts as done"),
     Key("projects[].deploy", "string", "", "shell command that ships it", active=False),
-    *(Key(f"budgets.{scope}{unit}", f"{kind} >= 0", 0, f"{unit} per day for {what}; 0: no limit", active=False)
+    *(Key(f"budgets.{scope}{unit}", f"{kind} >= 0", 0, f"{unit} per day for {what}; 0: no limit")
       for scope, what in (("", "everything"), ("project.*.", "one project"), ("agent.*.", "one agent kind"))
       for unit, kind in (("usd", "number"), ("tokens", "integer"), ("runs", "integer"), ("minutes", "number"))),
     Key("prices.*.input", "number >= 0", 0, "USD per million input tokens", active=False, example=1.25),
@@ -776,6 +778,12 @@ def _check_config(checker: Checker, read: dict[str, dict]) -> None:
         names = [str(name) for name in (*(values["env"] or ()), *(values["pass_env"] or ()))]
         if any(not name or "=" in name or "\0" in name for name in names):
             checker.problem(f"agents.{kind}", "a name in env or pass_env is empty or holds '='")
+    projects = [fields["name"] for fields in read["projects[]"].values()]
+    for group, what, known in (("agent", "agent kind", kinds), ("project", "project", projects)):
+        for name in read[f"budgets.{group}.*"]:
+            if name not in known:
+                names = ", ".join(map(str, known)) or "none is configured"
+                checker.problem(f"budgets.{group}.{name}", f"no such {what}{did_you_mean(name, known)}: {names}")
     address, signed = read[""]["server_addr"], read[""]["webhook_secret"] or read[""]["allow_unsigned_webhooks"]
     if address and not signed and not checker.problems:  # GitHub's webhooks come in over HTTP
         host = split_address(address)[0]
@@ -921,8 +929,8 @@ class TaskSpec(KeyedRecord, keys=TASK_GROUPS[""]):
 
 
 class Task(TaskSpec, seq=0, state="PENDING", reason="", detail="", summary="", question=None, rejection_comment="",
-           created_at=0.0, updated_at=0.0, not_before=None, attempts=0, free_tries=0, round=1, resume=None,
-           execution_id=None):
+           created_at=0.0, updated_at=0.0, not_before=None, attempts=0, free_tries=0, idle_runs=0, round=1,
+           resume=None, execution_id=None):
     """A stored task.  Times are unix seconds; ``resume`` says what the next run continues (see Operations)."""
 
     id: str
@@ -1348,6 +1356,7 @@ DEPENDENCY_RULES: dict[str, dict[str, str]] = {  # ``on``: what a state of the o
     "any": dict.fromkeys(SETTLED_STATES | {DELETED}, MET),
 }
 DAY_S = 86400
+MOST_REFUSED = 100  # how many tasks one plan fails because their agent's quota is used up; the next one goes on
 
 
 def dependency_verdict(on: str, state: str) -> str:
@@ -1358,22 +1367,24 @@ def dependency_verdict(on: str, state: str) -> str:
 class QueueEntry:
     """One QUEUED task as the scheduler sees it.  Only ``Queue`` changes it."""
 
-    __slots__ = ("task_id", "kind", "project", "rank", "seq", "not_before", "retrying", "waits_for", "order", "lane")
+    __slots__ = ("task_id", "kind", "project", "rank", "seq", "not_before", "retrying", "waits_for", "order", "lane",
+                 "movable")
 
     def __init__(self, task_id: str, kind: str, project: str, rank: int, seq: int, not_before: float | None,
-                 retrying: bool, waits_for: dict[str, str], order: int) -> None:
+                 retrying: bool, waits_for: dict[str, str], order: int, movable: bool) -> None:
         self.task_id, self.kind, self.project, self.rank, self.seq = task_id, kind, project, rank, seq
         self.not_before, self.retrying, self.waits_for, self.order = not_before, retrying, waits_for, order
+        self.movable = movable
         self.lane: Lane | None = None  # the lane that it stands in
 
 
 class Lane:
     """Entries in the order of their keys.  A discarded entry stays in the heap, dead, until it surfaces."""
 
-    __slots__ = ("kind", "project", "heap", "live")
+    __slots__ = ("kind", "project", "movable", "heap", "live")
 
-    def __init__(self, kind: str = "", project: str = "") -> None:
-        self.kind, self.project = kind, project
+    def __init__(self, kind: str = "", project: str = "", movable: bool = False) -> None:
+        self.kind, self.project, self.movable = kind, project, movable
         self.heap: list[tuple] = []  # (key, key, order, entry); ``order`` is unique, so entries are never compared
         self.live = 0
 
@@ -1410,7 +1421,7 @@ class Queue:
     def __init__(self) -> None:
         self._entries: dict[str, QueueEntry] = {}
         self._waiters: dict[str, dict[str, QueueEntry]] = {}  # dependency: the entries that wait for it
-        self._lanes: dict[tuple[str, str], Lane] = {}
+        self._lanes: dict[tuple[str, str, bool], Lane] = {}
         self._timed = Lane()
         self._added = 0
         self._latest_due = float("-inf")  # no ``not_before`` in a lane is later
@@ -1423,14 +1434,16 @@ class Queue:
         return self._entries.get(task_id)
 
     def add(self, task_id: str, *, kind: str, project: str, rank: int, seq: int, not_before: float | None = None,
-            waits_for: dict[str, str] | None = None, retrying: bool = False) -> None:
+            waits_for: dict[str, str] | None = None, retrying: bool = False, movable: bool = False) -> None:
         """Queue a task, in place of an entry of the same id.  ``kind`` ``""``: it is chosen at the start; ``rank`` 0
         is high, 2 low; a smaller ``seq`` is older; ``not_before`` (unix seconds) is ``start_at``, or with ``retrying``
-        a retry delay's end; ``waits_for``: open dependency to its ``on``, a dict that the queue keeps and changes."""
+        a retry delay's end; ``waits_for``: open dependency to its ``on``, a dict that the queue keeps and changes;
+        ``movable``: another kind may serve it while the quota of its own is used up."""
         if task_id in self._entries:
             self.discard(task_id)
         self._added += 1
-        entry = QueueEntry(task_id, kind, project, rank, seq, not_before, retrying, waits_for or {}, self._added)
+        entry = QueueEntry(task_id, kind, project, rank, seq, not_before, retrying, waits_for or {}, self._added,
+                           movable)
         self._entries[task_id] = entry
         for dependency in entry.waits_for:
             self._waiters.setdefault(dependency, {})[task_id] = entry
@@ -1451,7 +1464,7 @@ class Queue:
         if lane is not None:
             lane.remove(entry)
             if not lane.live and lane is not self._timed:
-                del self._lanes[lane.kind, lane.project]
+                del self._lanes[lane.kind, lane.project, lane.movable]
 
     def settle(self, dependency: str, state: str) -> tuple[list[str], list[str]]:
         """Tell that a task reached ``state`` (or ``DELETED``); returns (tasks freed, tasks that can never run now).
@@ -1499,18 +1512,83 @@ class Queue:
             self._timed.push(entry.not_before, 0, entry)
 
     def _run_lane(self, entry: QueueEntry) -> None:
-        key = (entry.kind, entry.project)
+        key = (entry.kind, entry.project, entry.movable)
         lane = self._lanes.get(key)
         if lane is None:
             lane = self._lanes[key] = Lane(*key)
         lane.push(entry.rank, entry.seq, entry)
 
 
+class Spent(KeyedRecord, usd=0.0, tokens=0, runs=0, minutes=0.0, unknown_usd=0, unknown_tokens=0):
+    """What runs took; ``unknown_usd`` of these ``runs`` told no cost, ``unknown_tokens`` no tokens."""
+
+    def plus(self, other: Spent) -> Spent:
+        """Both together."""
+        return Spent(*(getattr(self, name) + getattr(other, name) for name in Spent._fields))
+
+
+class Cap(KeyedRecord, spent=0, unknown=0):
+    """One limit of a day: ``scope`` is ``all``, ``project.NAME`` or ``agent.KIND``; ``unit`` ``usd``, ``tokens``,
+    ``runs`` or ``minutes``; of ``unknown`` runs it is not known what they add to ``spent``."""
+
+    scope: str
+    unit: str
+    limit: float
+    left = property(lambda self: max(0, self.limit - self.spent))
+    is_warned = property(lambda self: self.spent >= WARN_SHARE * self.limit)
+
+
+WARN_SHARE = 0.8  # of a cap: from here on it is told once that it comes near
+UNIT_FORMS = {"usd": "{:.2f}{} USD", "tokens": "{:.0f}{} tokens", "runs": "{:.0f}{} runs",
+              "minutes": "{:.1f}{} minutes"}
+
+
+def sum_spending(rows) -> dict[str, Spent]:
+    """By scope, what (kind, project, ``Spent``) rows come to."""
+    sums: dict[str, Spent] = {}
+    for kind, project, spent in rows:
+        for scope in ("all", f"agent.{kind}", *([f"project.{project}"] if project else ())):
+            sums[scope] = sums[scope].plus(spent) if scope in sums else spent
+    return sums
+
+
+def budget_caps(budgets: dict[str, dict], spent: dict[str, Spent]) -> tuple[Cap, ...]:
+    """The caps of ``[budgets]`` (a limit of 0 is none) with what is spent of each."""
+    nothing = Spent()
+    return tuple(Cap(scope, unit, limit, getattr(spent.get(scope, nothing), unit),
+                     getattr(spent.get(scope, nothing), f"unknown_{unit}") if unit in ("usd", "tokens") else 0)
+                 for scope, limits in budgets.items() for unit, limit in limits.items() if limit)
+
+
+def describe_cap(cap: Cap) -> str:
+    """``20.00 of 20.00 USD today for everything (+ 3 runs of unknown cost)``."""
+    whose, form = "everything" if cap.scope == "all" else cap.scope.replace(".", " ", 1), UNIT_FORMS[cap.unit]
+    amount = form.format(cap.spent, " of " + form.split("{}")[0].format(cap.limit))
+    runs = f"{cap.unknown} run{'s'[:cap.unknown > 1]} of unknown {'cost' if cap.unit == 'usd' else 'tokens'}"
+    return f"{amount} today for {whose}" + f" (+ {runs})" * bool(cap.unknown)
+
+
+def new_budget_notices(caps: tuple[Cap, ...], told: tuple[str, ...]) -> list[tuple[str, str, Cap]]:
+    """(key, event, cap) of each cap that has come near, or is reached, whose key is not in ``told`` yet.  A raised
+    limit is another cap; one that is reached before anybody was warned is told once."""
+    found = []
+    for cap in caps:
+        near, over = (f"{cap.scope} {cap.unit} {cap.limit:g} {word}" for word in ("warning", "reached"))
+        if not cap.left and over not in told:
+            found.append((over, "budget.reached", cap))
+        elif cap.is_warned and cap.left and near not in told:
+            found.append((near, "budget.warning", cap))
+    return found
+
+
 class Limits(KeyedRecord, per_kind={}, paused=False, draining=False, paused_kinds=frozenset(),
-             paused_projects=frozenset(), parked={}, available_kinds=()):
+             paused_projects=frozenset(), parked={}, available_kinds=(), cooling={}, on_quota={}, caps=(),
+             resets_at=float("inf")):
     """What bounds the pool just now.  ``per_kind``: kind to bound, absent means none; ``parked``: kind to the time
     (unix seconds) before which nothing of it starts, infinite until somebody unparks it; ``available_kinds``: what
-    may be chosen for a task without a kind, the preferred first."""
+    may be chosen for a task without a kind, the preferred first; ``cooling``: like ``parked``, after failures;
+    ``on_quota``: ``other_agent`` or ``fail`` for kinds that are parked because their quota is used up; ``caps``: the
+    day's budgets, with what runs counted; they hold until ``resets_at``."""
 
     max_concurrent: int
 
@@ -1529,8 +1607,9 @@ class Start(Record):
         self.__dict__.update(task_id=task_id, kind=kind)
 
 
-class Plan(KeyedRecord, starts=(), wake_at=None):
-    """What to start, in this order, and when to ask again if nothing else happens (``None``: not at all)."""
+class Plan(KeyedRecord, starts=(), wake_at=None, refused=()):
+    """What to start, in this order, and when to ask again if nothing else happens (``None``: not at all); ``refused``:
+    tasks whose turn it is and that fail, because the quota of their kind is used up and ``on_quota`` says so."""
 
 
 def _has_room(kind: str, active: dict, limits: Limits) -> bool:
@@ -1538,48 +1617,90 @@ def _has_room(kind: str, active: dict, limits: Limits) -> bool:
     return kind not in limits.paused_kinds and (bound is None or active.get(kind, 0) < bound)
 
 
-def _idlest(kinds: tuple, active: dict, limits: Limits, now: float) -> str | None:
+def _starts_left(limits: Limits, now: float) -> dict[str, float]:
+    """By scope, how many more runs today's budgets allow; a scope without a cap is not in it."""
+    left: dict[str, float] = {}
+    for cap in limits.caps if now < limits.resets_at else ():
+        runs = cap.left if cap.unit == "runs" else float("inf") if cap.left else 0
+        left[cap.scope] = min(runs, left.get(cap.scope, runs))
+    return left
+
+
+def _opens_at(kind: str, limits: Limits, left: dict, now: float) -> float:
+    """When a kind is neither parked nor cooling down nor out of budget; not after ``now``: it is open."""
+    reset = limits.resets_at if left and left.get(f"agent.{kind}", 1) <= 0 else now
+    return max(limits.parked.get(kind, now), limits.cooling.get(kind, now), reset)
+
+
+def _quota_policy(kind: str, limits: Limits, now: float) -> str:
+    """What to do with a kind's tasks now: ``""`` (start them, or wait), ``other_agent`` or ``fail``."""
+    return limits.on_quota.get(kind, "") if limits.parked.get(kind, now) > now else ""
+
+
+def _serving_kinds(kind: str, movable: bool, limits: Limits, now: float) -> tuple[str, ...]:
+    """The kinds that may serve a task of this kind now."""
+    if not kind:
+        return limits.available_kinds
+    others = movable and _quota_policy(kind, limits, now) == "other_agent"
+    return (kind, *(other for other in limits.available_kinds if other != kind)) if others else (kind,)
+
+
+def _idlest(kinds: tuple, active: dict, limits: Limits, left: dict, now: float) -> str | None:
     """The kind with the fewest active tasks among those that may start one more, the first of equals."""
     best, fewest = None, float("inf")
     for kind in kinds:
         count = active.get(kind, 0)
-        if count < fewest and limits.parked.get(kind, now) <= now and _has_room(kind, active, limits):
+        if count < fewest and _opens_at(kind, limits, left, now) <= now and _has_room(kind, active, limits):
             best, fewest = kind, count
     return best
 
 
 def plan(queue: Queue, running: Running, limits: Limits, now: float) -> Plan:
     """What may start now: by rank, then age, over every lane that is not held back.
-    A full, parked or paused kind and a paused project hold back their own tasks only.  ``wake_at`` is never later than
-    the first moment at which time alone lets something start; it is ``None`` while no slot is free, because then the
-    end of an execution comes first.  The caller discards what it claimed; until then the answer stays the same."""
+    A full, parked or paused kind, a paused project and a reached budget hold back their own tasks only.  ``wake_at``
+    is never later than the first moment at which time alone lets something start; it is ``None`` while no slot is
+    free, because then the end of an execution comes first.  The caller discards what it claimed or failed; until then
+    the answer stays the same."""
     import heapq
     room = limits.max_concurrent - running.total
     if limits.paused or limits.draining or room <= 0:
         return Plan()
     heads = [(lane.head(), lane) for lane in queue.lanes(now) if lane.project not in limits.paused_projects]
     heapq.heapify(heads)
-    active, starts, taken, wakes = dict(running.by_kind), [], [], []
-    while heads and len(starts) < room:
+    active, left = dict(running.by_kind), _starts_left(limits, now) if limits.caps else {}
+    starts, refused, taken, wakes = [], [], [], []
+    while heads and len(starts) < room and len(refused) < MOST_REFUSED:
         lane = heads[0][1]
-        kinds = (lane.kind,) if lane.kind else limits.available_kinds
-        kind = _idlest(kinds, active, limits, now)
-        if kind is None:  # nor later in this plan: active tasks only become more
-            wakes += [limits.parked[kind] for kind in kinds if _has_room(kind, active, limits)]
+        if left and (left.get("all", 1) <= 0 or left.get(f"project.{lane.project}", 1) <= 0):
+            wakes.append(limits.resets_at)
             heapq.heappop(heads)
             continue
-        active[kind] = active.get(kind, 0) + 1
+        kinds = _serving_kinds(lane.kind, lane.movable, limits, now)
+        kind, fails = _idlest(kinds, active, limits, left, now), False
+        if kind is None:  # nor later in this plan: active tasks only become more
+            fails = lane.kind not in limits.paused_kinds and _quota_policy(lane.kind, limits, now) == "fail"
+            if not fails:
+                wakes += [_opens_at(kind, limits, left, now) for kind in kinds if _has_room(kind, active, limits)]
+                heapq.heappop(heads)
+                continue
         item = heapq.heappop(lane.heap)
-        starts.append(Start(item[3].task_id, kind))
         taken.append((lane, item))
         following = lane.head()
         heapq.heapreplace(heads, (following, lane)) if following else heapq.heappop(heads)
+        if fails:
+            refused.append(item[3].task_id)
+            continue
+        active[kind] = active.get(kind, 0) + 1
+        for scope in ("all", f"project.{lane.project}", f"agent.{kind}") if left else ():
+            if scope in left:
+                left[scope] -= 1
+        starts.append(Start(item[3].task_id, kind))
     for lane, item in taken:
         heapq.heappush(lane.heap, item)
     if len(starts) == room:
-        return Plan(tuple(starts))
+        return Plan(tuple(starts), None, tuple(refused))
     times = [at for at in (*wakes, queue.next_time()) if at is not None and at < float("inf")]
-    return Plan(tuple(starts), min(times, default=None))
+    return Plan(tuple(starts), min(times, default=None), tuple(refused))
 
 
 def explain(queue: Queue, task_id: str, running: Running, limits: Limits, now: float, names: dict | Callable,
@@ -1602,19 +1723,46 @@ def explain(queue: Queue, task_id: str, running: Running, limits: Limits, now: f
         return "paused" if limits.paused else "draining"
     if entry.project in limits.paused_projects:
         return f"project {entry.project} is paused"
-    kinds = (entry.kind,) if entry.kind else limits.available_kinds
-    held = [_held_back(kind, running, limits, now, utc_offset_s) for kind in kinds]
+    left, clock = _starts_left(limits, now), lambda at: _clock(at, now, utc_offset_s)
+    for scope in ("all", f"project.{entry.project}"):
+        if left.get(scope, 1) <= 0:
+            return _over_budget(scope, limits, clock)
+    if entry.kind not in limits.paused_kinds and _quota_policy(entry.kind, limits, now) == "fail":
+        return f"fails: the quota of {entry.kind} is used up"
+    kinds = _serving_kinds(entry.kind, entry.movable, limits, now)
+    held = [_held_back(kind, running, limits, now, left, clock) for kind in kinds]
     if all(held):
         return "; ".join(held) or "no agent is available"
     return f"all {limits.max_concurrent} slots are busy" if running.total >= limits.max_concurrent else "next"
 
 
-def _held_back(kind: str, running: Running, limits: Limits, now: float, utc_offset_s: float) -> str:
+def waits_long(queue: Queue, task_id: str, limits: Limits, now: float) -> bool:
+    """Whether nothing but the end of a park or of a day's budget lets a queued task go on."""
+    entry = queue.entry(task_id)
+    if entry is None or entry.waits_for:
+        return False
+    left, kinds = _starts_left(limits, now), _serving_kinds(entry.kind, entry.movable, limits, now)
+    if any(left.get(scope, 1) <= 0 for scope in ("all", f"project.{entry.project}")):
+        return True
+    short = limits.replace(cooling={})
+    return bool(kinds) and all(_opens_at(kind, short, left, now) > now for kind in kinds)
+
+
+def _over_budget(scope: str, limits: Limits, clock: Callable) -> str:
+    cap = next(cap for cap in limits.caps if cap.scope == scope and not cap.left)
+    return f"budget: {describe_cap(cap)}; resets {clock(limits.resets_at)}"
+
+
+def _held_back(kind: str, running: Running, limits: Limits, now: float, left: dict, clock: Callable) -> str:
     until, bound, active = limits.parked.get(kind, now), limits.per_kind.get(kind), running.by_kind.get(kind, 0)
     if kind in limits.paused_kinds:
         return f"{kind} is paused"
     if until > now:
-        return f"{kind} is parked" + (f" until {_clock(until, now, utc_offset_s)}" if until < float("inf") else "")
+        return f"{kind} is parked" + (f" until {clock(until)}" if until < float("inf") else "")
+    if limits.cooling.get(kind, now) > now:
+        return f"{kind} cools down until {clock(limits.cooling[kind])}"
+    if left.get(f"agent.{kind}", 1) <= 0:
+        return _over_budget(f"agent.{kind}", limits, clock)
     return "" if bound is None or active < bound else f"{kind}: {active} of {bound} slots busy"
 
 
@@ -2603,6 +2751,11 @@ def build_feedback_prompt(kind: str, *, answer: str = "", comment: str = "", tex
     return FEEDBACK[kind].format(text=text, question=question.strip(), output=shown)
 
 
+COOLDOWN_AFTER = 5  # failures of a kind in a row before it pauses
+COOLDOWN_FIRST_S, COOLDOWN_MOST_S = 60.0, 1800.0  # how long; doubled by each failure after a pause
+KIND_FAULTS = frozenset({"agent_error", "api_error", "rate_limited", "no_result", "spawn_failed", "stalled"})
+KIND_WORKS = frozenset({"verify_failed", "build_failed", "push_failed", "budget", "max_turns", "permission_denied"})
+OWN_PROGRAM_KINDS = frozenset({"shell"})  # what they run is the task's own: that it fails says nothing of the kind
 FREE_TRIES = 3  # how often a reason that counts no attempt may send one task back to the queue
 UNKNOWN_RESET_S = 3600.0  # how long an exhausted quota parks a kind where the agent named no reset time
 SHORTEST_PARK_S = 60.0  # where the reset time has passed already (a clock is wrong): no busy loop of refused runs
@@ -2620,38 +2773,82 @@ def continuation_of(execution: Execution | None) -> dict | None:
     return {name: getattr(execution, name) for name in names} if goes_on else None
 
 
-class FollowUp(KeyedRecord, reason="", detail="", not_before=None, attempts=0, free_tries=0, round=1, resume=None,
-               park=False, park_until=None):
+class FollowUp(KeyedRecord, reason="", detail="", not_before=None, attempts=0, free_tries=0, idle_runs=0, round=1,
+               resume=None, park=False, park_until=None):
     """What happens to a task after an execution: its new state, when it may start again, what the next run continues,
-    and whether its agent kind is parked (``park_until`` is ``None`` with ``park`` set: until somebody unparks it)."""
+    and whether its agent kind is parked (``park_until`` is ``None`` with ``park`` set: until somebody unparks it);
+    ``idle_runs``: how many runs in a row have led nowhere."""
 
     state: str
 
 
-def decide_follow_up(task: Task, verdict: Verdict, continuation: dict | None, now: float, jitter: float) -> FollowUp:
+class FollowUpRules(KeyedRecord, on_quota="wait", no_progress_runs=5):
+    """What the configuration says of a run's end: ``on_quota`` of its kind, and the no-progress breaker (0: off)."""
+
+
+def decide_follow_up(task: Task, verdict: Verdict, continuation: dict | None, now: float, jitter: float,
+                     rules: FollowUpRules = FollowUpRules(), made_commit: bool = False) -> FollowUp:
     """What a verdict means for the task, by the reasons' table and the task's retry policy.  ``continuation`` is what
-    the next run would need to go on in the same session and sandbox, or ``None``."""
+    the next run would need to go on in the same session and sandbox, or ``None``; ``made_commit``: this run made a
+    commit."""
     if verdict.ok:
         done = COMPLETED if task.parent_task_id or task.auto_accept else READY
         return FollowUp(done, free_tries=task.free_tries, attempts=task.attempts, round=task.round)
     if verdict.state == BLOCKED:
         return FollowUp(BLOCKED, attempts=task.attempts, round=task.round, resume=continuation)
-    facts, same = REASONS[verdict.reason], dict(reason=verdict.reason, detail=verdict.detail)
+    goes_on = _resume_of(task, verdict, continuation)
+    if verdict.reason in ("quota_exhausted", "auth"):
+        return _parking(task, verdict, goes_on, now, rules)
+    result = _next_try(task, verdict, continuation, goes_on, now, jitter)
+    if result.state != QUEUED:
+        return result
+    idle_runs = 0 if made_commit else task.idle_runs + 1
+    if not rules.no_progress_runs or idle_runs < rules.no_progress_runs:
+        return result.replace(idle_runs=idle_runs)
+    stopped = (f" (stopped by the no-progress breaker: {idle_runs} run{'s'[:idle_runs > 1]} in a row without a new"
+               " commit or a question; read the log, then run it again, or raise no_progress_runs in the"
+               " configuration)")
+    return FollowUp(FAILED, verdict.reason, cut_text(verdict.detail, DETAIL_LIMIT - len(stopped)) + stopped,
+                    attempts=result.attempts, idle_runs=idle_runs)
+
+
+def _resume_of(task: Task, verdict: Verdict, continuation: dict | None) -> dict | None:
+    """What a run continues that follows one which was interrupted.  What that one was told is told again: an answer
+    must not get lost because the API refused the run."""
+    told = task.resume or {}
+    if not (continuation and verdict.resume):
+        return task.resume
+    words = {name: told[name] for name in ("kind", "text", "question", "command") if name in told}
+    return {**continuation, "kind": "interrupted", **words}
+
+
+def _parking(task: Task, verdict: Verdict, goes_on: dict | None, now: float, rules: FollowUpRules) -> FollowUp:
+    """After a used up quota or an expired login the kind is parked, and the task waits as if it had not been run."""
+    until = max(verdict.retry_at or now + UNKNOWN_RESET_S, now + SHORTEST_PARK_S)
+    again = FollowUp(
+        QUEUED, verdict.reason, verdict.detail, attempts=task.attempts, idle_runs=task.idle_runs, round=task.round,
+        resume=goes_on, park=True, park_until=None if verdict.reason == "auth" else until)
+    if verdict.reason == "auth" or rules.on_quota != "fail":
+        return again
+    return again.replace(state=REASONS[verdict.reason]["state"], resume=None,
+                         detail=f"{cut_text(verdict.detail, DETAIL_LIMIT - len(QUOTA_FAILS))}{QUOTA_FAILS}")
+
+
+QUOTA_FAILS = ('; it fails because on_quota = "fail" stands in the configuration: run it again (ctl run, ctl resume)'
+               ' after the reset, or set on_quota = "wait"')
+
+
+def _next_try(task: Task, verdict: Verdict, continuation: dict | None, goes_on: dict | None, now: float,
+              jitter: float) -> FollowUp:
+    """Whether and when a failed run is followed by another one, by the reasons' table."""
+    facts, same, told = REASONS[verdict.reason], dict(reason=verdict.reason, detail=verdict.detail), task.resume or {}
     again = FollowUp(QUEUED, **same, attempts=task.attempts, round=task.round)
-    told = task.resume or {}  # what this run was told: an answer must not get lost because the API refused the run
-    goes_on = task.resume
-    if continuation and verdict.resume:
-        words = {name: told[name] for name in ("kind", "text", "question", "command") if name in told}
-        goes_on = {**continuation, "kind": "interrupted", **words}
     has_free_try = task.free_tries < FREE_TRIES
     if told.get("session_id") and verdict.reason == "agent_error" and not verdict.resume and has_free_try:
         # the session is gone: a new one, told the same
         return again.replace(free_tries=task.free_tries + 1, resume={**told, "session_id": ""})
     if verdict.reason == "verify_failed" and task.round < task.verify_rounds:
         return again.replace(round=task.round + 1, resume=continuation)
-    if verdict.reason in ("quota_exhausted", "auth"):
-        until = max(verdict.retry_at or now + UNKNOWN_RESET_S, now + SHORTEST_PARK_S)
-        return again.replace(resume=goes_on, park=True, park_until=None if verdict.reason == "auth" else until)
     if facts.get("free"):
         if not has_free_try:
             return FollowUp(facts["state"], **same, attempts=task.attempts, free_tries=task.free_tries)
@@ -2662,6 +2859,34 @@ def decide_follow_up(task: Task, verdict: Verdict, continuation: dict | None, no
     if facts.get("retry") and attempts < task.retry.max_attempts:
         return FollowUp(QUEUED, **same, not_before=now + retry_delay_s(task.retry, attempts, jitter), attempts=attempts)
     return FollowUp(facts["state"], **same, attempts=attempts)
+
+
+class Health(KeyedRecord, failures=0, cooling_until=None, detail=""):
+    """How an agent kind does: failures in a row, until when it pauses because of them, and what the last one said."""
+
+
+def next_health(health: Health, kind: str, verdict: Verdict, now: float) -> Health:
+    """How a kind does after one more run: a failure that is the kind's fault counts, a run that worked forgives all,
+    anything else says nothing.  What fails during a pause was begun before it and does not make it longer."""
+    if verdict.ok or verdict.state == BLOCKED or verdict.reason in KIND_WORKS:
+        return Health()
+    faults = {"spawn_failed"} if kind in OWN_PROGRAM_KINDS else KIND_FAULTS
+    if verdict.reason not in faults or (health.cooling_until or now) > now:
+        return health
+    failures = health.failures + 1
+    over = failures - COOLDOWN_AFTER
+    pause_s = min(COOLDOWN_FIRST_S * 2 ** min(over, 10), COOLDOWN_MOST_S)
+    return Health(failures, None if over < 0 else now + pause_s, f"{verdict.reason}: {cut_text(verdict.detail, 200)}")
+
+
+def merged_park(old: dict | None, until: float | None, reason: str) -> tuple[bool, bool]:
+    """(whether a kind that is parked as ``old`` says must be parked anew, whether that is news).  Of forty runs that
+    meet one limit only the first is news; a person's park stays, and a missing login outlasts every reset."""
+    if old is None:
+        return True, True
+    if old["until"] is None or until is not None and until <= old["until"]:
+        return False, False
+    return True, until is None or reason != old["reason"] or until > old["until"] + SHORTEST_PARK_S
 
 
 # ---- 10 Readable text (pure) -----------------------------------------------------------------------------------
@@ -2947,6 +3172,9 @@ def render_agents(agents: list[dict], width: int, color: bool, tz_offset_s: floa
         state = ("parked", YELLOW) if agent.get("parked", until) else ("open", GREEN)
         state = ("not installed", RED) if agent.get("installed") is False else state
         why = " ".join(filter(None, (agent.get("park_reason"), agent.get("park_detail"))))
+        if agent.get("cooling_until") and state[1] == GREEN:
+            state, until = ("cooling", YELLOW), _local(agent["cooling_until"], tz_offset_s)[:16]
+            why = f"{agent['failures']} runs in a row failed; the last one: {agent['failure']}"
         rows.append([agent["kind"], state, f"{agent['running']}/{agent['max_concurrent'] or '-'}", until, (why, DIM)])
     return render_table(rows, ["AGENT", "STATE", "RUNNING", "UNTIL", "WHY"], width, color, right=("RUNNING",))
 
@@ -2967,6 +3195,9 @@ def render_status(status: dict, now: float, width: int, color: bool, tz_offset_s
         reason = f": {agent['park_reason']}" if agent.get("park_reason") else ""
         if agent.get("parked", until is not None):
             lines.append((f"{agent['kind']} is parked {end}{reason}", YELLOW))
+        elif (cooling := parse_db_time(agent.get("cooling_until"))) and cooling > now:
+            lines.append((f"{agent['kind']} cools down until {_clock(cooling, now, tz_offset_s)}: {agent['failures']}"
+                          f" runs in a row failed ({agent['failure']})", YELLOW))
     lines.append((" · ".join(f"{state} {counts[state]}" for state in STATES if counts.get(state)), DIM))
     shown = [paint(cut_to_width(one_line(text, 1000), width), code, color) for text, code in lines if text]
     if not any(counts.values()):
@@ -2981,6 +3212,34 @@ def render_status(status: dict, now: float, width: int, color: bool, tz_offset_s
     hints += [f"claudomator ctl accept {ready[0]['id'][:8]}    or reject ID -m COMMENT"] if ready else []
     hints = [paint(cut_to_width(hint, width), DIM, color) for hint in hints]
     return "\n".join([*shown, *([""] if hints else []), *hints])
+
+
+def cap_to_json(cap: Cap) -> dict:
+    """A cap as every interface shows it."""
+    return {"scope": cap.scope, "unit": cap.unit, "limit": cap.limit, "spent": round(cap.spent, 6),
+            "left": round(cap.left, 6), "unknown_runs": cap.unknown,
+            "state": "reached" if not cap.left else "warning" if cap.is_warned else "ok"}
+
+
+def render_budget(budget: dict, width: int, color: bool, tz_offset_s: float = 0) -> str:
+    """The day's caps with what is spent and left, and what all runs of the day took."""
+    spent, rows, unknown = budget["spent"], [], ""
+    if spent["unknown_usd"]:
+        unknown = f" (+ {spent['unknown_usd']} run{'s'[:spent['unknown_usd'] > 1]} of unknown cost)"
+    head = (f"{budget['day']}: {spent['runs']} run{'s'[:spent['runs'] != 1]}, {format_cost(spent['usd'])}{unknown},"
+            f" {spent['tokens']} tokens, {spent['minutes']:.1f} minutes;"
+            f" resets {_local(budget['resets_at'], tz_offset_s)[:16]}")
+    colors = {"ok": GREEN, "warning": YELLOW, "reached": RED}
+    for cap in budget["caps"]:
+        whose, (usd, digits) = cap["scope"].replace(".", " ", 1), {"usd": ("USD", 2), "minutes": ("", 1)}.get(
+            cap["unit"], ("", 0))
+        amounts = [f"{cap[name]:.{digits}f}" for name in ("spent", "limit", "left")]
+        rows.append(["everything" if whose == "all" else whose, usd or cap["unit"], *amounts,
+                     f"+ {cap['unknown_runs']} runs" if cap["unknown_runs"] else "",
+                     (cap["state"], colors[cap["state"]])])
+    headers = ["BUDGET", "UNIT", "SPENT", "CAP", "LEFT", "UNKNOWN", "STATE"]
+    table = render_table(rows, headers, width, color, right=("SPENT", "CAP", "LEFT"))
+    return f"{cut_to_width(head, width)}\n{table if rows else 'no caps; [budgets] in the configuration sets them'}"
 
 
 def render_executions(runs: list[dict], now: float | None, width: int, color: bool, tz_offset_s: float = 0) -> str:
@@ -3385,7 +3644,7 @@ def runner_binary(kind: str, config: Config) -> str:
 # (group commit); each operation in it is a savepoint, so one that fails takes nothing else with it.  After COMMIT a
 # thread syncs the WAL, and only then are writes acknowledged, events published and agents started (docs/adr/0004).
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 CACHED_RECORDS = 1000
 APPLICATION_ID = 0x436C6175  # "Clau"
 
@@ -3539,7 +3798,7 @@ def task_to_json(task: Task, execution: Execution | None, default_timeout_s: flo
 
 def migrate(db) -> None:
     """Bring a database to ``SCHEMA_VERSION``, each numbered step in a transaction of its own."""
-    for number, step in ((2, _migrate_2),):
+    for number, step in ((2, _migrate_2), (3, _migrate_3)):
         if db.execute("PRAGMA user_version").fetchone()[0] < number:
             with db:  # commits, or undoes all when it raises
                 db.execute("BEGIN IMMEDIATE")
@@ -3582,6 +3841,21 @@ def _migrate_2(db) -> None:
             *TRIGGERS,
             "INSERT INTO state_counts SELECT state, count(*) FROM tasks GROUP BY state",
             f"PRAGMA application_id = {APPLICATION_ID}"):
+        db.execute(statement)
+
+
+def _migrate_3(db) -> None:
+    """Health of agent kinds, idle runs of tasks, and what each day cost; what was spent before today is not in it."""
+    if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'spending'").fetchone():
+        db.execute("ALTER TABLE spending RENAME TO go_spending")
+    for statement in (
+            "ALTER TABLE agents ADD COLUMN failures INTEGER NOT NULL DEFAULT 0",
+            "ALTER TABLE agents ADD COLUMN cooling_until REAL",
+            f"ALTER TABLE agents ADD COLUMN failure {TEXT}",
+            "ALTER TABLE tasks ADD COLUMN idle_runs INTEGER NOT NULL DEFAULT 0",
+            "CREATE TABLE spending (day TEXT NOT NULL, agent TEXT NOT NULL, project TEXT NOT NULL, usd REAL NOT NULL,"
+            " tokens INTEGER NOT NULL, runs INTEGER NOT NULL, minutes REAL NOT NULL, unknown_usd INTEGER NOT NULL,"
+            " unknown_tokens INTEGER NOT NULL, PRIMARY KEY (day, agent, project)) WITHOUT ROWID"):
         db.execute(statement)
 
 
@@ -3681,6 +3955,13 @@ class WalSyncer:
         self._queue.put(None)
         self._thread.join(5)
         os.close(self._descriptor)
+
+
+def local_day(at: float) -> tuple[str, float]:
+    """(date, next midnight in unix seconds) of a moment in this machine's time zone."""
+    local = time.localtime(at)
+    midnight = time.mktime((local.tm_year, local.tm_mon, local.tm_mday + 1, 0, 0, 0, 0, 0, -1))
+    return time.strftime("%Y-%m-%d", local), midnight
 
 
 class Transactions:
@@ -4088,20 +4369,54 @@ class Store(Transactions):
         """Store a setting of the daemon."""
         self._write("INSERT OR REPLACE INTO settings VALUES (?, ?)", (key, format_json(value)))
 
+    def _remembered(self, *key, read: Callable) -> object:
+        """``read()``, once as long as nobody writes; ``_cache.pop(key)`` belongs to each writing."""
+        if self._loop is None:
+            return read()
+        if key not in self._cache:
+            self._cache[key] = read()
+        return self._cache[key]
+
     def parked_agents(self) -> dict[str, dict]:
         """Parked agent kinds: {kind: {"until": unix s or None (until unparked), "reason", "detail"}}."""
-        if ("agents", "parked") not in self._cache:
-            rows = self._rows("SELECT kind, parked_until, reason, detail FROM agents WHERE reason <> ''")
-            parked = {kind: {"until": until, "reason": reason, "detail": detail} for kind, until, reason, detail in rows}
-            if self._loop is None:
-                return parked
-            self._cache["agents", "parked"] = parked
-        return self._cache["agents", "parked"]
+        return self._remembered("agents", "parked", read=lambda: {
+            kind: {"until": until, "reason": reason, "detail": detail} for kind, until, reason, detail in self._rows(
+                "SELECT kind, parked_until, reason, detail FROM agents WHERE reason <> ''")})
 
     def park_agent(self, kind: str, until: float | None, reason: str, detail: str) -> None:
         """Remember that a kind is parked; an empty ``reason`` unparks it."""
         self._cache.pop(("agents", "parked"), None)
-        self._write("INSERT OR REPLACE INTO agents VALUES (?, ?, ?, ?)", (kind, until, reason, detail))
+        self._write("INSERT INTO agents (kind, parked_until, reason, detail) VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE"
+                    " SET parked_until = excluded.parked_until, reason = excluded.reason, detail = excluded.detail",
+                    (kind, until, reason, detail))
+
+    def agent_health(self) -> dict[str, Health]:
+        """How the agent kinds do that failed lately."""
+        return self._remembered("agents", "health", read=lambda: {row[0]: Health(*row[1:]) for row in self._rows(
+            "SELECT kind, failures, cooling_until, failure FROM agents WHERE failures > 0")})
+
+    def put_health(self, kind: str, health: Health) -> None:
+        """Remember how an agent kind does."""
+        self._cache.pop(("agents", "health"), None)
+        self._write("INSERT INTO agents (kind, reason, detail, failures, cooling_until, failure) VALUES"
+                    " (?, '', '', ?, ?, ?) ON CONFLICT DO UPDATE SET failures = excluded.failures,"
+                    " failure = excluded.failure, cooling_until = excluded.cooling_until",
+                    (kind, health.failures, health.cooling_until, health.detail))
+
+    def spending(self, day: str) -> list[tuple[str, str, Spent]]:
+        """What the ended runs of a day took, as (kind, project, ``Spent``)."""
+        return self._remembered("spending", day, read=lambda: [(*row[:2], Spent(*row[2:])) for row in self._rows(
+            "SELECT agent, project, usd, tokens, runs, minutes, unknown_usd, unknown_tokens FROM spending"
+            " WHERE day = ?", (day,))])
+
+    def add_spending(self, day: str, kind: str, project: str, spent: Spent) -> None:
+        """Count a run to a day."""
+        self._cache.pop(("spending", day), None)
+        names = Spent._fields
+        added = ", ".join(f"{name} = {name} + excluded.{name}" for name in names)
+        self._write(f"INSERT INTO spending (day, agent, project, {', '.join(names)})"
+                    f" VALUES (?, ?, ?{', ?' * len(names)}) ON CONFLICT DO UPDATE SET {added}",
+                    (day, kind, project, *(getattr(spent, name) for name in names)))
 
     def backup(self, target: str) -> int:
         """Copy the database with SQLite's online backup to ``target`` (0600, replaced at the end); returns its bytes.
@@ -4829,6 +5144,14 @@ def _head(repo: str, env: dict, name: str = "HEAD") -> str:
     return result.output.strip() if result.exit_code == 0 else ""
 
 
+def head_of_sandbox(path: str, env: dict) -> str:
+    """The commit at which a sandbox stands, empty where that cannot be said."""
+    try:
+        return _head(path, env)
+    except (SandboxError, OSError):
+        return ""
+
+
 def _branch(env: dict, **where) -> str:
     """The branch that HEAD names, whether it has commits or not; empty where HEAD is detached."""
     return git(["symbolic-ref", "--quiet", "--short", "HEAD"], env=env, **where).output.strip()
@@ -5319,7 +5642,8 @@ LOG_CHUNK = 1 << 16  # bytes of a log in one notification
 LOG_POLL_S = 0.2
 EVENT_TEXT = 2000  # characters of a comment or an answer in an event; the whole of it is with the task
 EDITABLE_STATES = frozenset({PENDING, QUEUED, READY, BLOCKED}) | FAILURE_STATES
-FRESH_TRIES = {"reason": "", "detail": "", "attempts": 0, "free_tries": 0, "not_before": None}
+FRESH_TRIES = {"reason": "", "detail": "", "attempts": 0, "free_tries": 0, "idle_runs": 0,
+               "not_before": None}
 
 
 def complete_spec(spec: TaskSpec, config: Config, kinds) -> TaskSpec:
@@ -5349,11 +5673,63 @@ def wrong_state(task: Task, words: str) -> WrongState:
     return WrongState(f"task {task.id[:8]} {words}", state=task.state)
 
 
-class Lifecycle:
+class KindKeeper:
+    """What is remembered of agent kinds: parks, failures in a row, and what their runs took."""
+
+    def __init__(self, store: Store):
+        self.store, self.log = store, lambda level, message: None
+
+    def park(self, kind: str, until: float | None, reason: str, detail: str) -> None:
+        """Start no agent of a kind until a time, or until it is unparked; told once, whoever else meets the same."""
+        old = self.store.parked_agents().get(kind) if reason != "operator" else None
+        is_longer, is_news = merged_park(old, until, reason)
+        if not is_longer:
+            return
+        with self.store.atomic():
+            self.store.park_agent(kind, until, reason, detail)
+            if is_news:
+                self.store.append_event("agent.parked", agent=kind, until=format_time(until), reason=reason,
+                                        detail=detail)
+                end = f"until {format_time(until)}" if until else f"until: claudomator ctl agent unpark {kind}"
+                self.store.after(lambda: self.log("warning", f"{kind} is parked {end} ({reason}: {detail})"))
+
+    def unpark(self, kind: str, why: str, forgive: bool = False) -> None:
+        """Let a kind start again; ``forgive`` its failures too."""
+        with self.store.atomic():
+            self.store.park_agent(kind, None, "", "")
+            if forgive and kind in self.store.agent_health():
+                self.store.put_health(kind, Health())
+            self.store.append_event("agent.unparked", agent=kind, why=why)
+
+    def _note_run(self, execution: Execution, verdict: Verdict, project: str, facts: dict, ended: float) -> None:
+        """Count a run to its day and to the health of its kind; one whose agent never ran took nothing."""
+        kind, old = execution.agent, self.store.agent_health().get(execution.agent, Health())
+        if execution.pid is not None:
+            cost, tokens = facts.get("cost_usd"), (facts.get("tokens_in"), facts.get("tokens_out"))
+            unknown = tokens == (None, None)
+            self.store.add_spending(local_day(execution.start_time)[0], kind, project, Spent(
+                cost or 0.0, sum(number or 0 for number in tokens), 1, max(0.0, ended - execution.start_time) / 60,
+                int(cost is None), int(unknown)))
+        health = next_health(old, kind, verdict, self.store.clock())
+        if health == old:
+            return
+        self.store.put_health(kind, health)
+        if health.cooling_until != old.cooling_until and health.failures:
+            until = format_time(health.cooling_until)
+            words = f"{kind} cools down until {until}: {health.failures} runs in a row failed ({health.detail})"
+            self.store.append_event("agent.cooling", agent=kind, until=until, failures=health.failures,
+                                    detail=health.detail)
+            self.store.after(lambda: self.log("warning", words))
+        elif old.cooling_until and not health.failures:
+            self.store.append_event("agent.recovered", agent=kind, failures=old.failures)
+
+
+class Lifecycle(KindKeeper):
     """Every move of a task.  ``on_move(task, old_state)`` and its like tell the pool within the same tick."""
 
     def __init__(self, store: Store, random_bytes=os.urandom):
-        self.store, self._random = store, random_bytes
+        super().__init__(store)
+        self._random = random_bytes
         self.on_move = self.on_change = self.on_delete = lambda *facts: None
 
     def new_id(self) -> str:
@@ -5530,12 +5906,15 @@ class Lifecycle:
                 round=task.round, timeout_s=timeout_s, artifact_dir=directory,
                 stdout_path=f"{directory}/stdout.log", stderr_path=f"{directory}/stderr.log", **goes_on))
             self.store.append_event("task.state", task.id, execution_id, **{"from": QUEUED, "to": RUNNING},
-                                    name=task.name, agent=kind, round=task.round)
+                                    name=task.name, agent=kind, round=task.round,
+                                    **({"instead_of": task.agent.type} if task.agent.type not in ("", kind) else {}))
             self.store.after(lambda: self.on_move(moved, QUEUED))
         return moved, execution
 
-    def settle(self, execution: Execution, verdict: Verdict, follow_up: FollowUp, **facts) -> Task:
-        """End an execution and move its task, in one transaction.  ``facts`` are further fields of the execution."""
+    def settle(self, execution: Execution, verdict: Verdict, follow_up: FollowUp, ended: float | None = None,
+               **facts) -> Task:
+        """End an execution and move its task, in one transaction.  ``facts`` are further fields of the execution;
+        ``ended`` is when its agent did, if that was not just now."""
         state = follow_up.state
         if state in (READY, COMPLETED) and self._open_subtasks(execution.task_id):
             state = BLOCKED
@@ -5550,6 +5929,8 @@ class Lifecycle:
             self.store.append_event("execution.ended", execution.task_id, execution.id, status=verdict.state,
                                     **({"reason": verdict.reason} if verdict.reason else {}),
                                     cost_usd=facts.get("cost_usd"), exit_code=facts.get("exit_code"))
+            self._note_run(execution, verdict, self.store.get_task(execution.task_id).project, facts,
+                           ended or self.store.clock())
             if follow_up.park:
                 self.park(execution.agent, follow_up.park_until, verdict.reason, verdict.detail)
             question = verdict.question_json() if verdict.state == BLOCKED else None
@@ -5571,6 +5952,13 @@ class Lifecycle:
         return self._move(task_id, FAILED, only_from=(QUEUED,), reason="dependency_failed",
                           detail=f"a task that this one depends on cannot be met any more: {what}")
 
+    def fail_quota(self, task_id: str, kind: str) -> Task:
+        """QUEUED to FAILED because the quota of its agent is used up and ``on_quota`` is ``fail``."""
+        until = self.store.parked_agents().get(kind, {}).get("until")
+        resets = f", which resets at {format_time(until)}" if until else ""
+        return self._move(task_id, FAILED, only_from=(QUEUED,), reason="quota_exhausted",
+                          detail=f"it was not started: the quota of {kind} is used up{resets}{QUOTA_FAILS}")
+
     def _open_subtasks(self, task_id: str) -> int:
         return sum(child.state not in ENDED_STATES for child in self.store.subtasks(task_id))
 
@@ -5589,18 +5977,6 @@ class Lifecycle:
             if parent.parent_task_id or parent.auto_accept:
                 self.accept(parent_id)
 
-    def park(self, kind: str, until: float | None, reason: str, detail: str) -> None:
-        """Start no agent of a kind until a time, or until it is unparked."""
-        with self.store.atomic():
-            self.store.park_agent(kind, until, reason, detail)
-            self.store.append_event("agent.parked", agent=kind, until=format_time(until), reason=reason, detail=detail)
-
-    def unpark(self, kind: str, why: str) -> None:
-        """Let a kind start again."""
-        with self.store.atomic():
-            self.store.park_agent(kind, None, "", "")
-            self.store.append_event("agent.unparked", agent=kind, why=why)
-
 
 class Core:
     """What the operations work on.  ``pool`` and ``reload`` are set by the daemon; without one they stay ``None``."""
@@ -5608,6 +5984,7 @@ class Core:
     def __init__(self, config: Config, store: Store, log):
         self.config, self.store, self.log, self.kinds = config, store, log, tuple(RUNNERS)
         self.bus, self.life, self.started_at = Bus(store), Lifecycle(store), store.clock()
+        self.life.log = log
         self.pool = self.reload = None
         self.host_env = dict(os.environ)  # copied once: os.environ decodes each name and value at every look
 
@@ -5921,7 +6298,7 @@ def _agent_park(core: Core, params: dict) -> dict:
 
 def _agent_unpark(core: Core, params: dict) -> dict:
     core.check_kind(params["agent"])
-    core.life.unpark(params["agent"], "operator")
+    core.life.unpark(params["agent"], "operator", forgive=True)
     core.pool.wake()
     return {"agents": core.pool.agents()}
 
@@ -6061,6 +6438,8 @@ OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in (
     Operation("agent.park", _agent_park, "start no agent of a kind for a while", (
         KIND, Param("until", "str", "a time or a delay; absent: until it is unparked"))),
     Operation("agent.unpark", _agent_unpark, "let a kind start again", (KIND,)),
+    Operation("budget.status", lambda core, params: core.pool.budget(),
+              "what was spent today, and how much of it each cap of [budgets] allows"),
     Operation("pool.status", _pool_status, "daemon, agents, counts and the tasks that matter now", (
         Param("ended", "int", "so many ended tasks", default=10),)),
     Operation("pool.pause", lambda core, params: hold(core, params, True),
@@ -6195,7 +6574,10 @@ class Workplace:
             session_id=self.execution.session_id, resume=self.resumed, feedback=feedback,
             answer=resume.get("text", "") if resume.get("kind") == "answer" else "", round=self.execution.round,
             is_root=os.geteuid() == 0, program=(sys.executable, "-I", os.path.abspath(__file__)))
-        launch = self.runner.build(self.task, context, self.core.config, self.core.host_env)
+        task = self.task
+        if task.agent.type not in ("", self.execution.agent):  # it stands in for that one, and has other models
+            task = task.replace(agent=task.agent.replace(model=""))
+        launch = self.runner.build(task, context, self.core.config, self.core.host_env)
         if self.sandbox:
             launch = launch.replace(env={**launch.env, **agent_git_env(launch.env, cwd)})
         if feedback or self.task.rejection_comment:
@@ -6246,6 +6628,7 @@ class Run(Workplace):
         self.pool = pool
         self.read_again()
         self._stop_task = None
+        self.is_settled = False  # its end is in the database, and with it what it took
         self.job = None
 
     def read_again(self) -> None:
@@ -6488,6 +6871,7 @@ class Run(Workplace):
                 await self._settle_once(verdict, facts)
                 break
             except StorageError as error:
+                self.is_settled = False
                 self.core.log("error", f"execution {self.execution.id[:8]} has ended but cannot be recorded: {error}")
                 await asyncio.sleep(SETTLE_RETRY_S)
             except Exception as error:  # a fault of ours must not hold a slot for ever; ``reconcile`` looks at it again
@@ -6504,14 +6888,22 @@ class Run(Workplace):
         execution = self.execution.replace(session_id=facts.get("session_id", self.execution.session_id),
                                            sandbox_dir=sandbox_dir)
         continuation = continuation_of(execution) if self.runner.resumable or sandbox_dir else None
-        if self.feedback:
-            continuation = {**(continuation or {}), **self.feedback}
-        follow_up = decide_follow_up(task, verdict, continuation, store.clock(), life.jitter())
+        head = await in_thread(head_of_sandbox, sandbox_dir, self._environment()) if sandbox_dir else ""
+        if self.feedback or continuation is not None:
+            continuation = {**(continuation or {}), **(self.feedback or {}), **({"head": head} if head else {})}
+        before = (self.task.resume or {}).get("head", self.execution.start_head)
+        config = self.core.config
+        rules = FollowUpRules(config.agent_settings(execution.agent).on_quota, config.no_progress_runs)
+        follow_up = decide_follow_up(task, verdict, continuation, store.clock(), life.jitter(), rules,
+                                     made_commit=head not in ("", before))
         keep = self.core.config.keep_executions
         with store.atomic():
             if self.pushed:
                 store.append_event("sandbox.pushed", task.id, self.execution.id, **self.pushed)
-            life.settle(self.execution, verdict, follow_up, **{"sandbox_dir": sandbox_dir, **facts})
+            ended, started = exit_time(self.directory), self.execution.start_time  # maybe while no daemon was there
+            ended = ended if ended and started <= ended <= store.clock() else None
+            life.settle(self.execution, verdict, follow_up, ended, **{"sandbox_dir": sandbox_dir, **facts})
+            self.is_settled = True
             pruned = store.prune_executions(task.id, keep) if keep else []
         await store.durable()
         if verdict.ok and self.sandbox:  # only now: a daemon that dies before this line finds the sandbox again
@@ -6598,6 +6990,25 @@ def find_program(name: str, path: str) -> str | None:
     return None
 
 
+def serving_kind(task: Task) -> str:
+    """The agent kind that a task asks for; a session is resumed by the kind that began it."""
+    resume = task.resume or {}
+    return resume.get("agent", "") if resume.get("session_id") and resume.get("agent") in RUNNERS else task.agent.type
+
+
+def is_choosable(kind: str) -> bool:
+    """Whether a task that does not ask for this kind may get it."""
+    return kind in RUNNERS and RUNNERS[kind].chosen
+
+
+def is_movable(task: Task) -> bool:
+    """Whether another agent can do a task as well: it continues no session, and no setting is meant for one CLI or
+    forbids what another one would not forbid."""
+    agent = task.agent
+    bound = agent.additional_args or agent.permission_mode or agent.disallowed_tools
+    return not bound and not (task.resume or {}).get("session_id")
+
+
 class Dispatcher:
     """The queue and the runs: it hears of every move and starts what may start."""
 
@@ -6610,6 +7021,7 @@ class Dispatcher:
         self._holds = core.store.get_setting("holds", {"paused": False, "kinds": [], "projects": []})
         self._wake_handle = self._timer = self._reconcile_timer = self._reload_timer = None
         self._impossible: list | None = None
+        self._told = core.store.get_setting("budget_notices", {"day": "", "told": []})
         self._programs: dict[str, tuple[float, bool]] = {}
         self._idle_waiters: list = []
         self._loop = None
@@ -6688,9 +7100,10 @@ class Dispatcher:
                 elif verdict == "impossible":
                     impossible = dependency.task
         times = [at for at in (task.start_at, task.not_before) if at is not None]
-        self.queue.add(task.id, kind=task.agent.type, project=task.project, rank=PRIORITY_RANK[task.priority], seq=task.seq,
+        kind = serving_kind(task)
+        self.queue.add(task.id, kind=kind, project=task.project, rank=PRIORITY_RANK[task.priority], seq=task.seq,
                        not_before=max(times) if times else None, waits_for=open_dependencies,
-                       retrying=task.not_before is not None)
+                       retrying=task.not_before is not None, movable=is_choosable(kind) and is_movable(task))
         if impossible is not None:
             self.core.life.fail_dependency(task.id, self.core.store.find_task(impossible))
 
@@ -6711,9 +7124,14 @@ class Dispatcher:
         now = self.core.store.clock()
         try:
             self._unpark_due(now)
-            decision = plan(self.queue, self._running(), self._limits(), now)
+            limits = self._limits(now)
+            if limits.caps:
+                self._tell_budgets(limits.caps, now)
+            decision = plan(self.queue, self._running(), limits, now)
             for start in decision.starts:
                 self._claim(start)
+            for task_id in decision.refused:
+                self.core.life.fail_quota(task_id, self.queue.entry(task_id).kind)
         except StorageError as error:
             self.core.log("error", f"nothing can be started: {error}")
             self._timer = self._loop.call_later(SETTLE_RETRY_S, self.wake)
@@ -6724,7 +7142,8 @@ class Dispatcher:
     def _claim(self, start: Start) -> None:
         try:
             task = self.core.store.get_task(start.task_id)
-            model = task.agent.model or self.core.config.agent_settings(start.kind).model
+            own = task.agent.model if task.agent.type in ("", start.kind) else ""
+            model = own or self.core.config.agent_settings(start.kind).model
             timeout_s = task.timeout_s or self.core.config.default_timeout_s
             task, execution = self.core.life.claim(task, start.kind, model, timeout_s,
                                                         self.core.config.executions_dir)
@@ -6750,22 +7169,69 @@ class Dispatcher:
                     waiter.set_result(None)
         self.wake()
 
+    # -- what bounds the pool
+
     def _running(self) -> Running:
         by_kind: dict[str, int] = {}
         for run in self.runs.values():
             by_kind[run.execution.agent] = by_kind.get(run.execution.agent, 0) + 1
         return Running(total=len(self.runs), by_kind=by_kind)
 
-    def _limits(self) -> Limits:
-        config = self.core.config
+    def _limits(self, now: float) -> Limits:
+        config, parks, health = self.core.config, self.core.store.parked_agents(), self.core.store.agent_health()
         bounds = {kind: config.agent_settings(kind).max_concurrent for kind in self.core.kinds}
-        parked = {kind: float("inf") if info["until"] is None else info["until"]
-                  for kind, info in self.core.store.parked_agents().items()}
+        bounds.update({kind: 1 for kind in health if health[kind].cooling_until})  # after a pause one run at a time
+        parked = {kind: float("inf") if info["until"] is None else info["until"] for kind, info in parks.items()}
+        policies = {kind: config.agent_settings(kind).on_quota for kind, info in parks.items()
+                    if info["reason"] == "quota_exhausted"}
+        caps, resets_at = self._caps(now)
         return Limits(
             max_concurrent=config.max_concurrent, per_kind={kind: n for kind, n in bounds.items() if n is not None},
             paused=self._holds["paused"], draining=self.draining, paused_kinds=frozenset(self._holds["kinds"]),
             paused_projects=frozenset(self._holds["projects"]), parked=parked,
-            available_kinds=tuple(kind for kind in self.core.kinds if RUNNERS[kind].chosen and self.is_installed(kind)))
+            available_kinds=tuple(kind for kind in self.core.kinds if is_choosable(kind) and self.is_installed(kind)),
+            cooling={kind: health[kind].cooling_until for kind in health if health[kind].cooling_until},
+            on_quota={kind: policy for kind, policy in policies.items() if policy != "wait"},
+            caps=caps, resets_at=resets_at)
+
+    # -- budgets
+
+    def _spent_today(self, day: str, now: float) -> dict[str, Spent]:
+        """By scope, what today's runs took: the ended ones as stored, and those that run, which told no cost yet."""
+        active = [(run.execution.agent, run.task.project, run.execution.start_time) for run in self.runs.values()
+                  if not run.is_settled and local_day(run.execution.start_time)[0] == day]
+        return sum_spending([*self.core.store.spending(day), *(
+            (kind, project, Spent(runs=1, minutes=max(0.0, now - start) / 60)) for kind, project, start in active)])
+
+    def _caps(self, now: float) -> tuple[tuple[Cap, ...], float]:
+        """(today's caps, when they begin anew)."""
+        budgets = self.core.config.budgets
+        if not any(any(limits.values()) for limits in budgets.values()):
+            return (), float("inf")
+        day, resets_at = local_day(now)
+        return budget_caps(budgets, self._spent_today(day, now)), resets_at
+
+    def _tell_budgets(self, caps: tuple[Cap, ...], now: float) -> None:
+        """Tell once a day of each cap that comes near, and of each that is reached."""
+        day = local_day(now)[0]
+        told = tuple(self._told["told"]) if self._told["day"] == day else ()
+        if not (notices := new_budget_notices(caps, told)):
+            return
+        self._told = {"day": day, "told": [*told, *(key for key, _, _ in notices)]}
+        with self.core.store.atomic():
+            self.core.store.put_setting("budget_notices", self._told)
+            for _, event, cap in notices:
+                words = f"budget {event.removeprefix('budget.')}: {describe_cap(cap)}"
+                self.core.store.append_event(event, **cap_to_json(cap), detail=words)
+                self.core.log("warning", words)
+
+    def budget(self) -> dict:
+        """Today's caps and what was spent, for ``ctl budget``."""
+        now = self.core.store.clock()
+        day, resets_at = local_day(now)
+        spent = self._spent_today(day, now)
+        return {"day": day, "resets_at": format_time(resets_at), "spent": dict(spent.get("all", Spent()).__dict__),
+                "caps": [cap_to_json(cap) for cap in budget_caps(self.core.config.budgets, spent)]}
 
     def is_installed(self, kind: str) -> bool:
         """Whether an agent kind's program (of ``local``: its endpoint) is there; looked at again after seconds."""
@@ -6818,6 +7284,7 @@ class Pool(Dispatcher):
                 self._drive(run, "ended")
         if self.runs and self._reconcile_timer is None:
             self._reconcile_timer = self._loop.call_later(RECONCILE_S, self.reconcile)
+            self.wake()  # a budget of minutes is used up by running
 
     def _keep_house(self) -> None:
         """Delete logs and sandboxes that are older than the configuration keeps, a few at a time."""
@@ -6891,17 +7358,20 @@ class Pool(Dispatcher):
     def agents(self) -> list[dict]:
         """The agent kinds for ``ctl agent``."""
         running, parked, config = self._running(), self.core.store.parked_agents(), self.core.config
+        healths = self.core.store.agent_health()
         return [{"kind": kind, "running": running.by_kind.get(kind, 0),
                  "max_concurrent": config.agent_settings(kind).max_concurrent,
                  "installed": self.is_installed(kind),
                  "parked": kind in parked, "parked_until": format_time(parked[kind]["until"]) if kind in parked else None,
                  "park_reason": parked[kind]["reason"] if kind in parked else "",
-                 "park_detail": parked[kind]["detail"] if kind in parked else ""} for kind in self.core.kinds]
+                 "park_detail": parked[kind]["detail"] if kind in parked else "",
+                 "failures": healths.get(kind, Health()).failures, "failure": healths.get(kind, Health()).detail,
+                 "cooling_until": format_time(healths.get(kind, Health()).cooling_until)} for kind in self.core.kinds]
 
     def is_parked(self, task: Task) -> bool:
-        """Whether a queued task waits for its agent kind to be unparked."""
-        parked = self.core.store.parked_agents()
-        return task.state == QUEUED and task.agent.type in parked
+        """Whether a queued task waits for the end of a park or of a day's budget."""
+        now = self.core.store.clock()
+        return task.state == QUEUED and waits_long(self.queue, task.id, self._limits(now), now)
 
     def explain(self, task: Task) -> str:
         """Why a task is where it is, in a few words."""
@@ -6909,8 +7379,8 @@ class Pool(Dispatcher):
             def name_of(task_id: str) -> str:
                 task = self.core.store.find_task(task_id)
                 return task.name if task else task_id[:8]
-            return explain(self.queue, task.id, self._running(), self._limits(), self.core.store.clock(), name_of,
-                           local_offset_s(self.core.store.clock()))
+            now = self.core.store.clock()
+            return explain(self.queue, task.id, self._running(), self._limits(now), now, name_of, local_offset_s(now))
         if task.state == RUNNING and task.execution_id in self.runs:
             run = self.runs[task.execution_id]
             return f"stopping ({run.stop_reason})" if run.stop_reason else f"round {task.round}" if task.round > 1 else ""
@@ -7302,8 +7772,8 @@ def stderr_log(level: str, message: str) -> None:
 class Daemon:
     """One daemon on one data directory.  ``load_config()`` reads the configuration again for a reload."""
 
-    def __init__(self, config: Config, load_config=None, log=stderr_log):
-        self.config, self._load_config, self.log = config, load_config, log
+    def __init__(self, config: Config, load_config=None, log=stderr_log, clock=time.time):
+        self.config, self._load_config, self.log, self._clock = config, load_config, log, clock
         self.core = self.pool = self.server = None
         self._lock = -1
         self._stop = None
@@ -7319,7 +7789,7 @@ class Daemon:
         loop = asyncio.get_running_loop()
         self._stop = loop.create_future()
         self._lock = lock_data_dir(self.config)
-        store = Store(self.config.db_path)
+        store = Store(self.config.db_path, self._clock)
         store.attach(loop)
         self.core = Core(self.config, store, self.log)
         self.core.reload = self.reload
@@ -8060,7 +8530,7 @@ def watch_tasks(cli: Cli, ids: list[str], since: int) -> list[dict]:
         event = next(events)
         if event["task_id"] in ids:
             say_event(cli, event)
-        if event["kind"] in ("task.state", "task.question", "task.deleted", "agent.parked"):
+        if event["kind"] in ("task.state", "task.question", "task.deleted", "agent.parked", "budget.reached"):
             result = state()
     return result["tasks"]
 
@@ -8239,6 +8709,11 @@ def status_text(cli: Cli, result: dict) -> str:
 def agents_text(cli: Cli, result: dict) -> str:
     """The table of agent kinds."""
     return cli.table(render_agents, result["agents"], zone=True)
+
+
+def budget_text(cli: Cli, result: dict) -> str:
+    """The table of budgets."""
+    return cli.table(render_budget, result, zone=True)
 
 
 def sandboxes_text(cli: Cli, result: dict) -> str:
@@ -8481,6 +8956,7 @@ COMMANDS: dict[str, Command] = {
         "start no agent of a kind until it is unparked", (Option("--until T", "or until then"),), 1, 1),
     "ctl agent unpark": Command(asks("agent.unpark", agents_text, lambda cli: {"agent": cli.arguments[0]}), "KIND",
                                 "let a kind start again", (), 1, 1),
+    "ctl budget": Command(asks("budget.status", budget_text), "", "today's budgets: caps, spent, left, unknown"),
     "ctl pool": Command(asks("daemon.status", pool_text), "", "what runs, and what is held"),
     "ctl pool pause": Command(asks("pool.pause", pool_text, Cli.filters), "", "start nothing new", HOLD),
     "ctl pool resume": Command(asks("pool.resume", pool_text, Cli.filters), "", "end a pause or a drain", HOLD),

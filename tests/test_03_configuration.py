@@ -115,7 +115,9 @@ def toml_for(key: c.Key, value: str) -> str:
     """A file that sets just this key (and what its table requires)."""
     group, _, leaf = key.name.rpartition(".")
     name = {"agents.*": "claude", "budgets.agent.*": "claude"}.get(group, "some")
-    lines = [] if not group else [f"[[{group[:-2]}]]"] if group.endswith("[]") else [f"[{group.replace('*', name)}]"]
+    project = group == "budgets.project.*"
+    lines = ['[[projects]]\nname = "some"\ndir = "/some"'] if project else []
+    lines += [] if not group else [f"[[{group[:-2]}]]"] if group.endswith("[]") else [f"[{group.replace('*', name)}]"]
     for other in c.CONFIG_GROUPS[group].values():
         if other.required and other is not key:
             lines.append(f"{other.name.rpartition('.')[2]} = {c._toml_value(other.example)}")
@@ -162,6 +164,7 @@ def test_the_bounds_of_numbers_and_durations_are_kept():
 
 def test_named_tables_are_kept_by_name():
     config = read('[budgets]\nusd = 20\n[budgets.project.p]\nruns = 3\n[budgets.agent.claude]\nminutes = 1.5\n'
+                  '[[projects]]\nname = "p"\ndir = "/p"\n'
                   '[prices."gemini-2.5-pro"]\ninput = 1.25\n[runners.codex]\ncommand = ["codex"]\nformat = "jsonl"\n'
                   '[launchers.far]\nkind = "ssh"\n[scripts.go]\ncommand = ["./go"]\n[agents.codex]\nmodel = "m"')
     assert config.budgets["all"]["usd"] == 20.0 and config.budgets["project.p"]["runs"] == 3
@@ -171,7 +174,7 @@ def test_named_tables_are_kept_by_name():
     assert config.launchers["far"]["kind"] == "ssh" and config.scripts["go"]["command"] == ("./go",)
     assert config.agent_settings("codex").model == "m"
     names = [warning.split(": ")[1].split(" ")[0] for warning in config.warnings]
-    assert names == ["budgets", "prices", "runners", "launchers", "scripts"]
+    assert names == ["prices", "runners", "launchers", "scripts"]
 
 
 # -- problems
@@ -191,7 +194,21 @@ def test_all_problems_come_at_once_each_with_file_key_and_expectation():
         "config.toml: projects[1].dir: expected an absolute path or one that begins with ~/, got 'x'",
         "config.toml: projects[1].name: projects[0] has this name already",
         "config.toml: budgets.project.p: expected a table, got 3",
+        "config.toml: budgets.project.p: no such project: a, a",
     ]
+
+
+@pytest.mark.parametrize("text, problem", [
+    ("[budgets.agent.cluade]", "budgets.agent.cluade: no such agent kind (did you mean 'claude'?): claude, gemini,"),
+    ('[[projects]]\nname = "shop"\ndir = "/s"\n[budgets.project.shpo]',
+     "budgets.project.shpo: no such project (did you mean 'shop'?): shop"),
+    ("[budgets.project.shop]", "budgets.project.shop: no such project: none is configured"),
+    ("[budgets]\nuds = 3", "budgets.uds: unknown key (did you mean 'usd'?)"),
+    ("[budgets]\nusd = -1", "budgets.usd: expected a number (>= 0), got -1"),
+    ("[agents.claude]\non_quota = 'others'", "agents.claude.on_quota: expected one of wait, other_agent, fail, got"),
+    ("no_progress_runs = -1", "no_progress_runs: expected an integer (>= 0), got -1")])
+def test_a_budget_or_a_limit_that_could_never_apply_is_a_problem(text, problem):
+    assert f"config.toml: {problem}" in only_problem(text)
 
 
 def test_an_unknown_agent_kind_is_a_problem_unless_a_runner_has_the_name():
@@ -314,7 +331,10 @@ def test_the_template_documents_every_key_and_marks_the_unused():
 def test_the_keys_of_this_version_are_the_active_ones():
     assert {key.name for key in c.CONFIG_KEYS if key.active} == {
         "data_dir", "socket_path", "max_concurrent", "default_timeout", "stall_timeout", "shutdown_timeout",
-        "on_shutdown", "stop_grace", "claude_binary_path", "claude_config_dir", "keep_logs", "keep_sandboxes", "keep_executions",
+        "on_shutdown", "stop_grace", "claude_binary_path", "claude_config_dir", "keep_logs", "keep_sandboxes",
+        "keep_executions",
+        "no_progress_runs", "agents.*.on_quota", *(f"budgets.{scope}{unit}" for scope in ("", "project.*.", "agent.*.")
+                                                   for unit in ("usd", "tokens", "runs", "minutes")),
         "agents.*.max_concurrent", "agents.*.model", "agents.*.env", "agents.*.pass_env", "projects[].name",
         "projects[].dir", "projects[].remote", "projects[].setup", "projects[].build", "projects[].verify",
         "local_model.endpoint", "local_model.model", "local_model.timeout_seconds", "local_model.default_temperature",

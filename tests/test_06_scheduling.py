@@ -8,6 +8,7 @@ import claudomator as c
 
 INF = float("inf")
 KINDS, PROJECTS = ("claude", "gemini", "shell"), ("", "api", "web")
+SCOPES = ("all", "project.api", "project.web", "agent.claude", "agent.gemini")
 
 
 def queue_of(*tasks: dict) -> c.Queue:
@@ -170,35 +171,58 @@ class World:
         return sorted(freed), sorted(failed)
 
     @staticmethod
-    def kind_for(task: dict, total: int, by_kind: dict, limits: c.Limits, now: float) -> str | None:
-        """The kind with which the task may start now, or ``None``."""
+    def has_budget(scope: str, counted: dict, limits: c.Limits, now: float) -> bool:
+        """Whether no cap of a scope is reached; ``counted``: what has started in this plan, by scope."""
+        return now >= limits.resets_at or all(
+            cap.spent + (counted.get(scope, 0) if cap.unit == "runs" else 0) < cap.limit
+            for cap in limits.caps if cap.scope == scope)
+
+    @classmethod
+    def kind_for(cls, task: dict, total: int, by_kind: dict, limits: c.Limits, now: float, counted=()) -> str | None:
+        """The kind with which the task may start now, ``None``, or ``"fails"``."""
+        counted = dict(counted)
         if limits.paused or limits.draining or total >= limits.max_concurrent or task["waits_for"]:
             return None
         if task["not_before"] is not None and task["not_before"] > now or task["project"] in limits.paused_projects:
             return None
-        free = [kind for kind in ([task["kind"]] if task["kind"] else limits.available_kinds)
+        if not all(cls.has_budget(scope, counted, limits, now) for scope in ("all", f"project.{task['project']}")):
+            return None
+        own, kinds = task["kind"], [task["kind"]] if task["kind"] else limits.available_kinds
+        policy = limits.on_quota.get(own) if limits.parked.get(own, -INF) > now else None
+        if policy == "fail":
+            return None if own in limits.paused_kinds else "fails"
+        if policy == "other_agent" and task["movable"]:
+            kinds = limits.available_kinds
+        free = [kind for kind in kinds
                 if kind not in limits.paused_kinds and not limits.parked.get(kind, -INF) > now
+                and not limits.cooling.get(kind, -INF) > now and cls.has_budget(f"agent.{kind}", counted, limits, now)
                 and not by_kind.get(kind, 0) >= limits.per_kind.get(kind, INF)]
         return min(free, key=lambda kind: (by_kind.get(kind, 0), free.index(kind))) if free else None
 
-    def plan(self, running: c.Running, limits: c.Limits, now: float) -> list[tuple[str, str]]:
-        total, by_kind, starts = running.total, dict(running.by_kind), []
+    def plan(self, running: c.Running, limits: c.Limits, now: float, counted=()) -> list[tuple[str, str]]:
+        total, by_kind, starts, counted = running.total, dict(running.by_kind), [], dict(counted)
         for task_id, task in sorted(self.tasks.items(), key=lambda item: (item[1]["rank"], item[1]["seq"])):
-            kind = self.kind_for(task, total, by_kind, limits, now)
+            kind = self.kind_for(task, total, by_kind, limits, now, counted)
             if kind is not None:
                 starts.append((task_id, kind))
+            if kind not in (None, "fails"):
                 total, by_kind[kind] = total + 1, by_kind.get(kind, 0) + 1
+                for scope in ("all", f"agent.{kind}", f"project.{task['project']}"):
+                    counted[scope] = counted.get(scope, 0) + 1
         return starts
 
     def wakes(self, starts: list, running: c.Running, limits: c.Limits, now: float) -> float | None:
         """The first moment after ``now`` at which something starts although nothing happened but ``starts``."""
-        rest, by_kind = World(), dict(running.by_kind)
-        for _, kind in starts:
+        rest, by_kind, counted = World(), dict(running.by_kind), {}
+        for task_id, kind in starts:
             by_kind[kind] = by_kind.get(kind, 0) + 1
+            for scope in ("all", f"agent.{kind}", f"project.{self.tasks[task_id]['project']}"):
+                counted[scope] = counted.get(scope, 0) + 1
         rest.tasks = {task_id: task for task_id, task in self.tasks.items() if task_id not in dict(starts)}
         times = {task["not_before"] for task in rest.tasks.values()} | set(limits.parked.values())
+        times |= set(limits.cooling.values()) | {limits.resets_at}
         for at in sorted(at for at in times if at is not None and now < at < INF):
-            if rest.plan(c.Running(running.total + len(starts), by_kind), limits, at):
+            if rest.plan(c.Running(running.total + len(starts), by_kind), limits, at, counted):
                 return at
         return None
 
@@ -210,7 +234,16 @@ def random_limits(rng: random.Random, now: float) -> c.Limits:
     return c.Limits(rng.choice((0, 1, 2, 3, 5, 50)), {kind: rng.randrange(4) for kind in some(KINDS, 0.4)},
                     rng.random() < 0.05, rng.random() < 0.05, frozenset(some(KINDS)), frozenset(some(PROJECTS)),
                     {kind: rng.choice((INF, now, now + rng.randrange(-6, 18) / 2)) for kind in some(KINDS)},
-                    tuple(rng.sample(KINDS, rng.randrange(4))))
+                    tuple(rng.sample(KINDS, rng.randrange(4))),
+                    {kind: now + rng.randrange(-6, 18) / 2 for kind in some(KINDS, 0.15)},
+                    {kind: rng.choice(("other_agent", "fail")) for kind in some(KINDS)},
+                    tuple(random_cap(rng, scope) for scope in some((*SCOPES, *SCOPES), 0.15)),
+                    now + rng.randrange(-2, 18) / 2)
+
+
+def random_cap(rng: random.Random, scope: str) -> c.Cap:
+    unit = rng.choice(("usd", "runs", "runs"))
+    return c.Cap(scope, unit, rng.randrange(1, 6), rng.randrange(6))
 
 
 def random_task(rng: random.Random, number: int, now: float) -> dict:
@@ -218,7 +251,7 @@ def random_task(rng: random.Random, number: int, now: float) -> dict:
     waits = {name: rng.choice(("success", "ready", "failure", "any"))
              for name in rng.sample(names, rng.choice((0, 0, 0, 0, 1, 1, 2, 3)))}
     return {"kind": rng.choice(("", *KINDS)), "project": rng.choice(PROJECTS), "rank": rng.randrange(3),
-            "seq": number + 24 * rng.randrange(4), "waits_for": waits,
+            "seq": number + 24 * rng.randrange(4), "waits_for": waits, "movable": rng.random() < 0.5,
             "not_before": rng.choice((None, None, None, now + rng.randrange(-6, 18) / 2))}
 
 
@@ -258,17 +291,20 @@ def compare(rng: random.Random, world: World, queue: c.Queue, now: float) -> lis
     if rng.random() < 0.5:
         running = c.Running()
     plan = c.plan(queue, running, limits, now)
-    starts = [(start.task_id, start.kind) for start in plan.starts]
-    assert starts == world.plan(running, limits, now)
+    starts, slow = [(start.task_id, start.kind) for start in plan.starts], world.plan(running, limits, now)
+    assert starts == [start for start in slow if start[1] != "fails"]
+    assert list(plan.refused) == [task_id for task_id, kind in slow if kind == "fails"]
     assert c.plan(queue, running, limits, now) == plan, "asked twice"
     check_bounds(world, starts, running, limits, now)
-    due = world.wakes(starts, running, limits, now)
+    due = None if plan.refused else world.wakes(starts, running, limits, now)  # its moves make the pool look again
     assert plan.wake_at is None or now < plan.wake_at < INF and running.total + len(starts) < limits.max_concurrent
     assert due is None or plan.wake_at is not None and plan.wake_at <= due, "it would sleep too long"
     assert len(queue) == len(world.tasks)
     for task_id, task in world.tasks.items():
-        may_start = world.kind_for(task, running.total, running.by_kind, limits, now) is not None
-        assert (c.explain(queue, task_id, running, limits, now, {}) == "next") == may_start
+        kind = world.kind_for(task, running.total, running.by_kind, limits, now)
+        why = c.explain(queue, task_id, running, limits, now, {})
+        assert (why == "next") == (kind not in (None, "fails")), why
+        assert kind != "fails" or why.startswith("fails: the quota of")
     return starts
 
 
@@ -286,7 +322,80 @@ def test_in_random_worlds_the_plan_is_the_one_that_looking_at_every_task_gives(b
                 queue.discard(task_id)
                 del world.tasks[task_id]
             now += rng.choice((0, 0.5, 1, 2, 5, -2))
-    assert seen > 500
+    assert seen > 350
+
+
+# Quotas, cool-downs and budgets
+
+QUOTA = {"parked": {"claude": 100.0}, "available_kinds": ("claude", "gemini", "local")}
+
+
+def test_while_a_quota_is_used_up_other_kinds_take_the_tasks_that_may_move_and_nothing_else():
+    limits = c.Limits(9, **QUOTA, on_quota={"claude": "other_agent"})
+    queue = queue_of({"task_id": "moves", "movable": True}, {"task_id": "stays"},
+                     {"task_id": "moves-too", "movable": True}, {"task_id": "chosen", "kind": ""})
+    assert started(queue, limits) == [("moves", "gemini"), ("moves-too", "local"), ("chosen", "gemini")]
+    assert c.plan(queue, c.Running(), limits, 0.0).wake_at == 100.0
+    assert dict(started(queue, limits, 100.0))["moves"] == "claude"  # the reset has come
+    assert started(queue, limits.replace(on_quota={})) == [("chosen", "gemini")]
+    assert started(queue, limits.replace(available_kinds=("claude",))) == []
+    busy = limits.replace(per_kind={"gemini": 0, "local": 1})
+    assert started(queue, busy) == [("moves", "local")]
+
+
+def test_where_a_used_up_quota_fails_tasks_they_take_no_slot_and_go_in_steps():
+    limits = c.Limits(1, **QUOTA, on_quota={"claude": "fail"})
+    queue = queue_of(*({"task_id": f"t{n}", "seq": n} for n in range(c.MOST_REFUSED + 5)),
+                     {"task_id": "later", "not_before": 50.0}, {"task_id": "g", "kind": "gemini", "seq": 999})
+    plan = c.plan(queue, c.Running(), limits, 0.0)
+    assert plan.refused == tuple(f"t{n}" for n in range(c.MOST_REFUSED)) and plan.starts == ()
+    for task_id in plan.refused:
+        queue.discard(task_id)
+    plan = c.plan(queue, c.Running(), limits, 0.0)
+    assert len(plan.refused) == 5 and plan.starts == (c.Start("g", "gemini"),)
+    assert c.plan(queue, c.Running(1), limits, 0.0).refused == ()  # its turn has not come
+    assert c.plan(queue, c.Running(), limits.replace(paused_kinds=frozenset({"claude"})), 0.0).refused == ()
+    assert c.plan(queue, c.Running(), limits, 100.0).refused == ()
+
+
+def test_runs_are_counted_within_one_plan_so_that_a_cap_is_met_to_the_run():
+    queue = queue_of(*({"task_id": f"{project or 'none'}{n}", "project": project, "seq": n}
+                       for n in range(5) for project in PROJECTS))
+    caps = (c.Cap("all", "runs", 10, 4), c.Cap("project.api", "runs", 2, 1), c.Cap("agent.claude", "usd", 5.0, 4.99))
+    limits = c.Limits(50, caps=caps, resets_at=1000.0)
+    starts = [task_id for task_id, _ in started(queue, limits)]
+    assert len(starts) == 6 and sum(task_id.startswith("api") for task_id in starts) == 1
+    assert c.plan(queue, c.Running(), limits, 0.0).wake_at == 1000.0
+    assert len(started(queue, limits, 1000.0)) == 15
+    assert started(queue, limits.replace(caps=(c.Cap("agent.claude", "usd", 5.0, 5.0),))) == []
+
+
+def test_caps_are_the_configured_ones_and_each_run_counts_for_all_three_scopes():
+    spent = c.sum_spending([("claude", "api", c.Spent(1.5, 100, 2, 3.0, 0, 0)),
+                            ("shell", "", c.Spent(0.0, 0, 3, 1.0, 3, 3)),
+                            ("claude", "", c.Spent(0.25, 7, 1, 0.5, 0, 0))])
+    assert spent["all"] == c.Spent(1.75, 107, 6, 4.5, 3, 3) and spent["project.api"].runs == 2
+    assert spent["agent.claude"] == c.Spent(1.75, 107, 3, 3.5) and spent.keys() == {
+        "all", "agent.claude", "agent.shell", "project.api"}
+    budgets = {"all": {"usd": 2.0, "tokens": 0, "runs": 6, "minutes": 0.0}, "agent.gemini": {"usd": 1.0, "runs": 0}}
+    usd, runs, other = c.budget_caps(budgets, spent)
+    assert (usd.spent, usd.left, usd.unknown, usd.is_warned) == (1.75, 0.25, 3, True)
+    assert (runs.spent, runs.left, runs.unknown) == (6, 0, 0) and (other.scope, other.spent) == ("agent.gemini", 0)
+    assert c.describe_cap(usd) == "1.75 of 2.00 USD today for everything (+ 3 runs of unknown cost)"
+    assert c.describe_cap(runs) == "6 of 6 runs today for everything"
+    assert c.describe_cap(c.Cap("project.all", "minutes", 1.5, 2.25)) == "2.2 of 1.5 minutes today for project all"
+    tokens = c.Cap("agent.x", "tokens", 9, 2, 1)
+    assert c.describe_cap(tokens) == "2 of 9 tokens today for agent x (+ 1 run of unknown tokens)"
+
+
+@pytest.mark.parametrize("spent, told, events", [
+    (15.99, (), []), (16.0, (), ["budget.warning"]), (19.99, ("all usd 20 warning",), []),
+    (19.0, ("all usd 10 warning", "all usd 10 reached"), ["budget.warning"]), (20.0, (), ["budget.reached"]),
+    (25.0, ("all usd 20 warning",), ["budget.reached"]), (25.0, ("all usd 20 reached",), [])])
+def test_a_cap_is_told_of_once_when_it_comes_near_and_once_when_it_is_reached(spent, told, events):
+    found = c.new_budget_notices((c.Cap("all", "usd", 20.0, spent),), told)
+    assert [event for _, event, _ in found] == events
+    assert c.new_budget_notices((c.Cap("all", "usd", 20.0, spent),), (*told, *(key for key, _, _ in found))) == []
 
 
 # Cost
@@ -387,6 +496,18 @@ def test_explain_gives_the_time_of_a_start_and_the_rest_of_a_delay():
     ("all 3 slots are busy", {"per_kind": {"claude": 2}}, c.Running(3, {"claude": 1})),
     ("claude: 2 of 2 slots busy", {"per_kind": {"claude": 2}}, c.Running(2, {"claude": 2})),
     ("claude: 2 of 2 slots busy", {"per_kind": {"claude": 2}}, c.Running(3, {"claude": 2})),
+    ("claude cools down until 12:05", {"cooling": {"claude": NOON + 300}}, c.Running(3)),
+    ("claude is parked until 13:00", {"cooling": {"claude": NOON + 9}, "parked": {"claude": NOON + 3600}},
+     c.Running()),
+    ("fails: the quota of claude is used up", {"parked": {"claude": NOON + 9}, "on_quota": {"claude": "fail"}},
+     c.Running()),
+    ("budget: 20.00 of 20.00 USD today for everything; resets 00:00", {"caps": (
+        c.Cap("all", "usd", 20.0, 20.0), c.Cap("all", "runs", 20, 1)), "resets_at": NOON + 43200}, c.Running()),
+    ("budget: 3 of 3 runs today for project api; resets 00:00", {"caps": (
+        c.Cap("project.api", "runs", 3, 3),), "resets_at": NOON + 43200}, c.Running()),
+    ("budget: 3.0 of 3.0 minutes today for agent claude; resets 00:00", {"caps": (
+        c.Cap("agent.claude", "minutes", 3, 3),), "resets_at": NOON + 43200}, c.Running()),
+    ("next", {"caps": (c.Cap("agent.claude", "minutes", 3, 3),), "resets_at": NOON}, c.Running()),
 ])
 def test_explain_says_what_holds_a_task_back(expected, limits, running):
     assert why(c.Limits(3, **limits), running, project="api") == expected
@@ -403,3 +524,19 @@ def test_explain_goes_through_every_kind_that_a_task_without_one_could_get():
 def test_explaining_a_task_that_is_not_queued_is_an_error():
     with pytest.raises(c.NotFound, match="task nope is not queued"):
         c.explain(c.Queue(), "nope", c.Running(), c.Limits(1), 0.0, {})
+
+
+@pytest.mark.parametrize("expected, task, limits", [
+    (False, {}, {}), (True, {}, {"parked": {"claude": NOON + 1}}), (False, {}, {"parked": {"claude": NOON}}),
+    (False, {"waits_for": {"b": "any"}}, {"parked": {"claude": INF}}), (False, {}, {"cooling": {"claude": NOON + 9}}),
+    (True, {"kind": ""}, {"parked": {"claude": INF}, "available_kinds": ("claude",)}), (False, {"kind": ""}, {}),
+    (False, {"kind": ""}, {"parked": {"claude": INF}, "available_kinds": ("claude", "gemini")}),
+    (False, {"movable": True}, {"parked": {"claude": INF}, "available_kinds": ("gemini",),
+                                "on_quota": {"claude": "other_agent"}}),
+    (True, {"project": "api"}, {"caps": (c.Cap("project.api", "usd", 1, 1),)}),
+    (True, {}, {"caps": (c.Cap("all", "usd", 1, 1),)}), (False, {}, {"caps": (c.Cap("project.api", "usd", 1, 1),)}),
+    (True, {}, {"caps": (c.Cap("agent.claude", "usd", 1, 1),)})])
+def test_only_a_park_and_a_budget_make_a_wait_long(expected, task, limits):
+    queue = queue_of({"task_id": "t", **task})
+    assert c.waits_long(queue, "t", c.Limits(3, **limits), NOON) is expected
+    assert c.waits_long(queue, "nobody", c.Limits(3, **limits), NOON) is False

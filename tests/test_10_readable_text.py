@@ -453,3 +453,34 @@ def test_pieces_without_their_message_and_messages_without_pieces_are_shown():
 def test_no_escape_sequence_survives_in_pieces():
     for size in (1, 2, 5):
         assert all(is_safe(text) for text in grown(*(delta((EVIL * 3 + "\n")[at:at + size]) for at in range(0, 200, size))))
+
+
+# Cool-downs and budgets
+
+COOLING = {"kind": "claude", "parked": False, "parked_until": None, "running": 1, "max_concurrent": None, "failures": 5,
+           "cooling_until": c.format_time(NOW + 300), "failure": "api_error: down"}
+SPENT = {"usd": 12.5, "tokens": 900, "runs": 7, "minutes": 61.25, "unknown_usd": 3, "unknown_tokens": 0}
+CAPS = [c.cap_to_json(cap) for cap in (c.Cap("all", "usd", 20.0, 12.5, 3), c.Cap("project.shop", "runs", 3, 3),
+                                       c.Cap("agent.claude", "minutes", 60.0, 50.04))]
+
+
+def test_a_cool_down_is_shown_with_its_reason_until_it_is_over():
+    [_, line] = c.render_agents([COOLING], 120, False).split("\n")
+    assert line.split()[:3] == ["claude", "cooling", "1/-"] and line.endswith(
+        "5 runs in a row failed; the last one: api_error: down")
+    status = {**make_status(TASKS[:1]), "agents": [COOLING]}
+    assert c.render_status(status, NOW, 120, False).split("\n")[1] == \
+        "claude cools down until 22:35: 5 runs in a row failed (api_error: down)"
+    assert "cools" not in c.render_status(status, NOW + 300, 120, False)
+
+
+def test_a_budget_shows_caps_spent_left_and_what_is_unknown():
+    budget = {"day": "2026-11-21", "resets_at": "2026-11-22T00:00:00Z", "spent": SPENT, "caps": CAPS}
+    assert c.render_budget(budget, 120, False).split("\n") == [
+        "2026-11-21: 7 runs, $12.50 (+ 3 runs of unknown cost), 900 tokens, 61.2 minutes; resets 2026-11-22 00:00",
+        "BUDGET        UNIT     SPENT    CAP  LEFT  UNKNOWN   STATE",
+        "everything    USD      12.50  20.00  7.50  + 3 runs  ok",
+        "project shop  runs         3      3     0            reached",
+        "agent claude  minutes   50.0   60.0  10.0            warning"]
+    assert "[budgets] in the configuration" in c.render_budget({**budget, "caps": []}, 100, False)
+    assert all(c.text_width(line) <= 40 for line in c.render_budget(budget, 40, False).split("\n"))

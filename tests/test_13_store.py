@@ -87,7 +87,7 @@ FULL_TASK = dict(
     retry=c.RetryPolicy(max_attempts=3, backoff="list", delays_s=(1.0, 90.0)), verify="make test", verify_rounds=5,
     acceptance_criteria="works", auto_accept=True, idempotency_key="key", parent_task_id="parent", project="shop",
     story_id="story", state="READY", reason="agent_error", detail="why", question={"text": "?", "options": ["a"]},
-    summary="did it", rejection_comment="no", not_before=NOW + 2.25, attempts=2, free_tries=3, round=4,
+    summary="did it", rejection_comment="no", not_before=NOW + 2.25, attempts=2, free_tries=3, idle_runs=2, round=4,
     resume={"session_id": "s", "kind": "answer"}, execution_id="e1")
 FULL_EXECUTION = dict(
     status="FAILED", start_time=NOW, end_time=NOW + 0.125, exit_code=-9, reason="stalled", detail="silent",
@@ -882,7 +882,14 @@ def test_a_migration_that_ends_at_any_statement_has_changed_nothing_or_a_whole_s
     counter = Interrupted(db, -1)
     c.migrate(counter)
     db.close()
-    states = {0: dump(origin), 2: plain(dump(whole))}
+    states, between = {0: dump(origin), 3: plain(dump(whole))}, str(tmp_path / "between.db")
+    shutil.copy(origin, between)
+    db = sqlite3.connect(between, isolation_level=None)
+    with db:
+        c._migrate_2(db)
+        db.execute("PRAGMA user_version = 2")
+    db.close()
+    states[2] = plain(dump(between))
     reached = set()
     for fail_at in range(1, counter.count + 1):
         copy = str(tmp_path / "copy.db")
@@ -893,12 +900,13 @@ def test_a_migration_that_ends_at_any_statement_has_changed_nothing_or_a_whole_s
         assert not db.in_transaction
         db.close()
         found = dump(copy)
-        reached.add(found[0])
-        assert found == states[found[0]]
+        found = plain(found) if found[0] else found
+        reached.add(int(found[0]))
+        assert found == states[int(found[0])]
         if fail_at % 7 == 0:
             c.Store(copy).close()
-            assert plain(dump(copy)) == states[2]
-    assert reached == {0} and counter.count > 40
+            assert plain(dump(copy)) == states[3]
+    assert reached == {0, 2} and counter.count > 40
 
 
 def vm_steps(db, call):
@@ -942,6 +950,8 @@ def write_frozen(path):
     store.append_event("task.created", "frozen-1", "e1", name="n")
     store.put_setting("holds", {"paused": True, "kinds": ["claude"], "projects": []})
     store.park_agent("claude", NOW + 60, "quota_exhausted", "until later")
+    store.put_health("shell", c.Health(6, NOW + 120, "api_error: down"))
+    store.add_spending("2025-11-13", "claude", "shop", c.Spent(0.25, 900, 1, 2.5, 0, 0))
     store._db.execute("VACUUM")
     store.close()
 
@@ -951,7 +961,8 @@ def test_a_frozen_database_of_each_released_version_opens_and_its_rows_read_as_w
     shutil.copyfile(DATA / f"frozen_v{version}.db", path)
     assert dump(path)[:2] == [version, c.APPLICATION_ID]
     store = c.Store(path)
-    stored = [found.replace(seq=seq, created_at=NOW, updated_at=NOW) for seq, found in enumerate(FROZEN_TASKS, 1)]
+    stored = [found.replace(seq=seq, created_at=NOW, updated_at=NOW, idle_runs=found.idle_runs if version > 2 else 0)
+              for seq, found in enumerate(FROZEN_TASKS, 1)]
     assert store.list_tasks() == stored[::-1]
     assert [store.get_execution(run.id) for run in FROZEN_EXECUTIONS] == [
         run.replace(seq=seq) for seq, run in enumerate(FROZEN_EXECUTIONS, 1)]
@@ -959,6 +970,9 @@ def test_a_frozen_database_of_each_released_version_opens_and_its_rows_read_as_w
                                       "task_id": "frozen-1", "execution_id": "e1"}]
     assert store.get_setting("holds") == {"paused": True, "kinds": ["claude"], "projects": []}
     assert store.parked_agents() == {"claude": {"until": NOW + 60, "reason": "quota_exhausted", "detail": "until later"}}
+    later = version > 2
+    assert store.agent_health() == ({"shell": c.Health(6, NOW + 120, "api_error: down")} if later else {})
+    assert store.spending("2025-11-13") == ([("claude", "shop", c.Spent(0.25, 900, 1, 2.5, 0, 0))] if later else [])
     assert store.counts() == {"READY": 1, "PENDING": 1, "RUNNING": 1}
     assert store.running_executions() == [store.get_execution("e2")]
     store.close()
@@ -1194,6 +1208,7 @@ QUERIES = {  # what is called: the access that each of its statements must have,
     "events_since of a task": (lambda s: s.events_since(3, 10, "t1"),
                                ["events USING INDEX events_task (task_id=? AND rowid>? AND rowid<?)"]),
     "count_log_events": (lambda s: s.count_log_events(run_of("t1", "e1")), ["events USING INDEX events_task (task_id=?)"]),
+    "spending": (lambda s: s.spending("2026-11-21"), ["spending USING PRIMARY KEY (day=?)"]),
     "delete_task": (lambda s: s.delete_task("t1"), ["executions USING INDEX executions_task (task_id=?)",
                                                     "tasks USING INDEX sqlite_autoindex_tasks_1 (id=?)"]),
 }

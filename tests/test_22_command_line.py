@@ -195,7 +195,8 @@ def test_every_command_gives_one_json_document(daemon, cli, tmp_path):
         "ctl cancel": [daemon.add("true", start_at="3h")], "ctl accept": [done], "ctl reject": [settled(daemon, "true"), "-m", "x"],
         "ctl resume": None, "ctl edit": [failed, "--set", "priority=high"], "ctl delete": [other], "ctl answer": [asks, "a"],
         "ctl list": ["--all"], "ctl wait": [done], "ctl diff": [done], "ctl executions": [done], "ctl agent": [],
-        "ctl agent park": ["claude"], "ctl agent unpark": ["claude"], "ctl pool": [], "ctl pool pause": ["--agent", "claude"],
+        "ctl agent park": ["claude"], "ctl agent unpark": ["claude"], "ctl pool": [], "ctl budget": [],
+        "ctl pool pause": ["--agent", "claude"],
         "ctl pool drain": None, "ctl pool resume": ["--agent", "claude"], "ctl project": [], "ctl sandbox": [], "ctl sandbox list": [], "ctl sandbox rm": [done], "ctl backup": [tmp_path / "b.db"], "ctl reload": [],
         "ctl call": ["daemon.status"], "ctl logs": [done], "ctl watch": None, "serve": None, "demo": None,
     }
@@ -417,6 +418,18 @@ def test_run_ends_with_75_when_the_agent_kind_is_parked(daemon):
     assert done.returncode == 75 and "QUEUED" in done.stdout
     daemon.call("task.cancel", ids=[task["id"] for task in daemon.call("task.list", agent="claude", limit=1)["tasks"]])
     daemon.call("agent.unpark", agent="claude")
+
+
+def test_the_budget_is_shown_and_a_reached_one_ends_a_run_with_75(tmp_path):
+    with DaemonProcess(tmp_path, "[budgets]\nruns = 1\nusd = 5\n") as daemon:
+        assert daemon.cli("ctl", "add", "true", "--agent", "shell", "--wait").returncode == 0
+        shown = daemon.cli("ctl", "budget")
+        assert ": 1 run, $0.00, 0 tokens" in shown.stdout and "everything" in shown.stdout and "reached" in shown.stdout
+        document = json.loads(daemon.cli("ctl", "budget", "--json").stdout)
+        assert [(cap["unit"], cap["spent"], cap["left"]) for cap in document["caps"]] == [("usd", 0, 5), ("runs", 1, 0)]
+        done = daemon.cli("run", "-", stdin=json.dumps(shell_task("true")))
+        assert done.returncode == 75 and "QUEUED" in done.stdout
+        assert "budget: 1 of 1 runs today for everything" in daemon.cli("ctl").stdout
 
 
 def test_a_dry_run_checks_and_starts_nothing(tmp_path):
