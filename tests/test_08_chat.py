@@ -1,4 +1,4 @@
-"""Section 08, its second half: server-sent events and chat completions, from recorded answers and from hostile bytes."""
+"""Section 08, its second half: server-sent events and chat completions, recorded ones and hostile bytes."""
 import http.client
 import io
 import json
@@ -43,7 +43,8 @@ def facts(reader: c.ChatReader) -> tuple:
 
 def chunk(content=None, finish=None, **more) -> bytes:
     delta = {} if content is None else {"content": content}
-    record = {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": delta, "finish_reason": finish}], **more}
+    choices = [{"index": 0, "delta": delta, "finish_reason": finish}]
+    record = {"object": "chat.completion.chunk", "choices": choices, **more}
     return b"data: " + json.dumps(record).encode() + b"\n\n"
 
 
@@ -66,9 +67,11 @@ MORE = [
     (b"data: a\rdata: b\r\rdata: c\r\n\r\n", [("message", "a\nb"), ("message", "c")]),
     (b"data: a\r\n\n", [("message", "a")]), (b"data: a\n\rdata: b\n\n", [("message", "a"), ("message", "b")]),
     ("data: a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\n\n".encode(), [("message", "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg")]),
-    ("data: é€😀\r\n\r\n".encode(), [("message", "é€😀")]), (b"data: \xff\xf0\x9f\n\n", [("message", "\ufffd\ufffd")]),
+    ("data: é€😀\r\n\r\n".encode(), [("message", "é€😀")]),
+    (b"data: \xff\xf0\x9f\n\n", [("message", "\ufffd\ufffd")]),
     (b"event: x\n\ndata: 1\n\n", [("message", "1")]), (b"event: x\nevent\ndata: 1\n\n", [("message", "1")]),
-    (b" data: 1\n\nDATA: 2\n\ndata : 3\n\nretry: 10\n\n:\n\n", []), (b"data: cut off\n", []), (b"", []), (b"\n\r\n\r", []),
+    (b" data: 1\n\nDATA: 2\n\ndata : 3\n\nretry: 10\n\n:\n\n", []), (b"data: cut off\n", []), (b"", []),
+    (b"\n\r\n\r", []),
     (b"data:: x: y\n\n", [("message", ": x: y")]), (b"data: a\x00b\n\n", [("message", "a\x00b")]),
 ]
 
@@ -145,13 +148,14 @@ def test_texts_of_recorded_answers():
 @pytest.mark.parametrize("name", ANSWERS)
 def test_mutated_answers_never_raise(name):
     data, rng = recorded(name)[1], random.Random(name)
-    words = [b"\n", b"\n\n", b"\r", b"data:", b"null", b"{", b"}", b"[]", b'"', b"\xff", b"\xf0\x9f", b"[DONE]", b"1e999",
-             b'"error":', b'"\\ud800"', b"-1", b'"choices":3']
+    words = [b"\n", b"\n\n", b"\r", b"data:", b"null", b"{", b"}", b"[]", b'"', b"\xff", b"\xf0\x9f", b"[DONE]",
+             b"1e999", b'"error":', b'"\\ud800"', b"-1", b'"choices":3']
     for _ in range(400):
         broken = bytearray(data)
         for _ in range(rng.randrange(1, 8)):
             at = rng.randrange(len(broken) + 1)
-            broken[at:at + rng.randrange(30) * rng.randrange(2)] = rng.choice([*words, bytes(rng.randrange(256) for _ in "123")])
+            noise = bytes(rng.randrange(256) for _ in range(3))
+            broken[at:at + rng.randrange(30) * rng.randrange(2)] = rng.choice([*words, noise])
         cut = rng.randrange(len(broken) + 1)
         text, reader = read(bytes(broken[:cut]), bytes(broken[cut:]))
         text.encode("utf-8")  # nothing that cannot be stored
@@ -204,15 +208,18 @@ def test_nothing_after_done_is_looked_at():
 
 @pytest.mark.parametrize("error, kind, status, words", [
     ({"error": {"code": 500, "message": "boom", "type": "server_error"}}, "server_error", 500, "boom"),
-    ({"error": {"code": "503", "message": "busy"}}, "overloaded", 503, "busy"), ({"error": "it broke"}, "server_error", None, "it broke"),
+    ({"error": {"code": "503", "message": "busy"}}, "overloaded", 503, "busy"),
+    ({"error": "it broke"}, "server_error", None, "it broke"),
     ({"object": "error", "message": "vllm says", "code": 400}, "invalid_request", 400, "vllm says"),
     ({"error": {"code": 400, "type": "exceed_context_size_error", "message": "request (9 tokens) exceeds"}},
-     "invalid_request", 400, "shorten it"), ({"error": {"message": None, "code": None}}, "server_error", None, "nothing more"),
+     "invalid_request", 400, "shorten it"),
+    ({"error": {"message": None, "code": None}}, "server_error", None, "nothing more"),
     ({"error": {"message": {"a": 1}, "code": [1]}}, "server_error", None, "nothing more"),
 ])
 def test_an_error_in_the_middle_of_a_stream_is_the_fault(error, kind, status, words):
     text, reader = read(chunk("half") + b"data: " + json.dumps(error).encode() + b"\n\n" + chunk("no more") + DONE)
-    assert text == "half" and (reader.fault.kind, reader.fault.status) == (kind, status) and words in reader.fault.message
+    assert (text, reader.fault.kind, reader.fault.status) == ("half", kind, status)
+    assert words in reader.fault.message
 
 
 def test_a_text_beyond_the_limit_keeps_its_beginning_and_its_end(monkeypatch):
@@ -224,12 +231,14 @@ def test_a_text_beyond_the_limit_keeps_its_beginning_and_its_end(monkeypatch):
 
 
 def test_events_that_are_no_json_or_no_objects_say_nothing():
-    junk = b"".join(b"data: " + text + b"\n\n" for text in (b"", b"hello", b"[1]", b"3", b'"x"', b"{", b'{"choices":{}}',
-                                                            b'{"choices":[3]}', b'{"choices":[{"delta":"x"}]}'))
+    texts = (b"", b"hello", b"[1]", b"3", b'"x"', b"{", b'{"choices":{}}', b'{"choices":[3]}',
+             b'{"choices":[{"delta":"x"}]}')
+    junk = b"".join(b"data: " + text + b"\n\n" for text in texts)
     assert facts(read(junk + chunk("ok", "stop") + junk)[1])[0] == "ok"
 
 
-@pytest.mark.parametrize("body", [b"", b"\n\n", b"<html>no</html>", b"{}", b"{broken", b'{"choices":[]}', b": comment\n\n"])
+@pytest.mark.parametrize("body", [
+    b"", b"\n\n", b"<html>no</html>", b"{}", b"{broken", b'{"choices":[]}', b": comment\n\n"])
 def test_an_answer_that_is_no_completion_is_a_fault(body):
     fault = read(body)[1].fault
     assert fault.kind == "server_error" and "no chat completion" in fault.message
@@ -245,8 +254,10 @@ def test_one_endless_document_is_a_fault(monkeypatch):
 
 
 @pytest.mark.parametrize("name, kind, status, words", [
-    ("llamacpp/err_context", "invalid_request", 400, "25025 tokens"), ("llamacpp/err_badjson", "invalid_request", 400, "parse error"),
-    ("llamacpp/notfound", "model_not_found", 404, "/v1"), ("litellm/unauth", "server_error", 500, "Internal Server Error")])
+    ("llamacpp/err_context", "invalid_request", 400, "25025 tokens"),
+    ("llamacpp/err_badjson", "invalid_request", 400, "parse error"),
+    ("llamacpp/notfound", "model_not_found", 404, "/v1"),
+    ("litellm/unauth", "server_error", 500, "Internal Server Error")])
 def test_recorded_errors(name, kind, status, words):
     code, body = recorded(name)
     fault = c.read_fault(c.parse_json_or(body, body.decode()), code)
@@ -275,7 +286,8 @@ def test_a_used_up_account_is_no_passing_limit():
 
 
 @pytest.mark.parametrize("text, seconds", [
-    ("0", 0), ("5", 5), (" 120 ", 120), ("99999999999999999999", 86400), ("-5", None), ("5.5", None), ("soon", None), ("", None),
+    ("0", 0), ("5", 5), (" 120 ", 120), ("99999999999999999999", 86400), ("-5", None), ("5.5", None), ("soon", None),
+    ("", None),
     (None, None), ("٣", None), ("Wed, 18 Nov 2026 09:46:50 GMT", 10), ("Wednesday, 18-Nov-26 09:46:50 GMT", 10),
     ("Wed Nov 18 09:46:50 2026", 10), ("Fri, 20 Nov 2020 00:00:00 GMT", 0), ("Fri, 20 Nov 9999 00:00:00 GMT", 86400),
     ("Fri, 99 Foo 2026 99:00:00 GMT", None), ("1, 2, 3, 4", None)])
@@ -306,7 +318,8 @@ def test_a_good_answer_is_a_success_with_text_summary_tokens_and_no_cost():
     assert verdict.ok and verdict.summary == "All \u2028 is \U0001f600 well."
     assert (agent.cost_usd, agent.tokens_in, agent.tokens_out, agent.num_turns) == (0, 7, 3, 1)
     assert (agent.final_text, agent.result_text, agent.stop_reason) == (reader.text(), reader.text(), "stop")
-    assert "✔ success · 1 turn · 1s · $0.00 · 10 tokens" in c.render_log_line(c.format_json(lines[-1]).encode(), "claude")
+    shown = c.render_log_line(c.format_json(lines[-1]).encode(), "claude")
+    assert shown == "✔ success · 1 turn · 1s · $0.00 · 10 tokens"
 
 
 def test_tokens_that_no_server_told_are_unknown():

@@ -260,7 +260,8 @@ def test_a_local_agent_is_this_program_with_the_request_on_stdin():
 
 @pytest.mark.parametrize("configuration, agent, expected", [
     ("", {}, {"temperature": 0.2}), ("", {"temperature": 0.0}, {"temperature": 0.0}),
-    ("default_temperature = 0", {}, {"temperature": 0.0}), ("default_temperature = 1.5", {"temperature": 0.5}, {"temperature": 0.5}),
+    ("default_temperature = 0", {}, {"temperature": 0.0}),
+    ("default_temperature = 1.5", {"temperature": 0.5}, {"temperature": 0.5}),
     ("", {"max_tokens": 7}, {"max_tokens": 7}), ("", {"max_tokens": 0}, {"max_tokens": None}),
     ('model = "m"', {}, {"model": "m"}), ('model = "m"\n[agents.local]\nmodel = "n"', {}, {"model": "n"}),
     ('model = "m"\n[agents.local]\nmodel = "n"', {"model": "o"}, {"model": "o"})])

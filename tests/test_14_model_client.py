@@ -49,7 +49,8 @@ def test_the_request_is_a_streaming_chat_completion_that_asks_for_usage(server):
 
 
 @pytest.mark.parametrize("scenario, kind, status, words", [
-    ("error_500", "server_error", 500, "Internal Server Error"), ("no_model", "model_not_found", 404, "pulling it first"),
+    ("error_500", "server_error", 500, "Internal Server Error"),
+    ("no_model", "model_not_found", 404, "pulling it first"),
     ("too_long", "invalid_request", 400, "shorten it"), ("redirect", "invalid_request", 302, "redirects"),
     ("limit_429", "rate_limit", 429, "Too many"), ("busy_503", "overloaded", 503, "Loading model"),
     ("mid_error", "server_error", 500, "slot is gone"), ("drop", "unknown", None, "before its answer was whole"),
@@ -84,7 +85,8 @@ def test_a_refused_connection_says_what_to_do():
     assert "no model server listens at http://127.0.0.1:" in ask(endpoint.replace("user:secret@", ""))[1].fault.message
 
 
-@pytest.mark.parametrize("endpoint", ["http://[::1", "http://127.0.0.1:99999/v1", "http://127.0.0.1:x/v1", "http:///v1", "http://",
+@pytest.mark.parametrize("endpoint", [
+    "http://[::1", "http://127.0.0.1:99999/v1", "http://127.0.0.1:x/v1", "http:///v1", "http://",
                                       "http://no-such-host.invalid/v1", "https://127.0.0.1:1/v1"])
 def test_endpoints_that_lead_nowhere_are_faults(endpoint):
     fault = ask(endpoint, timeout_s=5)[1].fault
@@ -110,8 +112,8 @@ def test_silence_is_bounded_between_chunks_and_a_slow_stream_is_not(server):
     said, reader = ask(server.endpoint, timeout_s=0.3)
     assert said == "first" and "sent nothing for 0.3s" in reader.fault.message and time.monotonic() - start < 5
     server.say("slow")
-    threading.Timer(1.0, server.release.set).start()
-    assert ask(server.endpoint, timeout_s=0.5)[1].fault is None
+    threading.Timer(1.5, server.release.set).start()
+    assert ask(server.endpoint, timeout_s=1.2)[1].fault is None
 
 
 def test_a_server_that_takes_no_connection_is_a_timeout():
@@ -144,12 +146,15 @@ def test_loopback_is_asked_without_the_environments_proxy_and_others_through_it(
     assert ask(server.endpoint.replace("127.0.0.1", "localhost"))[1].fault is None
     proxy = server.endpoint.removesuffix("/v1")
     monkeypatch.setenv("http_proxy", proxy)
-    assert ask("http://model.example/v1")[1].fault.status == 404 and server.requests[-1]["path"].startswith("http://model.example/")
+    assert ask("http://model.example/v1")[1].fault.status == 404
+    assert server.requests[-1]["path"].startswith("http://model.example/")
 
 
 @pytest.mark.parametrize("url, expected", [
-    ("http://localhost:1/v1", True), ("http://127.9.9.9/v1", True), ("http://[::1]:1/v1", True), ("http://0.0.0.0/", True),
-    ("http://a.localhost/", True), ("http://LOCALHOST/", True), ("http://localhost.example/", False), ("http://10.0.0.1/", False),
+    ("http://localhost:1/v1", True), ("http://127.9.9.9/v1", True), ("http://[::1]:1/v1", True),
+    ("http://0.0.0.0/", True),
+    ("http://a.localhost/", True), ("http://LOCALHOST/", True), ("http://localhost.example/", False),
+    ("http://10.0.0.1/", False),
     ("http://127.0.0.1.example/", False), ("http://127.0.0.1@evil.example/", False)])
 def test_what_is_loopback(url, expected):
     assert c.is_loopback_url(url) == expected
@@ -161,7 +166,7 @@ sys.path.insert(0, sys.argv[1])
 import claudomator as c
 reader = c.ChatReader()
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-list(c.ask_model(c.ChatReader(), sys.argv[2] + "/none", {"messages": []}))
+list(c.ask_model(c.ChatReader(), sys.argv[2] + "/none", {"messages": [{"content": ""}]}))
 before = peak()
 size = sum(map(len, c.ask_model(reader, sys.argv[2], {"messages": [{"content": sys.argv[3]}]})))
 print(size, peak() - before, reader.fault)
@@ -170,33 +175,36 @@ print(size, peak() - before, reader.fault)
 
 @pytest.mark.parametrize("scenario", ["huge", "endless_line"])
 def test_a_hundred_megabytes_take_bounded_memory(server, scenario):
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(support.PROGRAM.parent), server.endpoint, f"SCENARIO: {scenario}"],
-                          capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", MEMORY, str(support.PROGRAM.parent), server.endpoint, f"SCENARIO: {scenario}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     size, grown_kb, fault = done.stdout.split(maxsplit=2)
     assert int(grown_kb) < 40_000, done.stdout
-    assert (int(size) > 400_000 and fault == "None\n") if scenario == "huge" else "longer than" in fault, done.stdout + done.stderr
+    assert fault == "None\n" and int(size) > 400_000 if scenario == "huge" else "longer than" in fault, done.stdout
 
 
 # -- the agent's process and the summary
 
 
-def test_the_process_writes_claudes_envelope(server, monkeypatch):
+def test_the_process_writes_claudes_envelope(server):
     sink = io.BytesIO()
     request = {"endpoint": server.endpoint, "timeout_s": 5, "body": BODY}
     code = c.run_local_agent(io.BytesIO(c.format_json(request).encode()), sink, {"CLAUDOMATOR_EXECUTION_ID": "run-1"})
     lines = [c.parse_json(line) for line in sink.getvalue().splitlines()]
     kinds = [line["type"] for line in lines]
-    assert code == 0 and kinds[0] == "system" and set(kinds[1:-2]) == {"stream_event"} and kinds[-2:] == ["assistant", "result"]
-    assert "".join(line["event"]["delta"]["text"] for line in lines if line["type"] == "stream_event") == chat_server.ANSWER
-    assert lines[-2]["message"]["content"][0]["text"] == chat_server.ANSWER and {line["session_id"] for line in lines} == {"run-1"}
-    assert all(line.startswith((b'{"type":"', )) for line in sink.getvalue().splitlines())
+    assert code == 0 and set(kinds[1:-2]) == {"stream_event"}
+    assert (kinds[0], *kinds[-2:]) == ("system", "assistant", "result")
+    pieces = [line["event"]["delta"]["text"] for line in lines if line["type"] == "stream_event"]
+    assert "".join(pieces) == lines[-2]["message"]["content"][0]["text"] == chat_server.ANSWER
+    assert {line["session_id"] for line in lines} == {"run-1"}
+    assert all(line.startswith(b'{"type":"') for line in sink.getvalue().splitlines())  # the log reader looks at that
 
 
 def test_the_program_itself_is_the_process_and_asks_for_nothing_but_stdin(server, tmp_path):
     request = {"endpoint": server.endpoint, "timeout_s": 5, "body": BODY}
-    done = subprocess.run([sys.executable, "-I", str(support.PROGRAM), "_local"], input=c.format_json(request).encode(),
-                          capture_output=True, env={}, cwd=tmp_path, timeout=30)
-    assert done.returncode == 0 and done.stderr == b"" and c.parse_json(done.stdout.splitlines()[-1])["is_error"] is False
+    done = subprocess.run([sys.executable, "-I", str(support.PROGRAM), "_local"], capture_output=True, env={},
+                          input=c.format_json(request).encode(), cwd=tmp_path, timeout=30)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert c.parse_json(done.stdout.splitlines()[-1])["is_error"] is False
     assert not os.listdir(tmp_path)
 
 

@@ -20,8 +20,8 @@ class Job:
     """A daemon whose local model is the stand-in."""
 
     def __init__(self, tmp_path, endpoint, more=""):
-        config = f'[local_model]\nendpoint = "{endpoint}"\nmodel = "tiny"\ntimeout_seconds = 2\n{more}' if endpoint else more
-        self.daemon = support.DaemonProcess(tmp_path, config, {
+        config = f'[local_model]\nendpoint = "{endpoint}"\nmodel = "tiny"\ntimeout_seconds = 2\n' if endpoint else ""
+        self.daemon = support.DaemonProcess(tmp_path, config + more, {
             "http_proxy": "http://127.0.0.1:1", "HTTP_PROXY": "http://127.0.0.1:1"})
 
     def submit(self, scenario, queue=True, **more) -> str:
@@ -62,13 +62,14 @@ def test_an_answer_with_summary_tokens_and_no_cost(job, server):
     assert (run["cost_usd"], run["tokens_in"], run["tokens_out"]) == (0, 11, 7)
     assert len(server.requests) == 1  # it has a summary of its own
     shown = job.daemon.cli("ctl", "logs", task["id"]).stdout
-    assert "I thought about it: é € 😀." in shown and "$0.00 · 18 tokens" in shown and "stream_event" not in shown
+    assert "I thought about it: é € 😀." in shown and "$0.00 · 18 tokens" in shown
+    assert "stream_event" not in shown
 
 
 def test_a_task_without_a_daemon_runs_to_its_end(tmp_path, server):
     job, file = Job(tmp_path, server.endpoint), tmp_path / "task.json"
-    file.write_text(c.format_json({"name": "words", "agent": {"type": "local", "instructions": "SCENARIO: crlf", "temperature": 0,
-                                                              "max_tokens": 9, "model": "other"}}))
+    agent = {"type": "local", "instructions": "SCENARIO: crlf", "temperature": 0, "max_tokens": 9, "model": "other"}
+    file.write_text(c.format_json({"name": "words", "agent": agent}))
     done = job.daemon.cli("run", str(file), "--json", timeout=60)
     task = c.parse_json(done.stdout)["tasks"][0]
     assert (done.returncode, task["state"]) == (0, "COMPLETED"), done.stderr
@@ -117,7 +118,8 @@ def test_the_daemon_is_killed_and_the_next_one_adopts_the_run(job, server):
     server.release.set()
     task = job.daemon.wait(task_id)
     assert (task["state"], task["execution"]["tokens_out"]) == ("READY", 7)
-    assert [request["scenario"] for request in server.requests].count("slow") == len(server.requests) - 1  # and its summary
+    scenarios = [request["scenario"] for request in server.requests]
+    assert scenarios[0] == "slow" and len(scenarios) == 2  # the run, and the summary that it did not write
     assert len(job.runs(task_id)) == 1
 
 
@@ -135,7 +137,8 @@ def test_a_busy_server_is_asked_again_from_the_queue_when_it_says(job, server):
 
 @pytest.mark.parametrize("scenario, reason, words", [
     ("drop", "api_error", "before its answer was whole"), ("mid_error", "api_error", "slot is gone"),
-    ("error_500", "api_error", "HTTP 500"), ("no_model", "bad_task", "pulling it first"), ("too_long", "bad_task", "shorten it"),
+    ("error_500", "api_error", "HTTP 500"), ("no_model", "bad_task", "pulling it first"),
+    ("too_long", "bad_task", "shorten it"),
     ("redirect", "bad_task", "redirects")])
 def test_a_failure_has_its_reason_and_says_what_to_do(job, scenario, reason, words):
     task, run = job.end(scenario)
@@ -162,7 +165,8 @@ def test_without_an_endpoint_the_kind_is_not_installed_and_nothing_asks_a_model(
         agents = {agent["kind"]: agent["installed"] for agent in job.daemon.call("agent.status")["agents"]}
         assert agents["local"] is False and agents["shell"] is True
         task, run = job.end("text")
-        assert (task["state"], run["reason"]) == ("FAILED", "spawn_failed") and "[local_model] endpoint" in run["detail"]
+        assert (task["state"], run["reason"]) == ("FAILED", "spawn_failed")
+        assert "[local_model] endpoint" in run["detail"]
         assert job.daemon.wait(job.daemon.add("echo words"))["summary"] in (None, "")
 
 
@@ -199,7 +203,8 @@ def test_a_rejection_and_a_failed_check_reach_the_next_prompt(job, server, tmp_p
 
 def test_a_follower_reads_along_and_reads_nothing_twice(job, server):
     task_id = job.submit("lines")
-    follower = subprocess.Popen([*support.COMMAND, "ctl", "logs", "-f", task_id], env=job.daemon.env, stdout=subprocess.PIPE)
+    command = [*support.COMMAND, "ctl", "logs", "-f", task_id]
+    follower = subprocess.Popen(command, env=job.daemon.env, stdout=subprocess.PIPE)
     try:
         shown = b""
         while b"first line\n" not in shown:
@@ -260,4 +265,5 @@ def test_a_real_model_server(tmp_path):
         assert run["tokens_in"] > 10 and run["tokens_out"] == 40 and task["summary"]
         task, run = job.end("none", agent={"max_tokens": 40, "instructions": "word " * 20_000})
         assert run["reason"] == "bad_task" and "context" in run["detail"]
-        assert job.end("none", agent={"temperature": 2})[1]["reason"] in ("agent_error", None)  # to the end of its context
+        run = job.end("none", agent={"temperature": 2})[1]  # to the end of the model's context
+        assert run["reason"] in ("agent_error", None)

@@ -140,7 +140,8 @@ class Handler(BaseHTTPRequestHandler):
         """Refuses the first request, with seconds."""
         if sum(request["scenario"] == "limit_429" for request in requests) > 1:
             return self.on_text(requests)
-        self.refuse(429, {"error": {"message": "Too many requests"}}, Retry_After=str(self.server.stand_in.retry_after_s))
+        seconds = str(self.server.stand_in.retry_after_s)
+        self.refuse(429, {"error": {"message": "Too many requests"}}, Retry_After=seconds)
 
     def on_busy_503(self, requests) -> None:
         """Refuses the first request, with a date."""
