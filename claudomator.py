@@ -3316,7 +3316,8 @@ def _event_words(event: dict) -> str:
     kind, name = event["kind"], event.get("name") or ""
     reason = f" ({event['reason']})" if event.get("reason") else ""
     if kind == "task.state":
-        return f"{event.get('from') or 'new'} → {event.get('to')}{reason}  {name}"
+        instead = f"  ({event.get('agent')} instead of {event['instead_of']})" if event.get("instead_of") else ""
+        return f"{event.get('from') or 'new'} → {event.get('to')}{reason}  {name}{instead}"
     if kind in ("task.question", "task.answer"):
         options = " / ".join(map(str, event.get("options") or ()))
         said = "asks" if kind == "task.question" else "answered"
@@ -3324,9 +3325,12 @@ def _event_words(event: dict) -> str:
     if kind == "execution.ended":
         return f"execution {str(event.get('execution_id'))[:8]} ended: {event.get('status')}{reason}, " \
                f"{format_cost(_number(event.get('cost_usd')))}"
-    if kind == "agent.parked":
+    if kind in ("agent.parked", "agent.cooling"):
         until = f" until {event['until']}" if event.get("until") else ""
-        return f"{event.get('agent')} is parked{until}: {event.get('detail') or event.get('reason')}"
+        does = "is parked" if kind == "agent.parked" else "cools down"
+        return f"{event.get('agent')} {does}{until}: {event.get('detail') or event.get('reason')}"
+    if kind in ("budget.warning", "budget.reached"):
+        return str(event.get("detail"))
     hidden = ("seq", "time", "kind", "task_id", "execution_id", "name")
     pairs = [f"{key}={value}" for key, value in event.items() if key not in hidden and value not in (None, "", [])]
     return " ".join([kind.partition(".")[2].replace("_", " "), *([repr(name)] if name else []), *pairs])
@@ -3334,10 +3338,11 @@ def _event_words(event: dict) -> str:
 
 def render_event(event: dict, color: bool, tz_offset_s: float = 0) -> str:
     """An event of the log on one line: time, task, what happened."""
-    if event["kind"] == "agent.parked" and event.get("until"):
+    if event["kind"] in ("agent.parked", "agent.cooling") and event.get("until"):
         event = {**event, "until": _local(event["until"], tz_offset_s)[:16]}
     code = STATE_COLORS.get(str(event.get("to") or event.get("status")), "")
-    code = code or {"task.question": YELLOW, "agent.parked": YELLOW, "agent.rate_limit": YELLOW}.get(event["kind"], "")
+    held = ("task.question", "agent.parked", "agent.cooling", "agent.rate_limit", "budget.warning", "budget.reached")
+    code = code or (YELLOW if event["kind"] in held else "")
     time_of_day, words = _local(event["time"], tz_offset_s)[11:], one_line(_event_words(event), 400)
     return f"{paint(time_of_day, DIM, color)}  {(event.get('task_id') or '')[:8]:<8}  {paint(words, code, color)}"
 
@@ -7131,7 +7136,7 @@ class Dispatcher:
             for start in decision.starts:
                 self._claim(start)
             for task_id in decision.refused:
-                self.core.life.fail_quota(task_id, self.queue.entry(task_id).kind)
+                self._refuse(task_id)
         except StorageError as error:
             self.core.log("error", f"nothing can be started: {error}")
             self._timer = self._loop.call_later(SETTLE_RETRY_S, self.wake)
@@ -7152,6 +7157,13 @@ class Dispatcher:
             self.core.log("info", f"task {start.task_id[:8]} was not started: {error}")
         else:
             self._drive(Run(self, task, execution), "new")
+
+    def _refuse(self, task_id: str) -> None:
+        try:
+            self.core.life.fail_quota(task_id, self.queue.entry(task_id).kind)
+        except (NotFound, WrongState) as error:
+            self.queue.discard(task_id)
+            self.core.log("info", f"task {task_id[:8]} was not failed: {error}")
 
     def _drive(self, run: Run, phase: str) -> None:
         self.runs[run.execution.id] = run
@@ -7223,7 +7235,7 @@ class Dispatcher:
             for _, event, cap in notices:
                 words = f"budget {event.removeprefix('budget.')}: {describe_cap(cap)}"
                 self.core.store.append_event(event, **cap_to_json(cap), detail=words)
-                self.core.log("warning", words)
+                self.core.store.after(lambda words=words: self.core.log("warning", words))
 
     def budget(self) -> dict:
         """Today's caps and what was spent, for ``ctl budget``."""
