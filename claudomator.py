@@ -3337,7 +3337,8 @@ Your task:
 
 
 class Launch(Record):
-    """What a supervisor starts: ``stdin`` is the prompt file's text; ``files`` are (path, text) written before."""
+    """What a supervisor starts: ``stdin`` is the prompt file's text; ``files`` are (path, text) written before,
+    ``links`` (directory, new directory, names): the new one gets a link to each entry of the other but these names."""
 
     _secret = frozenset({"env"})
     argv: tuple
@@ -3346,11 +3347,11 @@ class Launch(Record):
     format: str
     session_id: str = ""
     files: tuple = ()
+    links: tuple = ()
 
 
 class RunContext(Record):
-    """What a runner may know of the run; ``resume`` continues ``session_id`` with ``feedback`` as the prompt;
-    ``is_managed``: this machine's administrator has settings for gemini."""
+    """What a runner may know of the run; ``resume`` continues ``session_id`` with ``feedback`` as the prompt."""
 
     execution_id: str
     execution_dir: str
@@ -3363,7 +3364,11 @@ class RunContext(Record):
     answer: str = ""
     round: int = 1
     is_root: bool = False
-    is_managed: bool = False
+
+    @property
+    def session_dir(self) -> str:
+        """The directory of the execution that began the session, where it bears that execution's name."""
+        return f"{self.execution_dir.rpartition('/')[0]}/{self.session_id}"
 
 
 def agent_environment(host: dict, settings: AgentSettings, credentials: tuple[str, ...], context: RunContext,
@@ -3442,15 +3447,16 @@ GEMINI_APPROVAL = {"bypassPermissions": "yolo", "acceptEdits": "auto_edit", "aut
 GEMINI_TOOLS = {"Bash": "run_shell_command", "Edit": "replace", "MultiEdit": "replace", "Write": "write_file",
                 "Read": "read_file", "Glob": "glob", "Grep": "grep_search", "LS": "list_directory",
                 "WebFetch": "web_fetch", "WebSearch": "google_web_search"}  # claude's names, as tasks use them
-GEMINI_MANAGED = "/etc/gemini-cli/settings.json"
+GEMINI_OWN = ("tmp", "history", "projects.json")  # what a run's home does not share with the operator's
 
 # Gemini's clean-up of old sessions deletes live ones: a resumed session leaves a second file with the same suffix,
-# which the next session in that directory takes for a broken one, and removes both.  The clean-up is therefore off,
-# for our runs alone: a settings file of their own is merged over the operator's ~/.gemini/settings.json, by the
-# variable that names the "system" settings, which rank highest.  A GEMINI_CLI_HOME per task would do it too, but it
-# would cut the run off from the operator's login, MCP servers and GEMINI.md, or copy credentials about.  Where an
-# administrator has system settings, perhaps a policy, that file stays in force and ours goes in as the system's
-# defaults, which rank lowest: then only an operator who switches the clean-up on by name gets it.
+# which the next session in that directory takes for a broken one, and removes both.  So each session gets a
+# GEMINI_CLI_HOME of its own, in the directory of the execution that began it, where no other session ever starts; it
+# goes when that goes.  In it stand links to all that the operator's ~/.gemini holds but the sessions: login, settings,
+# MCP servers, GEMINI.md and extensions are the operator's own, nothing is copied, and a refreshed login is written
+# through the link.  HOME stays as it is, for git and ssh.  Switching the clean-up off would not do: a run has no place
+# for such a setting, as gemini ignores a "system" settings file (GEMINI_CLI_SYSTEM_SETTINGS_PATH) that is not root's,
+# down from the root directory, and the others belong to the operator and to the repository.
 
 
 def gemini_policy(disallowed: tuple) -> str:
@@ -3479,14 +3485,13 @@ def build_gemini(task: Task, context: RunContext, config: Config, host: dict) ->
         argv += ["--include-directories", directory]
     env = agent_environment(host, settings, GEMINI_CREDENTIALS, context, task)
     env.setdefault("GEMINI_CLI_NO_RELAUNCH", "true")
-    own = f"{context.execution_dir}/gemini-settings.json"
-    env.setdefault(f"GEMINI_CLI_SYSTEM_{'DEFAULTS' if context.is_managed else 'SETTINGS'}_PATH", own)
-    files = [(own, format_json({"general": {"sessionRetention": {"enabled": False}}}))]
-    if agent.disallowed_tools:
-        files.append((f"{context.execution_dir}/gemini-policy.toml", gemini_policy(agent.disallowed_tools)))
-        argv += ["--policy", files[-1][0]]
+    operators, own = env.get("GEMINI_CLI_HOME") or env.get("HOME", ""), f"{context.session_dir}/gemini-home"
+    env["GEMINI_CLI_HOME"] = own
+    policy = f"{context.execution_dir}/gemini-policy.toml" if agent.disallowed_tools else ""
+    argv += ["--policy", policy] if policy else []
     return Launch((*argv, *agent.additional_args), env, _whole_prompt(task, context), "gemini", context.session_id,
-                  tuple(files))
+                  files=((policy, gemini_policy(agent.disallowed_tools)),) if policy else (),
+                  links=((f"{operators}/.gemini", f"{own}/.gemini", GEMINI_OWN),))
 
 
 def _whole_prompt(task: Task, context: RunContext) -> str:
@@ -6255,7 +6260,7 @@ class Workplace:
             project_dir=self.task.agent.project_dir, sandboxed=self.sandbox is not None,
             session_id=self.execution.session_id, resume=self.resumed, feedback=feedback,
             answer=resume.get("text", "") if resume.get("kind") == "answer" else "", round=self.execution.round,
-            is_root=os.geteuid() == 0, is_managed=os.path.exists(GEMINI_MANAGED))
+            is_root=os.geteuid() == 0)
         launch = self.runner.build(self.task, context, self.core.config, self.core.host_env)
         if self.sandbox:
             launch = launch.replace(env={**launch.env, **agent_git_env(launch.env, cwd)})
@@ -6398,6 +6403,8 @@ class Run(Workplace):
         prompt = os.path.join(self.directory, "prompt.txt")
         for path, text in ((prompt, launch.stdin or ""), *launch.files):
             write_private(path, text)
+        for shared, own, names in launch.links:
+            link_entries(shared, own, names)
         supervisor = spawn_supervisor(
             self.directory, self.execution.id, (program, *launch.argv[1:]), env=launch.env, cwd=cwd,
             stdin_path=prompt if self.runner.reads_stdin else "/dev/null", timeout_s=self.execution.timeout_s)
@@ -6604,6 +6611,14 @@ def write_private(path: str, text: str) -> None:
         rest = memoryview(text.encode("utf-8", "surrogateescape"))
         while rest:
             rest = rest[file.write(rest):]
+
+
+def link_entries(shared: str, own: str, names: tuple) -> None:
+    """Make the directory ``own`` with a link to each entry of ``shared`` but ``names``; what is there stays."""
+    os.makedirs(own, mode=0o700, exist_ok=True)
+    for name in os.listdir(shared) if os.path.isdir(shared) else ():
+        if name not in names and not os.path.lexists(os.path.join(own, name)):
+            os.symlink(os.path.join(shared, name), os.path.join(own, name))
 
 
 def make_directory(path: str) -> None:

@@ -22,7 +22,8 @@ RUNS = [
      "Hello from the fake model.", ""),
     ("opencode", "opencode_401", 1, FAIL, "auth", None, None, None, "ses_e04fe9449ffeQNoT5TKfZ1xF3r", "",
      "invalid x-api-key (HTTP 401)"),
-    ("opencode", "opencode_429_noretry", 1, FAIL, "rate_limited", None, None, None, "ses_e04fe875bffetj5TzoMGNthK5o", "",
+    ("opencode", "opencode_429_noretry", 1, FAIL, "rate_limited", None, None, None,
+     "ses_e04fe875bffetj5TzoMGNthK5o", "",
      "rate limit of 50,000 input tokens per minute"),
 ]
 

@@ -175,7 +175,8 @@ def test_a_program_that_is_not_there_is_named_with_its_key():
 
 @pytest.mark.parametrize("stderr, reason, wait_s", [
     (dump(), "quota_exhausted", 10 * 3600), (dump(delay="3600000"), "rate_limited", 3600),
-    (dump("RetryableQuotaError", delay="60000"), "rate_limited", 60), (dump("RetryableQuotaError"), "rate_limited", None),
+    (dump("RetryableQuotaError", delay="60000"), "rate_limited", 60),
+    (dump("RetryableQuotaError"), "rate_limited", None),
     (dump(delay="7200000", reason="'QUOTA_EXHAUSTED'"), "quota_exhausted", 7200),
     (dump(reason="'MODEL_CAPACITY_EXHAUSTED'"), "rate_limited", None),
     (dump(reason="'INSUFFICIENT_G1_CREDITS_BALANCE'"), "quota_exhausted", 10 * 3600),
@@ -234,7 +235,8 @@ def test_the_text_after_the_last_tool_result_is_the_answer_and_the_last_summary_
     agent = facts_of(lines(INIT, says("a\n## Sum"), says("mary\nfirst"), TOOL, says("b\n## Summary\nsecond"), TOOL,
                            says("the "), says("end"), DONE))
     assert (agent.final_text, agent.summary_text) == ("the end", "second")
-    assert facts_of(lines(INIT, says("## Summary\nold"), TOOL, says("## Summary\n"), says("new"))).summary_text == "new"
+    agent = facts_of(lines(INIT, says("## Summary\nold"), TOOL, says("## Summary\n"), says("new")))
+    assert agent.summary_text == "new"
 
 
 def test_a_whole_message_begins_anew():

@@ -239,8 +239,6 @@ def test_an_answer_that_no_variable_can_hold_is_only_in_the_file(answer):
 
 # -- gemini
 
-SETTINGS = "GEMINI_CLI_SYSTEM_SETTINGS_PATH"
-
 
 def gemini(configuration="", host=None, where=None, more=None, **agent) -> c.Launch:
     return c.build_gemini(task(more=more, **agent), context(**(where or {})), config(configuration), host or HOST)
@@ -255,7 +253,8 @@ def test_a_plain_gemini_task_is_this_command_line():
 
 def test_a_resumed_gemini_session_gets_the_feedback_alone():
     launch = gemini(where=dict(resume=True, feedback="The answer is: 4"), system_prompt_append="Be brief.")
-    assert options(launch, "--resume") == ["0c0ffee0-0000-4000-8000-000000000001"] and "--session-id" not in launch.argv
+    assert options(launch, "--resume") == ["0c0ffee0-0000-4000-8000-000000000001"]
+    assert "--session-id" not in launch.argv
     assert launch.stdin == "The answer is: 4"
 
 
@@ -287,24 +286,25 @@ def test_geminis_model_binary_and_further_arguments_come_from_configuration_and_
 def test_gemini_gets_its_own_credentials_and_nobody_elses():
     host = {**HOST, **LEAKS, "GEMINI_API_KEY": "g-key", "GOOGLE_CLOUD_PROJECT": "p", "GEMINI_CLI_HOME": "/h"}
     env = gemini(host=host).env
-    assert (env["GEMINI_API_KEY"], env["GOOGLE_CLOUD_PROJECT"], env["GEMINI_CLI_HOME"]) == ("g-key", "p", "/h")
+    assert (env["GEMINI_API_KEY"], env["GOOGLE_CLOUD_PROJECT"]) == ("g-key", "p")
+    assert gemini(host=host).links[0][0] == "/h/.gemini"
     assert not {name for name in LEAKS if env.get(name) == LEAKS[name]}
     assert not {name for name in env if name.startswith("ANTHROPIC")} and "GEMINI_API_KEY" not in claude(host=host).env
 
 
-def test_gemini_must_not_relaunch_itself_nor_clean_up_sessions():
-    launch = gemini()
-    own = "/data/executions/run-1/gemini-settings.json"
-    assert (launch.env["GEMINI_CLI_NO_RELAUNCH"], launch.env[SETTINGS]) == ("true", own)
-    assert launch.files == ((own, '{"general":{"sessionRetention":{"enabled":false}}}'),)
+def test_gemini_must_not_relaunch_itself():
+    assert gemini().env["GEMINI_CLI_NO_RELAUNCH"] == "true"
+    text = '[agents.gemini]\nenv = {GEMINI_CLI_NO_RELAUNCH = "false"}'
+    assert gemini(text).env["GEMINI_CLI_NO_RELAUNCH"] == "false"
 
 
-def test_an_administrators_settings_for_gemini_stay_in_force():
-    env = gemini(where=dict(is_managed=True)).env
-    assert SETTINGS not in env and env["GEMINI_CLI_SYSTEM_DEFAULTS_PATH"].endswith("run-1/gemini-settings.json")
-    text = f'[agents.gemini]\nenv = {{{SETTINGS} = "/mine", GEMINI_CLI_NO_RELAUNCH = "false"}}'
-    env = gemini(text).env
-    assert (env[SETTINGS], env["GEMINI_CLI_NO_RELAUNCH"]) == ("/mine", "false")
+def test_each_gemini_session_has_a_home_of_its_own_that_shares_the_operators_login():
+    own = "/data/executions/0c0ffee0-0000-4000-8000-000000000001/gemini-home"
+    for where in (dict(), dict(resume=True, execution_id="run-2", execution_dir="/data/executions/run-2")):
+        launch = gemini(where=where)
+        assert (launch.env["GEMINI_CLI_HOME"], launch.env["HOME"]) == (own, "/home/ann")
+        assert launch.links == (("/home/ann/.gemini", own + "/.gemini", ("tmp", "history", "projects.json")),)
+    assert gemini('[agents.gemini]\nenv = {GEMINI_CLI_HOME = "/srv/g"}').links[0][0] == "/srv/g/.gemini"
 
 
 def test_disallowed_tools_become_a_policy_that_denies_them():

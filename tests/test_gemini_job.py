@@ -149,6 +149,20 @@ def test_a_daily_quota_parks_the_kind_until_it_is_full_again(job):
     assert set(parked) == {"gemini"} and c.format_time(parked["gemini"]["until"])[11:16] == "08:00"
 
 
+def test_another_session_in_the_same_directory_takes_nothing_from_a_blocked_one(job):
+    for name in ("name", "email"):
+        subprocess.run(["git", "-C", job.copy, "config", f"user.{name}", "t@example.org"], check=True)
+    job.daemon.start()
+    blocked = job.submit("question", isolation="none")
+    assert job.wait(blocked)["state"] == "BLOCKED"
+    assert job.wait(job.submit("text", isolation="none"))["state"] == "READY"
+    job.daemon.call("task.answer", id=blocked, text="pg")
+    assert job.wait(blocked)["question"]["text"] == "Which version?"
+    assert len({run["session_id"] for run in job.runs(blocked)}) == 1
+    login = job.daemon.data_dir / "executions" / job.runs(blocked)[0]["id"] / "gemini-home/.gemini/settings.json"
+    assert login.is_symlink() and login.resolve() == job.daemon.home / "home/.gemini/settings.json"
+
+
 def test_cancel_ends_everything_that_the_agent_started(job):
     job.daemon.start()
     task_id = job.submit("slow_tool")

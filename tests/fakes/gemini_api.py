@@ -46,19 +46,19 @@ SCENARIOS = {
     "question": question,
     "slow_tool": lambda prompt, step: text("Done.") if step or prompt > 1 else shell(SLOW),
     "forbidden": lambda prompt, step: text("It is forbidden.") if step else shell("touch forbidden.txt"),
-    "daily": lambda prompt, step: DAILY,
+    "daily": lambda prompt, step: DAILY if step else shell("echo did work"),
 }
 
 
 def place_of(contents: list) -> tuple[str, int, int]:
-    """(scenario, prompt, step) of a conversation; the CLI puts a message of its own in front of the first prompt."""
+    """(scenario, prompt, step) of a conversation; the CLI's own words stand in front of the first prompt."""
     scenario, prompt, step = "text", 0, 0
     for content in contents:
         parts = content.get("parts", [])
         words = "\n".join(part.get("text", "") for part in parts)
         if content.get("role") == "model":
             step += 1
-        elif not any("functionResponse" in part for part in parts) and "<session_context>" not in words[:200]:
+        elif not any("functionResponse" in part for part in parts):
             prompt, step = prompt + 1, 0
         scenario = ([scenario] + re.findall(r"^SCENARIO: (\S+)", words, re.MULTILINE))[-1]
     return scenario, max(prompt, 1), step
