@@ -638,7 +638,7 @@ CONFIG_KEYS: tuple[Key, ...] = (
     Key("shutdown_timeout", "duration", "30s", "how long a draining daemon waits for running agents"),
     Key("on_shutdown", "choice leave|drain", "leave", "leave: agents run on without the daemon; drain: wait for them"),
     Key("claude_binary_path", "program", "claude", "the claude CLI"),
-    Key("gemini_binary_path", "program", "gemini", "the gemini CLI", active=False),
+    Key("gemini_binary_path", "program", "gemini", "the gemini CLI"),
     Key("claude_image", "string", "claudomator-agent:latest", "container image for claude", active=False),
     Key("gemini_image", "string", "claudomator-agent:latest", "container image for gemini", active=False),
     Key("container_engine", "choice docker|podman", "docker", "what runs containers", active=False),
@@ -682,12 +682,16 @@ CONFIG_KEYS: tuple[Key, ...] = (
     *(Key(f"budgets.{scope}{unit}", f"{kind} >= 0", 0, f"{unit} per day for {what}; 0: no limit")
       for scope, what in (("", "everything"), ("project.*.", "one project"), ("agent.*.", "one agent kind"))
       for unit, kind in (("usd", "number"), ("tokens", "integer"), ("runs", "integer"), ("minutes", "number"))),
-    Key("prices.*.input", "number >= 0", 0, "USD per million input tokens", active=False, example=1.25),
-    Key("prices.*.output", "number >= 0", 0, "USD per million output tokens", active=False, example=10.0),
-    Key("runners.*.command", "strings", (), "argv template", active=False, required=True,
-        example=("codex", "exec", "--json", "{prompt}")),
-    Key("runners.*.format", "choice text|jsonl|claude|gemini", "text", "what it prints", active=False),
-    Key("runners.*.fields", "table", {}, "where in a jsonl line the facts are", active=False),
+    Key("prices.*.input", "number >= 0", 0, "USD per million input tokens", example=1.25),
+    Key("prices.*.cached", "number >= 0", 0, "USD per million input tokens that the API took from its cache"),
+    Key("prices.*.output", "number >= 0", 0, "USD per million output tokens, thoughts included", example=10.0),
+    Key("runners.*.command", "strings", (), "program and arguments; {prompt} (else on stdin), {model}, {session} and"
+        " {cwd} are replaced", required=True, example=("codex", "exec", "--json", "{prompt}")),
+    Key("runners.*.resume", "strings", (), "the same for going on with a {session}; empty: it cannot",
+        example=("codex", "exec", "resume", "--json", "{session}", "{prompt}")),
+    Key("runners.*.format", "choice text|jsonl|claude|gemini", "text", "what it prints", example="jsonl"),
+    Key("runners.*.fields", "table", {}, "where in a jsonl line the facts are: docs/agents/runners.md",
+        example={"text": "item.text if item.type=agent_message", "session": "thread_id"}),
     Key("launchers.*.kind", "choice slurm|ssh|docker|kubectl", None, "the engine", active=False, required=True,
         example="slurm"),
     Key("launchers.*.command", "strings", (), "argv prefix; empty: the engine's usual one", active=False),
@@ -733,6 +737,10 @@ class Config(KeyedRecord, keys=CONFIG_GROUPS[""]):
     lock_path = property(lambda self: f"{self.data_dir}/daemon.lock")  # locked: a daemon runs on this data directory
     socket_path = property(lambda self: self.own_socket_path or f"{self.data_dir}/claudomator.sock")
 
+    def program_key(self, kind: str) -> str:
+        """The key that names an agent kind's program, for messages."""
+        return f"runners.{kind}.command" if kind in self.runners else f"{kind}_binary_path"
+
     def agent_settings(self, kind: str) -> AgentSettings:
         """The settings of an agent kind, or the defaults."""
         return self.agents.get(kind) or AgentSettings(kind=kind)
@@ -769,8 +777,74 @@ def _read_group(checker: Checker, group: str, document: dict) -> dict:
     return read
 
 
+TEMPLATE_NAMES = ("prompt", "model", "session", "cwd")
+JSONL_TEXTS = ("text", "session", "model", "error")  # the last of each counts
+JSONL_SUMS = ("cost_usd", "tokens_in", "tokens_cached", "tokens_out")  # added up over all lines
+JSONL_FIELDS = (*JSONL_TEXTS, *JSONL_SUMS, "status", "done")
+
+
+def template_names(words) -> list[str]:
+    """The names in braces in an argv template; ``{"a": 1}`` is text and no name."""
+    import re
+    return [name for word in words for name in re.findall(r"\{(\w+)\}", word or "")]
+
+
+def parse_field(text: str) -> tuple[list[list[str]], list[tuple[list[str], str]]]:
+    """(paths, conditions) of ``usage.input + usage.cached if type=result and item.kind=x``.  Raises ``ValueError``."""
+    import re
+    value, _, condition = text.partition(" if ")
+    paths = [part.strip().split(".") for part in value.split("+")]
+    tests = [part.partition("=") for part in condition.split(" and ")] if condition else []
+    conditions = [(name.strip().split("."), wanted.strip()) for name, _, wanted in tests]
+    words = [word for path in (*paths, *(path for path, _ in conditions)) for word in path]
+    _require(all(re.fullmatch(r"[\w-]+", word) for word in words))
+    _require(all(sign and word.strip() for _, sign, word in tests))
+    return paths, conditions
+
+
+def _check_runner(checker: Checker, name: str, values: dict) -> None:
+    """One of ``[runners.NAME]``: the templates fit each other, and what the format needs is there."""
+    path, templates = f"runners.{name}", {"command": values["command"] or (), "resume": values["resume"] or ()}
+    if name in BUILTIN_KINDS or not name or name.strip("abcdefghijklmnopqrstuvwxyz0123456789_-"):
+        checker.problem(path, "this agent kind is built in" if name in BUILTIN_KINDS else
+                        f"expected {KIND_WORDS['word']} as the name of an agent kind")
+    for key, words in templates.items():
+        for unknown in (word for word in template_names(words) if word not in TEMPLATE_NAMES):
+            checker.problem(f"{path}.{key}", f"unknown name {{{unknown}}}{did_you_mean(unknown, TEMPLATE_NAMES)}:"
+                            " {" + "}, {".join(TEMPLATE_NAMES) + "}")
+        if words and template_names(words[:1]):
+            checker.problem(f"{path}.{key}[0]", "expected the program, not a name in braces")
+        elif words and words[0] is not None:
+            program = checker.scalar("program", words[0], f"{path}.{key}[0]")
+            values[key] = (program or words[0], *words[1:])
+    names, again = template_names(templates["command"]), template_names(templates["resume"])
+    fields = values["fields"] or {}
+    if templates["resume"]:
+        if ("prompt" in names) != ("prompt" in again):
+            checker.problem(f"{path}.resume", "{prompt} must be in command and in resume, or in neither")
+        if "session" not in again:
+            checker.problem(f"{path}.resume", "{session} is missing: which session shall go on?")
+        if "session" not in names and values["format"] in ("text", "jsonl") and "session" not in fields:
+            checker.problem(f"{path}.resume", "the session is not known: put {session} into command, or name it in"
+                            " fields.session (format jsonl)")
+    if fields and values["format"] != "jsonl":
+        checker.problem(f"{path}.fields", "only the format jsonl has fields")
+    for field, text in fields.items():
+        if field not in JSONL_FIELDS:
+            checker.problem(f"{path}.fields.{field}", f"unknown field{did_you_mean(field, JSONL_FIELDS)}: "
+                            + ", ".join(JSONL_FIELDS))
+        try:
+            parse_field(text or "")
+        except ValueError:
+            checker.wrong(f"{path}.fields.{field}", "PATH, PATH + PATH or PATH if PATH=WORD and ...", text)
+    if values["format"] == "jsonl" and "text" not in fields:
+        checker.problem(f"{path}.fields.text", "missing: where an answer's text is")
+
+
 def _check_config(checker: Checker, read: dict[str, dict]) -> None:
     """What no single key shows."""
+    for name, values in read["runners.*"].items():
+        _check_runner(checker, name, values)
     kinds = (*BUILTIN_KINDS, *read["runners.*"])
     for kind, values in read["agents.*"].items():
         if kind not in kinds:
@@ -828,6 +902,8 @@ _SAMPLE_NAMES = {"agents.*": "claude", "budgets.project.*": "myrepo", "budgets.a
 
 def _toml_value(value) -> str:
     """A default or example in TOML; a JSON string is a TOML string too as long as it is ASCII."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name} = {_toml_value(item)}' for name, item in value.items())}}}"
     return f"[{', '.join(map(_toml_value, value))}]" if isinstance(value, tuple) else format_json(value)
 
 
@@ -1921,11 +1997,13 @@ class AgentFacts(
         KeyedRecord, lines=0, garbage_lines=0, session_id="", model="", version="", result_seen=False, is_error=False,
         subtype="", terminal_reason="", stop_reason="", api_status=None, api_error="", last_error_kind="",
         error_texts=(), result_text="", final_text="", summary_text="", cost_usd=None, tokens_in=None, tokens_out=None,
-        num_turns=0, denials=(), rate_limit=None, retry=None, stream_tail=()):
+        num_turns=0, denials=(), rate_limit=None, retry=None, stream_tail=(), usage=None, needs_result=True):
     """What a run's output says.  ``None`` means unknown; costs and tokens are those of this run alone.
     ``denials``: ({"tool", "input"}, ...).  ``rate_limit``: {"status", "type", "resets_at"} of the last limit reported.
     ``retry``: {"attempt", "status", "error"} of the API retry that the agent was in when the output ended.
-    ``session_id`` is set only where the session can be resumed; ``stream_tail``: lines that were no JSON."""
+    ``session_id`` is set only where the session can be resumed; ``stream_tail``: lines that were no JSON.
+    ``usage``: {model: {"input", "cached", "output"}} in tokens, cached ones being part of the input, of an agent that
+    knows no cost.  ``needs_result``: whether a run without a result line is not done."""
 
 
 def clean_text(value, limit: int = TEXT_LIMIT) -> str:
@@ -2188,7 +2266,204 @@ class TextStream:
                           summary_text=self._summary.text(), tokens_in=tokens, tokens_out=tokens)
 
 
-STREAMS = {"claude": ClaudeStream, "text": TextStream}
+class GeminiStream:
+    """Parser of gemini's ``--output-format stream-json``, measured on 0.61.0.  The answer is not in the result
+    line: it is the assistant's deltas since the last tool result.  Older versions wrap it all in a Markdown fence."""
+
+    BORING = (b'{"type":"tool_use"',)
+    _FENCES = (b"", b"```json", b"```")
+    TURN_LIMIT = 1 << 20  # characters kept of one turn's text; of a longer one the end
+    GATED_TOOLS = ("run_shell_command", "write_file", "replace")  # not registered unless the approval mode allows them
+    ENDS = {"Loop detected": "loop", "Maximum session turns": "max_turns"}  # error lines before a result of "success"
+
+    def __init__(self) -> None:
+        self._facts: dict = {}
+        self._lines = self._garbage = self._size = 0
+        self._tail: list[str] = []
+        self._pieces: list[str] = []
+        self._summary = ""
+        self._denials: dict = {}
+
+    def feed_line(self, line: bytes) -> list[dict]:
+        """Take one line without its LF; returns what is notable in it: session or api_error."""
+        self._lines += 1
+        if line.startswith(self.BORING) or line.strip() in self._FENCES:
+            return []
+        if line.startswith(b'{"type":"tool_result"') and b'"status":"error"' not in line:
+            return self._end_turn()  # its output may be megabytes and says nothing
+        record = parse_json_or(line.decode("utf-8", "replace"), None)
+        if not isinstance(record, dict):
+            self._garbage += 1
+            self._tail = [*self._tail, clean_text(line[:300].decode("utf-8", "replace"))][-5:]
+            return []
+        take = {"init": self._take_init, "message": self._take_message, "tool_result": self._take_tool_result,
+                "error": self._take_error, "result": self._take_result}.get(str(record.get("type")))
+        return take(record) if take else []
+
+    def facts(self) -> AgentFacts:
+        """The facts so far.  May be asked at any time, also again."""
+        text, usage = "".join(self._pieces), self._facts.get("usage")
+        tokens_in, tokens_out = (_sum(model[name] for model in usage.values()) if usage else None
+                                 for name in ("input", "output"))
+        return AgentFacts(lines=self._lines, garbage_lines=self._garbage, final_text=clean_text(text.strip()),
+                          summary_text=clean_text(self._summary_in(text) or self._summary), tokens_in=tokens_in,
+                          tokens_out=tokens_out, denials=tuple(self._denials.values()),
+                          stream_tail=tuple(self._tail), **self._facts)
+
+    def _summary_in(self, text: str) -> str:
+        finder = SummaryFinder()
+        finder.add_text(text)
+        return finder.text()
+
+    def _end_turn(self) -> list[dict]:
+        if self._pieces:
+            self._summary = self._summary_in("".join(self._pieces)) or self._summary
+            self._pieces, self._size = [], 0
+        return []
+
+    def _take_init(self, record: dict) -> list[dict]:
+        session = {name: clean_text(record.get(name), 100) for name in ("session_id", "model")}
+        self._facts.update(session)
+        return [{"kind": "session", **session, "version": ""}]
+
+    def _take_message(self, record: dict) -> list[dict]:
+        text = record.get("content")
+        if record.get("role") == "assistant" and isinstance(text, str):
+            if record.get("delta") is not True:
+                self._end_turn()  # a whole message, not a piece of one
+            self._pieces.append(text)
+            self._size += len(text)
+            if self._size > 2 * self.TURN_LIMIT:
+                self._pieces = ["".join(self._pieces)[-self.TURN_LIMIT:]]
+                self._size = self.TURN_LIMIT
+        return []
+
+    def _take_tool_result(self, record: dict) -> list[dict]:
+        tool = clean_text(record.get("tool_id"), 200).partition("__")[0]
+        if _object(record.get("error")).get("type") == "tool_not_registered" and tool in self.GATED_TOOLS:
+            self._denials[tool] = {"tool": tool, "input": {}}
+        return self._end_turn()
+
+    def _take_error(self, record: dict) -> list[dict]:
+        text, severity = clean_text(record.get("message"), MESSAGE_LIMIT), clean_text(record.get("severity"), 60)
+        self._facts["error_texts"] = (text,)
+        self._facts["stop_reason"] = next((end for words, end in self.ENDS.items() if text.startswith(words)),
+                                          self._facts.get("stop_reason", ""))
+        return [{"kind": "api_error", "error": severity, "status": None, "text": text}]
+
+    def _take_result(self, record: dict) -> list[dict]:
+        error, status = _object(record.get("error")), clean_text(record.get("status"), 60)
+        message = clean_text(error.get("message"), MESSAGE_LIMIT)
+        self._facts.update(result_seen=True, subtype=status, terminal_reason=clean_text(error.get("type"), 60),
+                           is_error=status != "success" or bool(self._facts.get("stop_reason")),
+                           usage=gemini_usage(_object(record.get("stats")), self._facts.get("model", "")))
+        if message:
+            self._facts["error_texts"] = (message,)
+        return []
+
+
+def gemini_usage(stats: dict, model: str) -> dict | None:
+    """``usage`` of a result line's ``stats``; ``None`` where it counted nothing.  Thought tokens are only in the
+    total: they are billed as output, so the output is what the total holds beyond the input."""
+    models = stats.get("models") if isinstance(stats.get("models"), dict) else {model: stats} if stats else {}
+    usage = {}
+    for name, entry in models.items():
+        total, tokens_in, cached, tokens_out = (_count(_object(entry).get(key, 0)) for key in
+                                                ("total_tokens", "input_tokens", "cached", "output_tokens"))
+        if None in (tokens_in, tokens_out):
+            return None
+        usage[clean_text(name, 100)] = {"input": tokens_in, "cached": min(cached or 0, tokens_in),
+                                        "output": max(tokens_out, (total or 0) - tokens_in)}
+    return usage or None
+
+
+def field_value(record: dict, path: list[str]) -> object:
+    """The value at a dotted path, or ``None``."""
+    value: object = record
+    for word in path:
+        value = value.get(word) if isinstance(value, dict) else \
+            value[int(word)] if isinstance(value, list) and word.isdecimal() and int(word) < len(value) else None
+    return value
+
+
+class JsonLinesStream:
+    """Parser of any agent that prints a JSON object a line; ``fields`` says where the facts are (``parse_field``)."""
+
+    BORING = ()
+
+    def __init__(self, fields: dict[str, str]) -> None:
+        self._fields = {name: parse_field(text) for name, text in fields.items()}
+        self._facts: dict = {"needs_result": "done" in fields}
+        self._sums: dict = {}
+        self._lines = self._garbage = 0
+        self._tail: list[str] = []
+        self._summary = SummaryFinder()
+
+    def read(self, record: dict) -> dict:
+        """The facts in one line, by field."""
+        found = {}
+        for name, (paths, conditions) in self._fields.items():
+            if all(_word(field_value(record, path)) == wanted for path, wanted in conditions):
+                values = [value for value in (field_value(record, path) for path in paths) if value is not None]
+                if values:
+                    found[name] = _sum(map(_number, values)) if name in JSONL_SUMS else values[0]
+        return found
+
+    def feed_line(self, line: bytes) -> list[dict]:
+        """Take one line without its LF; returns what is notable in it: session or api_error."""
+        self._lines += 1
+        record = parse_json_or(line.decode("utf-8", "replace"), None)
+        if not isinstance(record, dict):
+            if line.strip():
+                self._garbage += 1
+                self._tail = [*self._tail, clean_text(line[:300].decode("utf-8", "replace"))][-5:]
+            return []
+        return self._take(self.read(record))
+
+    def _take(self, found: dict) -> list[dict]:
+        events, facts = [], self._facts
+        for name in (name for name in JSONL_SUMS if name in found):
+            before = self._sums.get(name, 0)
+            self._sums[name] = None if None in (before, found[name]) else before + found[name]
+        text, session = found.get("text"), clean_text(found.get("session"), 100)
+        if isinstance(text, str) and text.strip() or "done" in found:  # whatever went wrong before was overcome
+            facts.update(is_error=False, error_texts=(), api_status=None)
+        if isinstance(text, str) and text.strip():
+            facts["final_text"] = clean_text(text.strip())
+            self._summary.add_text(text)
+        if "done" in found:
+            facts["result_seen"] = True
+        if session and session != facts.get("session_id"):
+            facts["session_id"] = session
+            events.append({"kind": "session", "session_id": session, "model": clean_text(found.get("model"), 100),
+                           "version": ""})
+        if clean_text(found.get("model"), 100):
+            facts["model"] = clean_text(found["model"], 100)
+        if "error" in found:
+            words = found["error"] if isinstance(found["error"], str) else format_json(found["error"])
+            words, status = clean_text(words, MESSAGE_LIMIT), _count(found.get("status"))
+            facts.update(is_error=True, error_texts=(words,), api_status=status)
+            events.append({"kind": "api_error", "error": "", "status": status, "text": words})
+        return events
+
+    def facts(self) -> AgentFacts:
+        """The facts so far.  May be asked at any time, also again."""
+        tokens = {name: _count(self._sums.get("tokens_" + name)) for name in ("in", "cached", "out")}
+        known = None not in (tokens["in"], tokens["out"])
+        usage = {self._facts.get("model", ""): {"input": tokens["in"], "output": tokens["out"],
+                                                "cached": min(tokens["cached"] or 0, tokens["in"])}} if known else None
+        return AgentFacts(lines=self._lines, garbage_lines=self._garbage, usage=usage,
+                          summary_text=clean_text(self._summary.text()), cost_usd=self._sums.get("cost_usd"),
+                          tokens_in=tokens["in"], tokens_out=tokens["out"], stream_tail=tuple(self._tail),
+                          **self._facts)
+
+
+def _word(value) -> str | None:
+    """A value as a condition of ``fields`` names it: ``true``, ``429``, ``stop``."""
+    return format_json(value) if isinstance(value, (bool, int, float)) else value if isinstance(value, str) else None
+
+
+STREAMS = {"claude": ClaudeStream, "gemini": GeminiStream, "jsonl": JsonLinesStream, "text": TextStream}
 
 
 # -- server-sent events and chat: what a model server with OpenAI's interface answers.  A server may be any program, so
@@ -2487,10 +2762,12 @@ class Question(KeyedRecord, kind="none", text="", options=()):
 
 
 class RunFacts(KeyedRecord, format="claude", kind="claude", stop_reason="", limit_s=None, spawn_error="",
-               stderr_tail="", resumed=False, disallowed_tools=(), question=Question(), summary_file=""):
+               stderr_tail="", resumed=False, disallowed_tools=(), question=Question(), summary_file="",
+               ended_at=None, program_key=""):
     """An ended run.  ``exit_code`` is the shell's (128 + n for signal n), ``None`` where none was recorded;
     ``stop_reason`` why it was stopped: ``cancelled``, ``timed_out``, ``stalled`` or ``""``; ``limit_s`` which limit it
-    reached; ``spawn_error`` why the agent could not be started; ``resumed``: it continued an old session."""
+    reached; ``spawn_error`` why the agent could not be started; ``resumed``: it continued an old session;
+    ``ended_at``: unix seconds; ``program_key``: which key of the configuration names the program."""
 
     agent: AgentFacts
     exit_code: int | None
@@ -2498,7 +2775,7 @@ class RunFacts(KeyedRecord, format="claude", kind="claude", stop_reason="", limi
 
 class Verdict(KeyedRecord, reason="", detail="", resume=False, retry_at=None, summary="", question=None):
     """What the record says: ``state`` is the execution's, ``detail`` a sentence for a person; ``resume``: the agent's
-    session can be continued; ``retry_at``: when an exhausted quota is full again, if known."""
+    session can be continued; ``retry_at``: when an exhausted quota is full again or a limit is over, if known."""
 
     ok: bool
     state: str
@@ -2589,14 +2866,17 @@ def _is_disallowed(denial: dict, entries: tuple) -> bool:
     return False
 
 
-def _describe_denials(kind: str, denials: list[dict]) -> str:
+def _describe_denials(run: RunFacts, denials: list[dict]) -> str:
     calls = []
     for denial in denials[:3]:
         words = next(filter(None, map(denial["input"].get, ("command", "file_path", "url"))), "")
         calls.append(f"{denial['tool']} ({clean_text(words, 80)})" if words else denial["tool"])
     more = f" and {len(denials) - 3} more" if len(denials) > 3 else ""
     tools = ", ".join(dict.fromkeys(denial["tool"] for denial in denials))
-    return (f"{kind} was denied {', '.join(calls)}{more}; allow it with agent.allowed_tools: [{tools}] or another"
+    if run.format == "gemini":
+        return (f"{run.kind} was denied {', '.join(calls)}{more}; leave agent.permission_mode out to"
+                " allow it (bypassPermissions), or forbid it in agent.disallowed_tools if the task can do without")
+    return (f"{run.kind} was denied {', '.join(calls)}{more}; allow it with agent.allowed_tools: [{tools}] or another"
             " agent.permission_mode, or forbid it in agent.disallowed_tools if the task can do without")
 
 
@@ -2659,15 +2939,16 @@ def _last_retry(agent: AgentFacts) -> str:
 
 
 def _judge_without_result(run: RunFacts) -> tuple[str, str]:
-    """(reason, detail) of a claude run that ended by itself and printed no result line."""
+    """(reason, detail) of a run that ended by itself and printed no result line."""
     agent, code, said = run.agent, run.exit_code, useful_line(run.stderr_tail)
     tail = said or (agent.stream_tail[-1].strip() if agent.stream_tail else "")
     because = f": {tail}" if tail else ""
     if code == 0:
         return "no_result", f"{run.kind} ended without a result line{_last_retry(agent)}{because}"
     if agent.lines == 0 and code in (125, 126, 127):  # what coreutils ``timeout`` says of a program it cannot run
+        key = run.program_key or f"{run.kind}_binary_path"
         hint = f"{run.kind} is not installed or not on PATH" if code == 127 else f"{run.kind} could not be started"
-        return "spawn_failed", f"{hint}{because}; install it or set {run.kind}_binary_path in the configuration"
+        return "spawn_failed", f"{hint}{because}; install it or set {key} in the configuration"
     if "cannot be used with root" in said:
         return "bad_task", (f"{said}; run the daemon as another user, set IS_SANDBOX=1 in [agents.{run.kind}] env, or"
                             " choose another agent.permission_mode")
@@ -2678,8 +2959,114 @@ def _judge_without_result(run: RunFacts) -> tuple[str, str]:
 
 def _no_session(run: RunFacts) -> bool:
     """Whether the agent says that the session which it should resume does not exist."""
+    if run.format != "claude":
+        is_missing = run.exit_code == GEMINI_INPUT_ERROR if run.format == "gemini" else bool(run.exit_code)
+        return run.resumed and is_missing and not run.agent.session_id
     early = run.agent.subtype == "error_during_execution" and not run.agent.session_id
     return early or "No conversation found" in run.stderr_tail and run.agent.lines == 0
+
+
+GEMINI_INPUT_ERROR = 42
+GEMINI_EXITS = {  # measured or read in the CLI's ExitCodes; every other code from 144 on is an HTTP status modulo 256
+    41: ("auth", "gemini is not logged in"), GEMINI_INPUT_ERROR: ("bad_task", "gemini refuses its input"),
+    44: ("spawn_failed", "gemini's own sandbox does not start"), 52: ("bad_task", "gemini's settings are wrong"),
+    53: ("max_turns", "it reached model.maxSessionTurns of gemini's settings"),
+    54: ("agent_error", "a tool failed for good"), 55: ("bad_task", "gemini does not trust the working directory"),
+    130: ("agent_error", "it was interrupted from outside"),
+}
+FIRST_HTTP_EXIT = 144  # 400 - 256
+PACIFIC_MIDNIGHT_S = 8 * 3600  # UTC; when Google's daily quotas are full again, in summer an hour earlier
+
+
+def gemini_api_error(stderr: str) -> dict:
+    """{"name", "status", "reason", "delay_s"} of the last error object that gemini dumped to stderr; empty if none.
+    Only the lines of the dump itself are read: the agent's tools may have put any words into stderr before it."""
+    import re
+    _, found, report = safe_text(stderr).rpartition("Error when talking to Gemini API")
+    if not found:
+        return {}
+    name = re.match(r"[^\n]*?\b_?([A-Z]\w*Error): ", report)
+    fields = {key: re.search(rf"^  {key}: '?([\w.]+)'?,?$", report, re.M) for key in
+              ("status", "code", "reason", "retryDelayMs")}
+    words = {key: match[1] for key, match in fields.items() if match and match[1] not in ("undefined", "null")}
+    digits = [words[key] for key in ("status", "code") if words.get(key, "").isdecimal()]
+    delay = words.get("retryDelayMs", "")
+    return {"name": name[1] if name else "", "status": int(digits[0][:3]) if digits else None,
+            "reason": words.get("reason", ""),
+            "delay_s": float(delay) / 1000 if delay.replace(".", "", 1).isdecimal() and len(delay) < 16 else None}
+
+
+def _gemini_reason(run: RunFacts, status: int | None, error: dict) -> str:
+    """The reason of an API error by HTTP status and by the kind of error that the CLI made of it."""
+    if status == 429 or error.get("name") in ("TerminalQuotaError", "RetryableQuotaError"):
+        if error.get("reason", "").startswith("MODEL_CAPACITY"):
+            return "rate_limited"
+        is_window = error.get("reason") in ("QUOTA_EXHAUSTED", "INSUFFICIENT_G1_CREDITS_BALANCE")
+        is_daily = error.get("name") == "TerminalQuotaError" and error["delay_s"] is None
+        return "quota_exhausted" if is_window or is_daily else "rate_limited"
+    message = "".join(run.agent.error_texts)
+    body = _object(parse_json_or(message.removeprefix("[API Error: ").partition("]\n")[0].removesuffix("]"), None))
+    details = _object(body.get("error")).get("details")
+    details = details if isinstance(details, list) else []
+    if any(_object(item).get("reason") == "API_KEY_INVALID" for item in details):
+        return "auth"  # a 400
+    return STATUS_REASONS.get(status) or "api_error"
+
+
+def _judge_gemini(run: RunFacts) -> tuple[str, str]:
+    """(reason, detail) of a gemini run that did not succeed."""
+    agent, code, error = run.agent, run.exit_code, gemini_api_error(run.stderr_tail)
+    words = "; ".join(filter(None, agent.error_texts))
+    said = "" if words else _gemini_said(run.stderr_tail)
+    because = f": {words or said}" if words or said else ""
+    if code in GEMINI_EXITS:
+        reason, why = GEMINI_EXITS[code]
+        is_gone = _no_session(run)
+        return ("agent_error", "its session cannot be resumed" + because) if is_gone else (reason, why + because)
+    status = code + 256 if code >= FIRST_HTTP_EXIT else error.get("status") if code and agent.result_seen else None
+    if status is not None:
+        reason = _gemini_reason(run, status, error)
+        return reason, f"{API_ERROR_WORDS[reason]}{because} (HTTP {status})"
+    if agent.stop_reason:
+        return {"loop": "agent_error"}.get(agent.stop_reason, agent.stop_reason), f"gemini stopped by itself{because}"
+    if code == 0 and agent.result_seen:  # a safety block, or an answer that broke off: HTTP itself was well
+        return "api_error", f"the API's answer cannot be used{because or ': no message'}"
+    if code == 1 and agent.lines == 0 and said:
+        return "bad_task", f"{run.kind} does not take its arguments{because}"
+    if agent.result_seen:
+        return "agent_error", f"{run.kind} {describe_exit(code)}{because}"
+    return _judge_without_result(run)
+
+
+def _gemini_said(stderr: str) -> str:
+    """The line of stderr that tells a person most: noise of every run and the usage text are passed over."""
+    noise = ("YOLO mode", "Approval mode", "Ripgrep", "[STARTUP]", "Attempt ", "-", "Usage:", "Options:")
+    lines = [line for line in safe_text(stderr).splitlines() if line.strip() and not line.strip().startswith(noise)]
+    return useful_line("\n".join([*lines[:-2], " ".join(lines[-2:])]))
+
+
+def _judge_json_lines(run: RunFacts) -> tuple[str, str]:
+    """(reason, detail) of a run whose output is read by ``[runners.NAME] fields``."""
+    agent = run.agent
+    if agent.is_error:
+        reason, words = _reason_of_api_error(agent), "; ".join(agent.error_texts)
+        status = f" (HTTP {agent.api_status})" if agent.api_status is not None else ""
+        return reason, f"{API_ERROR_WORDS[reason]}: {words}{status}"
+    return ("", "") if run.exit_code == 0 and not agent.needs_result else _judge_without_result(run)
+
+
+def price(usage: dict | None, prices: dict, model: str = "") -> float | None:
+    """USD of ``AgentFacts.usage`` by ``[prices."MODEL"]``; ``model`` is the name where the agent told none.  ``None``
+    where a model that was used has no price: an unknown cost is not 0."""
+    total = 0.0
+    for name, count in (usage or {}).items():
+        rates = prices.get(name or model)
+        if rates is None and any(count.values()):
+            return None
+        if rates:
+            fresh = count["input"] - count["cached"]
+            total += fresh * rates["input"] + count["cached"] * rates["cached"] + count["output"] * rates["output"]
+    return total / 1e6 if usage else None
 
 
 STOPPED = {"cancelled": "it was cancelled", "timed_out": "it reached its timeout{}",
@@ -2703,7 +3090,11 @@ def _judge_reason(run: RunFacts) -> tuple[str, str]:
         return ("agent_error", ended + because) if run.exit_code else ("", "")
     if finished:
         denials = [denial for denial in agent.denials if not _is_disallowed(denial, run.disallowed_tools)]
-        return ("permission_denied", _describe_denials(run.kind, denials)) if denials else ("", "")
+        return ("permission_denied", _describe_denials(run, denials)) if denials else ("", "")
+    if run.format == "gemini":
+        return _judge_gemini(run)
+    if run.format == "jsonl":
+        return _judge_json_lines(run)
     if not agent.result_seen or agent.is_error:
         return _judge_error_result(agent) if agent.result_seen else _judge_without_result(run)
     return "agent_error", f"{ended} after a good result{because}"
@@ -2715,7 +3106,6 @@ def judge(**facts) -> Verdict:
     run = RunFacts(**facts)
     reason, detail = _judge_reason(run)
     question = run.question if run.question.kind == "question" else None
-    limit = run.agent.rate_limit or {}
     common = {"resume": (bool(run.agent.session_id) or run.resumed) and not _no_session(run),
               "summary": choose_summary(run.summary_file, run.question, run.agent), "question": question}
     if question and reason in ("", "permission_denied"):
@@ -2723,8 +3113,21 @@ def judge(**facts) -> Verdict:
     if not reason:
         return Verdict(True, COMPLETED, **common)
     return Verdict(False, REASONS[reason]["state"], reason, cut_text(detail, DETAIL_LIMIT),
-                   retry_at=limit.get("resets_at") if reason == "quota_exhausted" or
-                   reason == "rate_limited" and limit.get("status") == RETRY_AFTER else None, **common)
+                   retry_at=_retry_at(run, reason), **common)
+
+
+def _retry_at(run: RunFacts, reason: str) -> float | None:
+    """When (unix seconds) an exhausted quota is full again, or a limit over, where the agent says so."""
+    if reason not in ("quota_exhausted", "rate_limited"):
+        return None
+    if run.format != "gemini":
+        limit = run.agent.rate_limit or {}
+        return limit.get("resets_at") if reason == "quota_exhausted" or limit.get("status") == RETRY_AFTER else None
+    delay_s = gemini_api_error(run.stderr_tail).get("delay_s")
+    if run.ended_at is None or delay_s is None and reason == "rate_limited":
+        return None
+    midnight = (run.ended_at - PACIFIC_MIDNIGHT_S) // 86400 * 86400 + 86400 + PACIFIC_MIDNIGHT_S
+    return midnight if delay_s is None else run.ended_at + delay_s
 
 
 FEEDBACK = {
@@ -2969,17 +3372,25 @@ def _local(time_text: str | None, tz_offset_s: float) -> str:
 TOOL_ARGUMENTS = "command file_path notebook_path path pattern url query skill description prompt".split()
 
 
-def render_log_line(line: bytes, format: str, color: bool = False, tz_offset_s: float = 0) -> str | None:
+def render_log_line(line: bytes, format: str, color: bool = False, tz_offset_s: float = 0,
+                    fields: dict | None = None) -> str | None:
     """One line of an agent's stdout for a person, maybe as several; ``None`` where it says nothing to one.  Lines that
-    are no JSON are shown as they are; JSON never is."""
+    are no JSON are shown as they are; JSON never is.  ``fields``: those of a runner with the format jsonl."""
     text = line.decode("utf-8", "replace")
-    if format != "claude":
+    if format not in ("claude", "gemini", "jsonl"):
         return safe_text(text)
     record = parse_json_or(text, None)
     if not isinstance(record, dict):
         if text.lstrip().startswith('{"'):
             return paint(f"… a line of {len(line)} bytes that cannot be read", DIM, color)
         return safe_text(text) if text.strip() else None
+    if format == "gemini":
+        return _render_gemini(record, color)
+    if format == "jsonl":
+        found = JsonLinesStream(fields or {}).read(record)
+        text, error = found.get("text"), found.get("error")
+        error = paint("✘ " + one_line(error), RED, color) if error is not None else None
+        return safe_text(text).strip("\n") or None if isinstance(text, str) else error
     render = {"assistant": _render_message, "user": _render_message, "system": _render_system,
               "result": _render_result_line}.get(str(record.get("type")))
     if render:
@@ -2999,8 +3410,8 @@ class LogRenderer:
     """Renders the lines of a log that grows.  A text that comes in pieces (``stream_event``) is shown line by line as
     it comes, and the message that says it once more only with what was held back."""
 
-    def __init__(self, format: str, color: bool = False, tz_offset_s: float = 0):
-        self._how = format, color, tz_offset_s
+    def __init__(self, format: str, color: bool = False, tz_offset_s: float = 0, fields: dict | None = None):
+        self._how = format, color, tz_offset_s, fields or {}
         self._held, self._begun = "", False
 
     def render(self, line: bytes) -> str | None:
@@ -3026,6 +3437,31 @@ class LogRenderer:
             whole, newline, rest = rest, "\n", ""
         self._held = rest if newline else self._held
         return safe_text(whole) if newline else None
+
+
+def _render_gemini(record: dict, color: bool) -> str | None:
+    """A line of gemini's stream, by way of claude's blocks.  A piece of an answer is shown as it comes."""
+    kind, text = record.get("type"), record.get("content")
+    if kind == "init":
+        return _render_system({**record, "subtype": "init"}, color)
+    if kind == "message" and isinstance(text, str):
+        return _render_block({"type": "text", "text": text}, {"type": record.get("role")}, color) or None
+    if kind == "tool_use":
+        block = {"type": "tool_use", "name": record.get("tool_name"), "input": record.get("parameters")}
+        return _render_block(block, record, color)
+    if kind == "tool_result":
+        is_error = record.get("status") == "error"
+        return _render_tool_result({"content": record.get("output"), "is_error": is_error}, color)
+    if kind == "error":
+        return paint("✘ " + one_line(record.get("message") or "error"), RED, color)
+    if kind != "result":
+        return None
+    failed, stats = record.get("status") != "success", _object(record.get("stats"))
+    words = one_line(_object(record.get("error")).get("message") or "failed") if failed else "success"
+    duration_ms = _number(stats.get("duration_ms"))
+    parts = [words, *([format_duration(duration_ms / 1000)] if duration_ms else []),
+             f"{format_tokens(_count(stats.get('total_tokens')))} tokens"]
+    return paint(f"{'✘' if failed else '✔'} {' · '.join(parts)}", RED if failed else GREEN, color)
 
 
 def _render_message(record: dict, color: bool) -> str | None:
@@ -3453,17 +3889,21 @@ def error_from_wire(body: dict) -> ClaudomatorError:
 # ---- 12 Runners (pure) -----------------------------------------------------------------------------------------
 # A runner answers one question: which command, with which environment and which text on stdin, does this task on this
 # agent?  It starts nothing.  ``format`` names the parser of what the agent prints (section 08).  Flags and variables of
-# claude: measured on 2.1.197 and 2.1.329.
+# claude: measured on 2.1.197 and 2.1.329; of gemini: on 0.61.0.
 
 ENVIRONMENT_ALLOWED = frozenset(
     "PATH HOME USER LOGNAME SHELL LANG LANGUAGE TZ TERM TMPDIR XDG_CONFIG_HOME XDG_CACHE_HOME XDG_DATA_HOME"
     " XDG_RUNTIME_DIR SSH_AUTH_SOCK HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy SSL_CERT_FILE"
     " SSL_CERT_DIR NODE_EXTRA_CA_CERTS REQUESTS_CA_BUNDLE".split())
 CLAUDE_CREDENTIALS = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_BASE_URL")
+GEMINI_CREDENTIALS = tuple(
+    "GEMINI_API_KEY GOOGLE_API_KEY GOOGLE_GEMINI_BASE_URL GOOGLE_VERTEX_BASE_URL GOOGLE_GENAI_USE_VERTEXAI"
+    " GOOGLE_GENAI_USE_GCA GOOGLE_CLOUD_PROJECT GOOGLE_CLOUD_PROJECT_ID GOOGLE_CLOUD_LOCATION"
+    " GOOGLE_APPLICATION_CREDENTIALS GEMINI_CLI_HOME".split())
 CLAUDE_MAX_RETRIES = 2  # by itself claude retries for three minutes in a slot; the queue does the waiting instead
 LOCAL_API_KEY = "CLAUDOMATOR_LOCAL_API_KEY"  # how the key comes to a local agent's process: argv is for all to see
 LOCAL_MODE = "_local"  # the argument that makes this program the process of a local agent
-LONGEST_VARIABLE = 100_000  # bytes; the kernel refuses a variable of 128 KiB (MAX_ARG_STRLEN)
+LONGEST_VARIABLE = 100_000  # bytes; the kernel refuses a variable or argument of 128 KiB (MAX_ARG_STRLEN)
 
 PREAMBLE = """\
 You are running unattended: nobody reads along, and nobody can approve or answer while you work.
@@ -3485,7 +3925,8 @@ Your task:
 
 
 class Launch(Record):
-    """What a supervisor starts: ``stdin`` is text for the prompt file, or ``None`` for /dev/null."""
+    """What a supervisor starts: ``stdin`` is the prompt file's text; ``files`` are (path, text) written before,
+    ``links`` (directory, new directory, names): the new one gets a link to each entry of the other but these names."""
 
     _secret = frozenset({"env"})
     argv: tuple
@@ -3493,6 +3934,8 @@ class Launch(Record):
     stdin: str | None
     format: str
     session_id: str = ""
+    files: tuple = ()
+    links: tuple = ()
 
 
 class RunContext(Record):
@@ -3510,6 +3953,11 @@ class RunContext(Record):
     round: int = 1
     is_root: bool = False
     program: tuple = ()  # how to start this program itself
+
+    @property
+    def session_dir(self) -> str:
+        """The directory of the execution that began the session, where it bears that execution's name."""
+        return f"{self.execution_dir.rpartition('/')[0]}/{self.session_id}"
 
 
 def agent_environment(host: dict, settings: AgentSettings, credentials: tuple[str, ...], context: RunContext,
@@ -3584,6 +4032,90 @@ def _prompt(task: Task, context: RunContext, head: str) -> str:
     return text + ("\n\n" + context.feedback if context.feedback else "")
 
 
+GEMINI_APPROVAL = {"bypassPermissions": "yolo", "acceptEdits": "auto_edit", "auto": "auto_edit", "plan": "plan"}
+GEMINI_TOOLS = {"Bash": "run_shell_command", "Edit": "replace", "MultiEdit": "replace", "Write": "write_file",
+                "Read": "read_file", "Glob": "glob", "Grep": "grep_search", "LS": "list_directory",
+                "WebFetch": "web_fetch", "WebSearch": "google_web_search"}  # claude's names, as tasks use them
+GEMINI_OWN = ("tmp", "history", "projects.json")  # what a run's home does not share with the operator's
+
+# Gemini's clean-up of old sessions deletes live ones: a resumed session leaves a second file with the same suffix,
+# which the next session in that directory takes for a broken one, and removes both.  So each session gets a
+# GEMINI_CLI_HOME of its own, in the directory of the execution that began it, where no other session ever starts; it
+# goes when that goes.  In it stand links to all that the operator's ~/.gemini holds but the sessions: login, settings,
+# MCP servers, GEMINI.md and extensions are the operator's own, nothing is copied, and a refreshed login is written
+# through the link.  HOME stays as it is, for git and ssh.  Switching the clean-up off would not do: a run has no place
+# for such a setting, as gemini ignores a "system" settings file (GEMINI_CLI_SYSTEM_SETTINGS_PATH) that is not root's,
+# down from the root directory, and the others belong to the operator and to the repository.
+
+
+def gemini_policy(disallowed: tuple) -> str:
+    """A policy file (TOML) that denies ``disallowed_tools``; ``Bash(git push:*)`` by the command's beginning."""
+    rules = []
+    for entry in map(str.strip, disallowed):
+        name, _, rule = entry.partition("(")
+        prefix = rule.rstrip(")").removesuffix("*").removesuffix(":").strip()
+        rules += ["[[rule]]", f"toolName = {format_json(GEMINI_TOOLS.get(name, name))}", 'decision = "deny"',
+                  "priority = 999"]
+        rules += [f"commandPrefix = {format_json(prefix)}"] if prefix and name == "Bash" else []
+    return "\n".join(rules) + "\n"
+
+
+def build_gemini(task: Task, context: RunContext, config: Config, host: dict) -> Launch:
+    """The ``gemini`` command line.  ``--yolo`` alone is not enough: in a directory that nobody has declared trusted it
+    ends with 55.  The launcher ignores every signal, so the CLI must not relaunch itself."""
+    agent, settings = task.agent, config.agent_settings("gemini")
+    argv = [config.gemini_binary_path, "--output-format", "stream-json"]
+    mode = GEMINI_APPROVAL.get(agent.permission_mode or "bypassPermissions", "default")
+    argv += ["--yolo"] if mode == "yolo" else ["--approval-mode", mode]
+    argv += ["--skip-trust", "--resume" if context.resume else "--session-id", context.session_id]
+    model = agent.model or settings.model
+    argv += ["--model", model] if model else []
+    for directory in agent.context_files:  # without it gemini refuses to write there, and to read
+        argv += ["--include-directories", directory]
+    env = agent_environment(host, settings, GEMINI_CREDENTIALS, context, task)
+    env.setdefault("GEMINI_CLI_NO_RELAUNCH", "true")
+    operators, own = env.get("GEMINI_CLI_HOME") or env.get("HOME", ""), f"{context.session_dir}/gemini-home"
+    env["GEMINI_CLI_HOME"] = own
+    policy = f"{context.execution_dir}/gemini-policy.toml" if agent.disallowed_tools else ""
+    argv += ["--policy", policy] if policy else []
+    return Launch((*argv, *agent.additional_args), env, _whole_prompt(task, context), "gemini", context.session_id,
+                  files=((policy, gemini_policy(agent.disallowed_tools)),) if policy else (),
+                  links=((f"{operators}/.gemini", f"{own}/.gemini", GEMINI_OWN),))
+
+
+def _whole_prompt(task: Task, context: RunContext) -> str:
+    """The prompt for an agent that has no flag for ``system_prompt_append``: it stands in front."""
+    append = "" if context.resume else task.agent.system_prompt_append
+    return (append and append + "\n\n") + _prompt(task, context, preamble(context))
+
+
+def fill_template(template: tuple, values: dict) -> tuple[str, ...]:
+    """An argv template with its names replaced.  A word that holds a name without a value is left out, and with it the
+    option in front of it: ``-m {model}`` where no model is named."""
+    import re
+    argv: list[str] = []
+    for word in template:
+        names = template_names([word])
+        if all(values[name] for name in names):
+            argv.append(re.sub(r"\{(\w+)\}", lambda found: values[found[1]], word) if names else word)
+        elif argv and argv[-1].startswith("-"):
+            argv.pop()
+    return tuple(argv)
+
+
+def build_command(kind: str, task: Task, context: RunContext, config: Config, host: dict) -> Launch:
+    """The command of ``[runners.NAME]``; no shell sees it.  Raises ``SandboxError`` for a prompt that is none."""
+    row, settings, prompt = config.runners[kind], config.agent_settings(kind), _whole_prompt(task, context)
+    template = row["resume"] if context.resume else row["command"]
+    if "prompt" in template_names(template) and (len(prompt.encode()) > LONGEST_VARIABLE or "\0" in prompt):
+        raise SandboxError(f"the prompt is too long for an argument, or holds a NUL; take {{prompt}} out of"
+                           f" runners.{kind}.command, so that it goes by stdin", "bad_task")
+    values = {"prompt": prompt, "model": task.agent.model or settings.model, "session": context.session_id,
+              "cwd": context.cwd}
+    return Launch((*fill_template(template, values), *task.agent.additional_args),
+                  agent_environment(host, settings, (), context, task), prompt, row["format"], context.session_id)
+
+
 def build_shell(task: Task, context: RunContext, config: Config, host: dict) -> Launch:
     """The instructions as a script for /bin/sh.  It has no session: a further round runs the script again.
 
@@ -3621,7 +4153,8 @@ def build_local(task: Task, context: RunContext, config: Config, host: dict) -> 
 class Runner(Record):
     """An agent kind: ``build`` makes its command, ``resumable`` says whether a session can be continued,
     ``reads_stdin`` whether the prompt file is its stdin, ``chosen`` whether a task without a type may get it,
-    ``sandboxed`` whether it can work on files."""
+    ``sandboxed`` whether it can work on files, ``names_session`` whether the agent, not Claudomator, names a new
+    session, ``fields`` where a jsonl's facts are."""
 
     kind: str
     build: object
@@ -3630,18 +4163,46 @@ class Runner(Record):
     reads_stdin: bool
     chosen: bool
     sandboxed: bool = True
+    names_session: bool = False
+    fields: dict = {}
 
 
 RUNNERS = {
     "claude": Runner("claude", build_claude, "claude", resumable=True, reads_stdin=True, chosen=True),
+    "gemini": Runner("gemini", build_gemini, "gemini", resumable=True, reads_stdin=True, chosen=True),
     "shell": Runner("shell", build_shell, "text", resumable=False, reads_stdin=False, chosen=False),
     "local": Runner("local", build_local, "claude", resumable=False, reads_stdin=True, chosen=False, sandboxed=False),
 }
 
 
+def known_kinds(config: Config) -> tuple[str, ...]:
+    """The agent kinds that there are: the built-in ones and those of ``[runners.NAME]``."""
+    return (*RUNNERS, *config.runners)
+
+
+def runner_of(kind: str, config: Config) -> Runner:
+    """The runner of an agent kind; the shell's for one that is not there (any more): its output is only text."""
+    row = config.runners.get(kind)
+    if row is None:
+        return RUNNERS.get(kind, RUNNERS["shell"])
+    names = template_names(row["command"])
+    return Runner(kind, lambda *facts: build_command(kind, *facts), row["format"], resumable=bool(row["resume"]),
+                  reads_stdin="prompt" not in names, chosen=False, names_session="session" not in names,
+                  fields=row["fields"])
+
+
+def new_stream(runner: Runner) -> object:
+    """A fresh parser of what an agent of that kind prints.  Only of a script is it known that it costs nothing."""
+    if runner.format == "jsonl":
+        return JsonLinesStream(runner.fields)
+    return TextStream(0.0 if runner.kind == "shell" else None) if runner.format == "text" else STREAMS[runner.format]()
+
+
 def runner_binary(kind: str, config: Config) -> str:
     """The program of an agent kind as the configuration names it: a path, or a name to be looked up on PATH."""
-    return {"claude": config.claude_binary_path, "shell": "/bin/sh"}[kind]
+    if kind in config.runners:
+        return config.runners[kind]["command"][0]
+    return {"claude": config.claude_binary_path, "gemini": config.gemini_binary_path, "shell": "/bin/sh"}[kind]
 
 
 # ---- 13 Store --------------------------------------------------------------------------------------------------
@@ -5987,11 +6548,16 @@ class Core:
     """What the operations work on.  ``pool`` and ``reload`` are set by the daemon; without one they stay ``None``."""
 
     def __init__(self, config: Config, store: Store, log):
-        self.config, self.store, self.log, self.kinds = config, store, log, tuple(RUNNERS)
+        self.config, self.store, self.log = config, store, log
         self.bus, self.life, self.started_at = Bus(store), Lifecycle(store), store.clock()
         self.life.log = log
         self.pool = self.reload = None
         self.host_env = dict(os.environ)  # copied once: os.environ decodes each name and value at every look
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The agent kinds of the present configuration."""
+        return known_kinds(self.config)
 
     def show(self, task: Task, why: bool = False) -> dict:
         """A task as JSON, with its last execution, and with ``why`` the reason for where it is."""
@@ -6514,7 +7080,7 @@ class Workplace:
 
     def __init__(self, core: Core, task: Task, execution: Execution):
         self.core, self.task, self.execution = core, task, execution
-        self.runner = RUNNERS.get(execution.agent, RUNNERS["shell"])  # of a kind that this version does not know
+        self.runner = runner_of(execution.agent, core.config)
         self.directory = os.path.join(core.config.executions_dir, execution.id)
         self.project = core.config.project_named(task.project) if task.project else None
         self.sandbox: Sandbox | None = None
@@ -6544,7 +7110,8 @@ class Workplace:
                 self.sandbox = open_sandbox(execution.sandbox_dir)
             else:
                 await self._clone()
-        facts = {"session_id": execution.session_id if self.resumed else execution.id, "sandbox_dir": ""}
+        new_session = "" if self.runner.names_session else execution.id
+        facts = {"session_id": execution.session_id if self.resumed else new_session, "sandbox_dir": ""}
         if self.sandbox:
             facts.update(sandbox_dir=self.sandbox.path, branch=self.sandbox.branch, source=self.sandbox.source,
                          start_head=self.sandbox.start_head)
@@ -6566,6 +7133,9 @@ class Workplace:
         if self.task.agent.project_dir:
             return self.task.agent.project_dir
         scratch = os.path.join(self.directory, "work")
+        if self.resumed and self.runner.format == "gemini":  # its sessions are found only from where they began
+            first = os.path.join(self.core.config.executions_dir, self.execution.session_id, "work")
+            scratch = first if os.path.isdir(first) else scratch
         make_directory(scratch)
         return scratch
 
@@ -6624,6 +7194,29 @@ class Workplace:
                          "command": self.task.verify}
         return failed_verdict(reason, message)
 
+    async def _summarize(self, said: str) -> str:
+        """The local model's summary of an agent's last words, where there is such a model; empty where it fails."""
+        import asyncio
+        settings = self.core.config.local_model
+        if not settings.endpoint or not said.strip():
+            return ""
+        try:
+            return await asyncio.wait_for(in_thread(summarize, settings, said), SUMMARY_S)
+        except TimeoutError:
+            return ""
+        except Exception as error:
+            self.core.log("warning", f"execution {self.execution.id[:8]}: no summary: {error!r}")
+            return ""
+
+    def _agent_facts(self, agent: AgentFacts) -> dict:
+        """What the agent told of itself, as the execution's columns."""
+        cost = agent.cost_usd
+        if cost is None:
+            cost = price(agent.usage, self.core.config.prices, self.execution.model)
+        told = {"session_id": agent.session_id, "model": agent.model}
+        return {"cost_usd": cost, "tokens_in": agent.tokens_in, "tokens_out": agent.tokens_out,
+                **{name: value for name, value in told.items() if value}}
+
 
 class Run(Workplace):
     """One execution on its way.  ``drive`` is its whole life; ``stop`` makes it end early."""
@@ -6638,7 +7231,7 @@ class Run(Workplace):
 
     def read_again(self) -> None:
         """Read the log from its beginning: events of it were not stored, or are not known to be."""
-        self.log = LogReader(os.path.join(self.directory, "stdout.log"), STREAMS[self.runner.format]())
+        self.log = LogReader(os.path.join(self.directory, "stdout.log"), new_stream(self.runner))
         self.events: list[dict] = []  # read from the log and not stored yet
         self.known_events = self.core.store.count_log_events(self.execution) if self.execution.pid else 0
 
@@ -6723,11 +7316,14 @@ class Run(Workplace):
         program = find_program(launch.argv[0], launch.env.get("PATH", ""))
         if program is None:
             raise SpawnError(f"{launch.argv[0]} is not installed, or not on the daemon's PATH; install it or set"
-                             f" {self.execution.agent}_binary_path in the configuration")
+                             f" {self.core.config.program_key(self.execution.agent)} in the configuration")
         if not os.path.isdir(cwd):
             raise SandboxError(f"the working directory {cwd} does not exist", "bad_task")
         prompt = os.path.join(self.directory, "prompt.txt")
-        write_private(prompt, launch.stdin or "")
+        for path, text in ((prompt, launch.stdin or ""), *launch.files):
+            write_private(path, text)
+        for shared, own, names in launch.links:
+            link_entries(shared, own, names)
         supervisor = spawn_supervisor(
             self.directory, self.execution.id, (program, *launch.argv[1:]), env=launch.env, cwd=cwd,
             stdin_path=prompt if self.runner.reads_stdin else "/dev/null", timeout_s=self.execution.timeout_s,
@@ -6812,33 +7408,15 @@ class Run(Workplace):
             stderr_tail=read_tail(os.path.join(self.directory, "stderr.log"), 8192), resumed=self.resumed,
             disallowed_tools=self.task.agent.disallowed_tools,
             question=parse_question(read_head(os.path.join(self.directory, "question.json"), QUESTION_LIMIT)),
-            summary_file=read_head(os.path.join(self.directory, "summary.txt"), QUESTION_LIMIT))
-        facts = {"exit_code": exit_code, "cost_usd": agent.cost_usd, "tokens_in": agent.tokens_in,
-                 "tokens_out": agent.tokens_out}
-        if agent.session_id:
-            facts["session_id"] = agent.session_id
-        if agent.model:
-            facts["model"] = agent.model
+            summary_file=read_head(os.path.join(self.directory, "summary.txt"), QUESTION_LIMIT),
+            ended_at=exit_time(self.directory), program_key=self.core.config.program_key(self.execution.agent))
+        facts = {"exit_code": exit_code, **self._agent_facts(agent)}
         if verdict.ok:
             verdict, more = await self._deliver(verdict)
             facts.update(more)
         if verdict.ok and not verdict.summary:
             verdict = verdict.replace(summary=await self._summarize(agent.final_text))
         return verdict, facts
-
-    async def _summarize(self, said: str) -> str:
-        """The local model's summary of an agent's last words, where there is such a model; empty where it fails."""
-        import asyncio
-        settings = self.core.config.local_model
-        if not settings.endpoint or not said.strip():
-            return ""
-        try:
-            return await asyncio.wait_for(in_thread(summarize, settings, said), SUMMARY_S)
-        except TimeoutError:
-            return ""
-        except Exception as error:
-            self.core.log("warning", f"execution {self.execution.id[:8]}: no summary: {error!r}")
-            return ""
 
     def _stop_cause(self, exit_code: int | None) -> str:
         """Why the agent was stopped: what was asked for, or the time limit (coreutils ``timeout`` says 124, or 137)."""
@@ -6860,7 +7438,7 @@ class Run(Workplace):
     def _lost(self):
         """The supervisor is gone without a status, or a stranger stopped it: nobody knows how the agent would have ended."""
         agent = self.log.stream.facts()
-        facts = {"cost_usd": agent.cost_usd, "tokens_in": agent.tokens_in, "tokens_out": agent.tokens_out}
+        facts = self._agent_facts(agent)
         verdict = failed_verdict("lost", "its supervisor was stopped from outside (killed, or the machine restarted)")
         return verdict.replace(resume=bool(agent.session_id) and self.runner.resumable), facts
 
@@ -6955,6 +7533,14 @@ def write_private(path: str, text: str) -> None:
         rest = memoryview(text.encode("utf-8", "surrogateescape"))
         while rest:
             rest = rest[file.write(rest):]
+
+
+def link_entries(shared: str, own: str, names: tuple) -> None:
+    """Make the directory ``own`` with a link to each entry of ``shared`` but ``names``; what is there stays."""
+    os.makedirs(own, mode=0o700, exist_ok=True)
+    for name in os.listdir(shared) if os.path.isdir(shared) else ():
+        if name not in names and not os.path.lexists(os.path.join(own, name)):
+            os.symlink(os.path.join(shared, name), os.path.join(own, name))
 
 
 def make_directory(path: str) -> None:
@@ -8380,7 +8966,7 @@ def cmd_init(cli: Cli) -> int:
     os.makedirs(config.data_dir, mode=0o700, exist_ok=True)
     Store(config.db_path).close()
     found = {"python": sys.version.split()[0], "git": program_version("git"),
-             "claude": program_version(config.claude_binary_path)}
+             **{kind: program_version(runner_binary(kind, config)) for kind in known_kinds(config) if kind != "shell"}}
     try:
         import yaml
         found["pyyaml"] = yaml.__version__
@@ -8390,6 +8976,10 @@ def cmd_init(cli: Cli) -> int:
         ("git", "git is not installed: sandboxes need it (apt-get install git)"),
         ("claude", f"{config.claude_binary_path} is not installed: tasks of type claude need it"
                    " (npm install -g @anthropic-ai/claude-code), tasks of type shell do not"),
+        ("gemini", f"{config.gemini_binary_path} is not installed: tasks of type gemini need it"
+                   " (npm install -g @google/gemini-cli)"),
+        *((kind, f"{row['command'][0]} is not installed: tasks of type {kind} need it") for kind, row in
+          config.runners.items()),
         ("pyyaml", "PyYAML is not installed: write task files as JSON, or: pip install pyyaml"))
              if found[name] is None]
     facts = {"config": path, "written": written, "data_dir": config.data_dir, "found": found, "hints": hints,
@@ -8434,7 +9024,7 @@ def cmd_run(cli: Cli) -> int:
 
 def _dry_run(cli: Cli, document: dict, source: str) -> int:
     config = cli.load_config()
-    tasks = [complete_spec(spec, config, tuple(RUNNERS)) for spec in parse_tasks(document, source, time.time())]
+    tasks = [complete_spec(spec, config, known_kinds(config)) for spec in parse_tasks(document, source, time.time())]
     rows = [[task.name, task.agent.type or "chosen at start", task.agent.project_dir or "none",
              format_duration(task.timeout_s or config.default_timeout_s),
              ", ".join(dependency.task for dependency in task.depends_on)] for task in tasks]
@@ -8665,11 +9255,11 @@ def follow_log(cli: Cli, params: dict) -> dict:
     is_live = params.get("follow") and params.get("tail") is None  # the end of a log may lack a text's first pieces
 
     def show(lines: list[bytes | None]) -> None:
-        format = RUNNERS[kind].format if kind in RUNNERS else "claude"
-        live = renderers.setdefault(format, LogRenderer(format, cli.color(), offset_s))
+        runner = RUNNERS.get(kind or "claude") or runner_of(kind, cli.load_config())
+        how = runner.format, cli.color(), offset_s, runner.fields
+        live = renderers.setdefault(kind, LogRenderer(*how))
         for line in lines:
-            text = live.finish() if line is None else live.render(line) if is_live else \
-                render_log_line(line, format, cli.color(), offset_s)
+            text = live.finish() if line is None else live.render(line) if is_live else render_log_line(line, *how)
             if text is not None:
                 cli.out(text)
     while True:

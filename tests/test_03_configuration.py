@@ -124,8 +124,14 @@ def toml_for(key: c.Key, value: str) -> str:
     return "\n".join([*lines, f"{leaf} = {value}"])
 
 
+FITTING = {"runners.*.resume": '["x", "{session}", "{prompt}"]\nformat = "claude"',
+           "runners.*.fields": '{text = "a.b"}\nformat = "jsonl"'}
+
+
 def good_value(key: c.Key) -> str:
     word, _, bound = key.kind.partition(" ")
+    if key.name in FITTING:
+        return FITTING[key.name]
     return f'"{bound.split("|")[-1]}"' if word == "choice" else GOOD[word]
 
 
@@ -165,16 +171,16 @@ def test_the_bounds_of_numbers_and_durations_are_kept():
 def test_named_tables_are_kept_by_name():
     config = read('[budgets]\nusd = 20\n[budgets.project.p]\nruns = 3\n[budgets.agent.claude]\nminutes = 1.5\n'
                   '[[projects]]\nname = "p"\ndir = "/p"\n'
-                  '[prices."gemini-2.5-pro"]\ninput = 1.25\n[runners.codex]\ncommand = ["codex"]\nformat = "jsonl"\n'
+                  '[prices."gemini-2.5-pro"]\ninput = 1.25\n[runners.codex]\ncommand = ["codex"]\n'
                   '[launchers.far]\nkind = "ssh"\n[scripts.go]\ncommand = ["./go"]\n[agents.codex]\nmodel = "m"')
     assert config.budgets["all"]["usd"] == 20.0 and config.budgets["project.p"]["runs"] == 3
     assert config.budgets["agent.claude"] == {"usd": 0.0, "tokens": 0, "runs": 0, "minutes": 1.5}
-    assert config.prices == {"gemini-2.5-pro": {"input": 1.25, "output": 0.0}}
-    assert config.runners == {"codex": {"command": ("codex",), "format": "jsonl", "fields": {}}}
+    assert config.prices == {"gemini-2.5-pro": {"input": 1.25, "cached": 0.0, "output": 0.0}}
+    assert config.runners == {"codex": {"command": ("codex",), "resume": (), "format": "text", "fields": {}}}
     assert config.launchers["far"]["kind"] == "ssh" and config.scripts["go"]["command"] == ("./go",)
     assert config.agent_settings("codex").model == "m"
     names = [warning.split(": ")[1].split(" ")[0] for warning in config.warnings]
-    assert names == ["prices", "runners", "launchers", "scripts"]
+    assert names == ["launchers", "scripts"]
 
 
 # -- problems
@@ -331,14 +337,17 @@ def test_the_template_documents_every_key_and_marks_the_unused():
 def test_the_keys_of_this_version_are_the_active_ones():
     assert {key.name for key in c.CONFIG_KEYS if key.active} == {
         "data_dir", "socket_path", "max_concurrent", "default_timeout", "stall_timeout", "shutdown_timeout",
-        "on_shutdown", "stop_grace", "claude_binary_path", "claude_config_dir", "keep_logs", "keep_sandboxes",
+        "on_shutdown", "stop_grace", "claude_binary_path", "gemini_binary_path", "claude_config_dir",
+        "keep_logs", "keep_sandboxes",
         "keep_executions",
         "no_progress_runs", "agents.*.on_quota", *(f"budgets.{scope}{unit}" for scope in ("", "project.*.", "agent.*.")
                                                    for unit in ("usd", "tokens", "runs", "minutes")),
         "agents.*.max_concurrent", "agents.*.model", "agents.*.env", "agents.*.pass_env", "projects[].name",
         "projects[].dir", "projects[].remote", "projects[].setup", "projects[].build", "projects[].verify",
         "local_model.endpoint", "local_model.model", "local_model.timeout_seconds", "local_model.default_temperature",
-        "local_model.api_key"}
+        "local_model.api_key",
+        "prices.*.input", "prices.*.cached", "prices.*.output", "runners.*.command", "runners.*.resume",
+        "runners.*.format", "runners.*.fields"}
 
 
 def test_differences_name_changed_keys_and_those_that_need_a_restart():
@@ -353,6 +362,43 @@ def test_differences_name_changed_keys_and_those_that_need_a_restart():
         if "." not in key.name and key.name != "server_addr":
             changed = read(f"{key.name} = {good_value(key)}")
             assert [name.split(" ")[0] for name in c.config_differences(old, changed)] == [key.name]
+
+
+# -- [runners.NAME]
+
+
+def runner_problem(text: str, name="codex") -> str:
+    return only_problem(f"[runners.{name}]\n{text}")
+
+
+@pytest.mark.parametrize("text, words", [
+    ('command = ["codex", "{promt}"]', "runners.codex.command: unknown name {promt} (did you mean 'prompt'?)"),
+    ('command = ["{model}"]', "runners.codex.command[0]: expected the program"),
+    ('command = ["./codex"]', "runners.codex.command[0]: expected a program's name or its absolute path"),
+    ('command = ["x"]\nfromat = "text"', "runners.codex.fromat: unknown key (did you mean 'format'?)"),
+    ('command = ["x"]\nformat = "jsonl"', "runners.codex.fields.text: missing"),
+    ('command = ["x"]\nformat = "jsonl"\nfields = {text = "a", tokns_in = "b"}',
+     "runners.codex.fields.tokns_in: unknown field (did you mean 'tokens_in'?)"),
+    ('command = ["x"]\nformat = "jsonl"\nfields = {text = "a if b"}', "runners.codex.fields.text: expected PATH"),
+    ('command = ["x"]\nformat = "jsonl"\nfields = {text = ""}', "runners.codex.fields.text: expected PATH"),
+    ('command = ["x"]\nformat = "jsonl"\nfields = {text = "a..b"}', "runners.codex.fields.text: expected PATH"),
+    ('command = ["x"]\nfields = {text = "a"}', "runners.codex.fields: only the format jsonl has fields"),
+    ('command = ["x", "{prompt}"]\nresume = ["x", "{session}"]\nformat = "claude"', "in command and in resume"),
+    ('command = ["x"]\nresume = ["x", "again"]\nformat = "claude"', "runners.codex.resume: {session} is missing"),
+    ('command = ["x"]\nresume = ["x", "{session}"]', "runners.codex.resume: the session is not known"),
+])
+def test_a_runner_that_cannot_work_is_a_problem_at_its_key(text, words):
+    assert words in runner_problem(text)
+
+
+def test_a_runner_has_a_name_of_its_own():
+    assert "runners.claude: this agent kind is built in" in runner_problem('command = ["x"]', "claude")
+    assert "runners.Codex: expected a word" in runner_problem('command = ["x"]', "Codex")
+
+
+def test_braces_that_hold_no_name_are_text_and_a_home_directory_is_filled_in():
+    row = read('[runners.x]\ncommand = ["~/bin/x", "--config={\\"a\\": 1}", "{}"]').runners["x"]
+    assert row["command"] == ("/home/op/bin/x", '--config={"a": 1}', "{}")
 
 
 # -- totality

@@ -323,4 +323,4 @@ def test_text_stream_keeps_the_end_and_costs_nothing():
 def test_text_stream_of_an_agent_that_may_cost_something_says_unknown():
     facts = facts_of(b"hi", stream=c.TextStream(cost_usd=None))
     assert facts.cost_usd is None and facts.tokens_in is None
-    assert set(c.STREAMS) == {"claude", "text"}
+    assert set(c.STREAMS) == {"claude", "gemini", "jsonl", "text"}

@@ -492,3 +492,18 @@ def test_a_budget_shows_caps_spent_left_and_what_is_unknown():
         "agent claude  minutes   50.0   60.0  10.0            warning"]
     assert "[budgets] in the configuration" in c.render_budget({**budget, "caps": []}, 100, False)
     assert all(c.text_width(line) <= 40 for line in c.render_budget(budget, 40, False).split("\n"))
+
+
+def test_geminis_log_is_readable_text():
+    path = os.path.join(os.path.dirname(__file__), "data", "gemini", "b_question_file.jsonl")
+    with open(path, "rb") as file:
+        shown = [c.render_log_line(line, "gemini") for line in file.read().splitlines()]
+    assert shown[0] == "— auto, session 33333333…" and shown[2] == "I need to ask."
+    assert shown[3].startswith("→ run_shell_command: printf") and shown[4] == "    wrote /workspace/q/g1.json"
+    assert shown[-1] == "✔ success · 0.669s · 3.2k tokens"
+    assert c.render_log_line(b'{"type":"error","message":"Loop\\u001b[31m"}', "gemini") == "✘ Loop"
+    assert c.render_log_line(b'{"type":"result","status":"error"}', "gemini") == "✘ failed · ? tokens"
+    for value in (b"null", b"3", b'"x"', b"[]", b"{}"):
+        for kind in (b"init", b"message", b"tool_use", b"tool_result", b"error", b"result"):
+            c.render_log_line(b'{"type":"' + kind + b'","role":"assistant","content":' + value + b',"parameters":' + value
+                              + b',"stats":' + value + b',"error":' + value + b',"message":' + value + b"}", "gemini")

@@ -300,3 +300,141 @@ def test_the_key_goes_by_the_environment_alone():
 def test_without_an_endpoint_there_is_nothing_to_start():
     with pytest.raises(c.SpawnError, match=r"\[local_model\] endpoint"):
         local("")
+
+
+# -- gemini
+
+
+def gemini(configuration="", host=None, where=None, more=None, **agent) -> c.Launch:
+    return c.build_gemini(task(more=more, **agent), context(**(where or {})), config(configuration), host or HOST)
+
+
+def test_a_plain_gemini_task_is_this_command_line():
+    launch = gemini()
+    assert launch.argv == ("gemini", "--output-format", "stream-json", "--yolo", "--skip-trust", "--session-id",
+                           "0c0ffee0-0000-4000-8000-000000000001")
+    assert launch.stdin.endswith("Your task:\nDo it.") and launch.format == "gemini"
+
+
+def test_a_resumed_gemini_session_gets_the_feedback_alone():
+    launch = gemini(where=dict(resume=True, feedback="The answer is: 4"), system_prompt_append="Be brief.")
+    assert options(launch, "--resume") == ["0c0ffee0-0000-4000-8000-000000000001"]
+    assert "--session-id" not in launch.argv
+    assert launch.stdin == "The answer is: 4"
+
+
+@pytest.mark.parametrize("agent, flag, values", [
+    (dict(model="gemini-2.5-pro"), "--model", ["gemini-2.5-pro"]), (dict(), "--model", []),
+    (dict(context_files=("/srv/docs", "/srv/a b")), "--include-directories", ["/srv/docs", "/srv/a b"]),
+    (dict(permission_mode="acceptEdits"), "--approval-mode", ["auto_edit"]),
+    (dict(permission_mode="auto"), "--approval-mode", ["auto_edit"]), (dict(), "--approval-mode", []),
+    (dict(permission_mode="plan"), "--approval-mode", ["plan"]),
+    (dict(permission_mode="dontAsk"), "--approval-mode", ["default"]),
+    (dict(permission_mode="default"), "--approval-mode", ["default"]),
+    (dict(permission_mode="bypassPermissions"), "--approval-mode", []),
+    (dict(disallowed_tools=("Bash",)), "--policy", ["/data/executions/run-1/gemini-policy.toml"]),
+    (dict(), "--policy", []),
+])
+def test_each_key_of_the_agent_becomes_geminis_flag(agent, flag, values):
+    launch = gemini(**agent)
+    assert options(launch, flag) == values
+    assert ("--yolo" in launch.argv) is (agent.get("permission_mode", "bypassPermissions") == "bypassPermissions")
+
+
+def test_geminis_model_binary_and_further_arguments_come_from_configuration_and_task():
+    text = 'gemini_binary_path = "/opt/gemini"\n[agents.gemini]\nmodel = "m"'
+    launch = gemini(text, additional_args=("--debug",), system_prompt_append="Be brief.")
+    assert launch.argv[0] == "/opt/gemini" and options(launch, "--model") == ["m"] and launch.argv[-1] == "--debug"
+    assert launch.stdin.startswith("Be brief.\n\nYou are running unattended")
+
+
+def test_gemini_gets_its_own_credentials_and_nobody_elses():
+    host = {**HOST, **LEAKS, "GEMINI_API_KEY": "g-key", "GOOGLE_CLOUD_PROJECT": "p", "GEMINI_CLI_HOME": "/h"}
+    env = gemini(host=host).env
+    assert (env["GEMINI_API_KEY"], env["GOOGLE_CLOUD_PROJECT"]) == ("g-key", "p")
+    assert gemini(host=host).links[0][0] == "/h/.gemini"
+    assert not {name for name in LEAKS if env.get(name) == LEAKS[name]}
+    assert not {name for name in env if name.startswith("ANTHROPIC")} and "GEMINI_API_KEY" not in claude(host=host).env
+
+
+def test_gemini_must_not_relaunch_itself():
+    assert gemini().env["GEMINI_CLI_NO_RELAUNCH"] == "true"
+    text = '[agents.gemini]\nenv = {GEMINI_CLI_NO_RELAUNCH = "false"}'
+    assert gemini(text).env["GEMINI_CLI_NO_RELAUNCH"] == "false"
+
+
+def test_each_gemini_session_has_a_home_of_its_own_that_shares_the_operators_login():
+    own = "/data/executions/0c0ffee0-0000-4000-8000-000000000001/gemini-home"
+    for where in (dict(), dict(resume=True, execution_id="run-2", execution_dir="/data/executions/run-2")):
+        launch = gemini(where=where)
+        assert (launch.env["GEMINI_CLI_HOME"], launch.env["HOME"]) == (own, "/home/ann")
+        assert launch.links == (("/home/ann/.gemini", own + "/.gemini", ("tmp", "history", "projects.json")),)
+    assert gemini('[agents.gemini]\nenv = {GEMINI_CLI_HOME = "/srv/g"}').links[0][0] == "/srv/g/.gemini"
+
+
+def test_disallowed_tools_become_a_policy_that_denies_them():
+    import tomllib
+    text = c.gemini_policy(("Bash(git push:*)", "WebFetch", 'odd"name', "Edit"))
+    assert [(rule["toolName"], rule.get("commandPrefix")) for rule in tomllib.loads(text)["rule"]] == [
+        ("run_shell_command", "git push"), ("web_fetch", None), ('odd"name', None), ("replace", None)]
+    assert {rule["decision"] for rule in tomllib.loads(text)["rule"]} == {"deny"}
+
+
+# -- [runners.NAME]
+
+CODEX = """
+[runners.codex]
+command = ["codex", "exec", "-C", "{cwd}", "-m", "{model}", "--", "{prompt}"]
+resume = ["codex", "resume", "{session}", "--", "{prompt}"]
+format = "jsonl"
+fields = {text = "text", session = "id"}
+[agents.codex]
+pass_env = ["OPENAI_API_KEY"]
+env = {MINE = "1"}
+"""
+
+
+def codex(text=CODEX, host=None, where=None, kind="codex", **agent) -> c.Launch:
+    configured = config(text)
+    return c.runner_of(kind, configured).build(task(**agent), context(**(where or {})), configured, host or HOST)
+
+
+def test_a_configured_command_is_filled_in():
+    launch = codex(model="gpt-5", skip_planning=True, additional_args=("--more",))
+    assert launch.argv == ("codex", "exec", "-C", "/data/sandboxes/run-1", "-m", "gpt-5", "--", "Do it.", "--more")
+    assert codex(skip_planning=True).argv == ("codex", "exec", "-C", "/data/sandboxes/run-1", "--", "Do it.")
+    assert codex(where=dict(resume=True, session_id="abc", feedback="{model} 4")).argv == (
+        "codex", "resume", "abc", "--", "{model} 4")
+    assert launch.format == "jsonl"
+
+
+def test_a_configured_agent_gets_only_what_its_table_names():
+    env = codex(host={**HOST, **LEAKS}).env
+    assert (env["OPENAI_API_KEY"], env["MINE"]) == ("sk", "1") and "ANTHROPIC_API_KEY" not in env
+    assert env["CLAUDOMATOR_EXECUTION_ID"] == "run-1"
+
+
+@pytest.mark.parametrize("prompt", ["x" * 100_001, "a\0b"])
+def test_a_prompt_that_no_argument_can_hold_is_the_tasks_fault(prompt):
+    with pytest.raises(c.SandboxError) as caught:
+        codex(instructions=prompt)
+    assert caught.value.reason == "bad_task" and "runners.codex.command" in str(caught.value)
+    by_stdin = '[runners.x]\ncommand = ["x", "--id={session}"]\nresume = ["x", "{session}"]'
+    launch = codex(by_stdin, kind="x", instructions=prompt)
+    assert launch.argv == ("x", "--id=0c0ffee0-0000-4000-8000-000000000001") and launch.stdin.endswith(prompt)
+
+
+def test_a_runner_is_what_its_templates_say():
+    runner = c.runner_of("codex", config(CODEX))
+    assert (runner.resumable, runner.reads_stdin, runner.names_session, runner.chosen) == (True, False, True, False)
+    runner = c.runner_of("x", config('[runners.x]\ncommand = ["~/x", "{session}"]'))
+    assert (runner.resumable, runner.reads_stdin, runner.names_session, runner.format) == (False, True, False, "text")
+    assert c.new_stream(runner).facts().cost_usd is None and c.new_stream(c.RUNNERS["shell"]).facts().cost_usd == 0.0
+    assert c.runner_of("gone", config()) is c.RUNNERS["shell"]
+
+
+def test_the_kinds_are_the_built_in_ones_and_the_configured_ones():
+    assert c.known_kinds(config(CODEX)) == (*c.RUNNERS, "codex")
+    assert c.runner_binary("codex", config(CODEX)) == "codex" and c.runner_binary("gemini", config()) == "gemini"
+    assert config(CODEX).program_key("codex") == "runners.codex.command"
+    assert config(CODEX).program_key("gemini") == "gemini_binary_path"

@@ -159,7 +159,7 @@ def test_a_batch_is_stored_whole_or_not_at_all(daemon):
 
 
 @pytest.mark.parametrize("task, words", [
-    (shell_task("true", agent={"type": "shel"}), ["agent.type", "did you mean 'shell'", "claude, shell"]),
+    (shell_task("true", agent={"type": "shel"}), ["agent.type", "did you mean 'shell'", "claude, gemini, shell"]),
     (shell_task("true", project="knwon"), ["project", "did you mean 'known'"]),
     (shell_task("true", depends_on=["nope"]), ["depends_on", "'nope'"]),
     (shell_task("true", parent_task_id="nope"), ["'nope'"]),
