@@ -1,7 +1,7 @@
 """A stand-in for the Gemini API (generativelanguage v1beta) on loopback, for tests with the real ``gemini`` CLI.
 
-What the "model" does is chosen by a line ``SCENARIO: name`` in the conversation's prompts; an answer depends on how many
-prompts the conversation has had (``prompt``, from 1) and on how many answers were given since the last one (``step``,
+What the "model" does is chosen by a line ``SCENARIO: name`` in the conversation's prompts; an answer depends on how
+many prompts the conversation has had (``prompt``, from 1) and on how many answers were given since the last one (``step``,
 from 0), so that a resumed session goes on.  The commands are those of the replaying fake beside this file.
 ``python3 gemini_api.py`` prints its URL and serves, for tries by hand.
 """
@@ -36,7 +36,7 @@ def question(prompt: int, step: int) -> list:
     """Commits, asks; asks again; commits and reports."""
     if step:
         return text("I asked." if prompt < 3 else "All is decided.\n\n## Summary\nThe database is set up.")
-    name, words = {1: ("first", "Which database?"), 2: ("second", "Which version?")}.get(prompt, ("third", ""))
+    name, words = {1: ("a", "Which database?"), 2: ("b", "Which version?")}.get(prompt, ("c", ""))
     return shell(COMMIT.replace("NAME", name) + (" && " + ASK.replace("TEXT", words) if words else ""))
 
 
