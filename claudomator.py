@@ -8966,7 +8966,9 @@ def cmd_init(cli: Cli) -> int:
     os.makedirs(config.data_dir, mode=0o700, exist_ok=True)
     Store(config.db_path).close()
     found = {"python": sys.version.split()[0], "git": program_version("git"),
-             **{kind: program_version(runner_binary(kind, config)) for kind in known_kinds(config) if kind != "shell"}}
+             **{kind: program_version(runner_binary(kind, config)) for kind in known_kinds(config)
+                if kind not in ("shell", "local")},
+             **({"local": config.local_model.endpoint} if config.local_model.endpoint else {})}
     try:
         import yaml
         found["pyyaml"] = yaml.__version__

@@ -109,6 +109,7 @@ def test_comments_without_end_take_no_memory():
 # -- recorded answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ANSWERS)
 def test_a_recorded_answer_is_read_the_same_at_every_split(name):
     status, data = recorded(name)

@@ -502,6 +502,7 @@ asyncio.run(main(*sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_kill_9_loses_nothing_that_was_acknowledged_and_halves_nothing(path, tmp_path):
     rng, acknowledged = random.Random(9), {}
     for number in range(6):
@@ -1387,6 +1388,7 @@ def test_an_agent_kind_is_parked_until_a_time_or_until_it_is_unparked(path):
 # Backup
 
 
+@pytest.mark.slow
 def test_a_backup_while_others_write_is_whole_and_private(path, tmp_path):
     target = str(tmp_path / "copy.db")
 

@@ -106,6 +106,7 @@ def test_a_wrong_key_is_not_repeated_from_the_servers_error(server):
     assert ask(server.endpoint, api_key="right")[1].fault is None
 
 
+@pytest.mark.slow
 def test_silence_is_bounded_between_chunks_and_a_slow_stream_is_not(server):
     server.say("silent")
     start = time.monotonic()
@@ -173,6 +174,7 @@ print(size, peak() - before, reader.fault)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["huge", "endless_line"])
 def test_a_hundred_megabytes_take_bounded_memory(server, scenario):
     command = [sys.executable, "-c", MEMORY, str(support.PROGRAM.parent), server.endpoint, f"SCENARIO: {scenario}"]

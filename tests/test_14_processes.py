@@ -176,6 +176,7 @@ def test_the_timeout_needs_nobody(tmp_path):
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.slow
 def test_the_timeout_kills_what_ignores_sigterm_and_what_has_left_its_group(tmp_path, marked):
     marked.append("stubborn")
     script = f"trap '' TERM; setsid sh -c 'trap \"\" TERM; echo $$ >{tmp_path}/child; while :; do sleep 60; done' & " \
@@ -219,6 +220,7 @@ def test_an_agent_that_ends_while_it_is_told_to_stop_keeps_its_own_status(tmp_pa
         assert code_of(directory)[0] in (3, 143, None)  # 143: told before the agent could ignore it
 
 
+@pytest.mark.slow
 def test_a_full_disk_delays_the_exit_status_and_does_not_lose_it(tmp_path):
     (tmp_path / "exit").mkdir()  # as good as a full disk: the file cannot be written
     supervisor = supervise(tmp_path, "echo done; exit 3")

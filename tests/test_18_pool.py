@@ -176,6 +176,7 @@ def check_delivered(daemon, tmp_path, bare, task_id, unstarted):
     wait_until(lambda: daemon.call("daemon.status")["running"] == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("points, unstarted", [
     (("claimed", "cloned", "spawned", "pid_stored"), 4), (("gate_open", "agent_ended", "committed", "pushed"), 0),
     (("settled",), 0)])
@@ -283,6 +284,7 @@ def test_an_execution_of_a_kind_that_is_gone_from_this_version_is_adopted(tmp_pa
 # -- a stop, whenever it comes
 
 
+@pytest.mark.slow
 def test_a_cancel_at_any_moment_leaves_nothing_behind(daemon, tmp_path):
     bare, copy = make_repository(tmp_path)
     draw, ids = random.Random(7), []
@@ -322,6 +324,7 @@ def test_what_does_not_run_is_cancelled_at_once(daemon, tmp_path):
     assert not executions(daemon, pending) and not executions(daemon, queued)
 
 
+@pytest.mark.slow
 def test_a_cancel_wins_over_a_stall_that_was_first_and_both_callers_are_answered(tmp_path):
     with DaemonProcess(tmp_path, 'stop_grace = "1s"\n') as daemon:
         script = "trap '' TERM; echo up; sleep 300 & while :; do sleep 1; done"

@@ -230,6 +230,7 @@ def test_six_hundred_connections_and_then_one_more(daemon):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.slow
 def test_watchers_and_log_readers_that_never_read_cost_little(daemon):
     task_id = daemon.add("yes 'a line of a log that is rather long, as logs are' | head -c 30000000")
     daemon.wait(task_id)
@@ -247,6 +248,7 @@ def test_watchers_and_log_readers_that_never_read_cost_little(daemon):
     assert stream[0]["method"] == "execution.log"
 
 
+@pytest.mark.slow
 def test_a_busy_client_does_not_starve_the_others(daemon):
     stop = threading.Event()
 

@@ -102,6 +102,7 @@ def test_a_hangup_with_a_bad_configuration_keeps_the_last_good_one_and_says_why(
             assert daemon.call("daemon.status")["max_concurrent"] == 7
 
 
+@pytest.mark.slow
 def test_start_at_a_retry_delay_a_pause_and_a_park_outlive_the_daemon_and_end_in_their_time(tmp_path):
     with DaemonProcess(tmp_path) as daemon:
         began = time.time()

@@ -283,6 +283,7 @@ SLOW_WRITER = ("i=0; while [ $i -lt 1200 ]; do printf 'line %s of many, with \\3
 EXPECTED = "".join(f"line {n} of many, with é in it\n" for n in range(1200)) + "no end"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("raw", [True, False])
 def test_following_a_log_loses_and_doubles_nothing_when_the_daemon_is_killed(tmp_path, raw):
     with DaemonProcess(tmp_path) as daemon:
@@ -443,6 +444,7 @@ def test_a_dry_run_checks_and_starts_nothing(tmp_path):
         assert bad.returncode == 2 and words in bad.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_daemon", [False, True])
 def test_sigint_during_run_gives_130_and_the_tasks_go_on(tmp_path, with_daemon):
     daemon = DaemonProcess(tmp_path)

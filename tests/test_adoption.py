@@ -233,6 +233,7 @@ def test_cancel_returns_when_nothing_of_the_agent_is_left_and_strangers_live(dae
             stranger.kill()
 
 
+@pytest.mark.slow
 def test_a_cancel_that_the_daemon_did_not_live_to_finish_is_finished_by_the_next(daemon, tmp_path):
     task_id = daemon.add(STUBBORN)
     found = running(daemon, task_id)
@@ -263,6 +264,7 @@ def test_cancel_reaches_a_clone_and_a_check_too(tmp_path):
         assert log.stdout.split() == ["first"]
 
 
+@pytest.mark.slow
 def test_a_silent_agent_is_stopped_as_stalled(daemon, tmp_path):
     task_id = daemon.add("echo up; sleep 300", stall_timeout="1s")
     ended = daemon.wait(task_id)
@@ -290,6 +292,7 @@ def test_a_reload_takes_a_good_configuration_and_refuses_a_bad_one_with_a_reason
     assert daemon.call("daemon.status")["max_concurrent"] == 7
 
 
+@pytest.mark.slow
 def test_an_idle_daemon_sleeps(daemon):
     daemon.wait(daemon.add("true"))
 

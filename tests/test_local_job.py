@@ -99,11 +99,13 @@ def test_a_cancel_closes_the_request(job, server):
     assert not c.marked_processes([run["id"]])
 
 
+@pytest.mark.slow
 def test_a_timeout_ends_a_stream_that_never_ends(job, server):
     task, run = job.end("slow", timeout="2s")
     assert (task["state"], run["reason"]) == ("TIMED_OUT", "timed_out") and server.dropped.wait(10)
 
 
+@pytest.mark.slow
 def test_a_server_that_falls_silent_fails_the_run(job):
     task, run = job.end("silent")
     assert (task["state"], run["reason"]) == ("FAILED", "api_error") and "sent nothing for 2s" in run["detail"]
@@ -123,15 +125,16 @@ def test_the_daemon_is_killed_and_the_next_one_adopts_the_run(job, server):
     assert len(job.runs(task_id)) == 1
 
 
+@pytest.mark.slow
 def test_a_busy_server_is_asked_again_from_the_queue_when_it_says(job, server):
-    server.retry_after_s = 9
+    server.retry_after_s = 4
     task_id, before = job.submit("limit_429"), time.time()
     waiting = support.wait_until(lambda: (task := job.daemon.call("task.get", id=task_id)["task"])["state"] == "QUEUED"
                                  and task["execution"] and task, 20, "the queue")
     assert waiting["reason"] == "rate_limited" and "HTTP 429" in waiting["detail"]
     assert all(agent["running"] == 0 for agent in job.daemon.call("agent.status")["agents"])  # it holds no slot
     task = job.daemon.wait(task_id, 40)
-    assert task["state"] == "READY" and len(server.requests) == 2 and time.time() - before >= 9
+    assert task["state"] == "READY" and len(server.requests) == 2 and time.time() - before >= 4
     assert [run["reason"] for run in job.runs(task_id)] == ["rate_limited", None]
 
 
@@ -146,6 +149,7 @@ def test_a_failure_has_its_reason_and_says_what_to_do(job, scenario, reason, wor
     assert run["cost_usd"] == 0 and not task["summary"]
 
 
+@pytest.mark.slow
 def test_a_retry_policy_applies_to_errors_of_the_server(job, server):
     task, run = job.end("error_500", retry={"max_attempts": 2, "backoff": ["0s"]})
     assert task["state"] == "FAILED" and len(job.runs(task["id"])) == len(server.requests) == 2
@@ -238,6 +242,7 @@ def test_a_summary_of_its_own_or_no_words_or_a_failure_ask_no_model(job, server)
     assert not server.requests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["silent", "error_500", "drop"])
 def test_a_model_that_fails_or_hangs_costs_six_seconds_at_most_and_never_the_run(job, server, scenario):
     server.say(scenario)
