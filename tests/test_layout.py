@@ -13,8 +13,8 @@ import pytest
 
 import claudomator
 
-# The file's length is a ratchet: it may only go down, to 8,000 and on towards 6,000 (raised once, for local models).
-MAX_LINES, MAX_FUNCTION, MAX_CLASS, MAX_WIDTH = 9700, 60, 300, 125
+# The file's length is a ratchet (docs/adr/0010): only a new capability raises it.
+MAX_LINES, MAX_FUNCTION, MAX_CLASS, MAX_WIDTH = 9690, 60, 300, 125
 BANNER = re.compile(r"# ---- (\d\d) (\S.*?) -{3,}")
 RULE = re.compile(r"\s*#.*[-=#*~_+]{4,}")  # a comment that looks like a line across the page
 IMPURE = set(
