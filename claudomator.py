@@ -4458,6 +4458,7 @@ def open_database(path: str, readonly: bool = False) -> object:
             raise StorageError(f"the file system of {path} cannot hold a SQLite database in WAL mode; move data_dir")
         db.execute("PRAGMA synchronous = NORMAL")
         db.execute("PRAGMA temp_store = MEMORY")
+        db.execute("PRAGMA wal_autocheckpoint = 4000")  # 16 MB: a checkpoint syncs in the loop, so let it be rare
         migrate(db)
         return db
     except (sqlite.Error, OSError) as error:
@@ -7562,6 +7563,8 @@ def modified_at(path: str) -> float:
 def read_tail(path: str, limit: int) -> str:
     """The last ``limit`` bytes of a file as text, empty where there is none."""
     try:
+        if not os.stat(path).st_size:
+            return ""
         with open_plain(path) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - limit))
             return file.read(limit).decode("utf-8", "replace")
@@ -8383,6 +8386,7 @@ class Daemon:
         """
         import asyncio
         os.umask(0o077)
+        sys.setswitchinterval(0.0005)  # s; for so long a thread waits for a busy loop to let it say: synced
         keep_descriptors()
         loop = asyncio.get_running_loop()
         self._stop = loop.create_future()
