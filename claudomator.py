@@ -1,8 +1,8 @@
 """Claudomator runs coding-agent tasks unattended: one daemon, one file, the standard library.
 
-A task's way: the control socket or a task file hands it to Operations (17), which stores it QUEUED; the Pool (18) asks
-``plan`` (06) what may start, claims it, clones a sandbox (15) and lets a supervisor (14) run the agent whose command a
-runner (12) built; at the end Outcome (09) judges log and exit status, the sandbox is pushed, and Operations settles it.
+A task's way: the control socket or a task file hands it to Operations (23), which stores it QUEUED; the Pool (24) asks
+``plan`` (06) what may start, claims it, clones a sandbox (20) and lets a supervisor (18) run the agent whose command a
+runner (16) built; at the end Outcome (10) judges log and exit status, the sandbox is pushed, and Operations settles it.
 
 The order is the rule: a section uses only names of sections above it, also inside functions.  Sections marked (pure)
 have no await, clock, randomness, file or socket: time and random bytes come in as arguments.  ``tests/test_layout.py``
@@ -17,22 +17,24 @@ Contents
     06 Scheduling decision (pure)
     07 Line framing (pure)
     08 Agent events (pure)
-    09 Outcome (pure)
-    10 Readable text (pure)
-    11 Control wire (pure)
-    12 Runners (pure)
-    13 Store
-    14 Processes and supervisor
-    15 Git sandboxes
-    16 Bus
-    17 Operations
-    18 Pool
-    19 Control server
-    20 Daemon
-    21 Control client
-    22 Command line
-    23 Demo
-    24 Commands
+    09 Model streams (pure)
+    10 Outcome (pure)
+    11 Readable text (pure)
+    13 Control wire (pure)
+    16 Runners (pure)
+    17 Store
+    18 Processes and supervisor
+    19 Model client
+    20 Git sandboxes
+    22 Bus
+    23 Operations
+    24 Pool
+    25 Control server
+    27 Daemon
+    28 Control client
+    29 Command line
+    31 Demo
+    32 Commands
 """
 from __future__ import annotations
 
@@ -1976,7 +1978,7 @@ class LineSplitter:
 
 # ---- 08 Agent events (pure) ------------------------------------------------------------------------------------
 # What an agent's output says, as facts.  A parser is fed whole lines as the log grows, returns what is notable at once
-# (for the event log), and at the end, or at any time, its ``facts()``.  It judges nothing: that is section 09.
+# (for the event log), and at the end, or at any time, its ``facts()``.  It judges nothing: that is section 10.
 # Claude's stream-json was measured on 2.1.197 and 2.1.329.  Nearly all bytes of a log are tool results and tool calls
 # that say nothing about the outcome, so a line's bytes are looked at first and only a line that can matter is parsed.
 # The byte searches are safe in one direction: inside a JSON string every quote is escaped, so ``"type":"result"`` is
@@ -2466,7 +2468,8 @@ def _word(value) -> str | None:
 STREAMS = {"claude": ClaudeStream, "gemini": GeminiStream, "jsonl": JsonLinesStream, "text": TextStream}
 
 
-# -- server-sent events and chat: what a model server with OpenAI's interface answers.  A server may be any program, so
+# ---- 09 Model streams (pure) -----------------------------------------------------------------------------------
+# Server-sent events and chat: what a model server with OpenAI's interface answers.  A server may be any program, so
 # nothing in here raises for what it sends, whatever comes is bounded, and a ``ChatFault`` says what went wrong.
 
 MAX_SSE_EVENT = 8 << 20  # bytes of a line, and of an event's data; real ones have a few hundred
@@ -2744,7 +2747,7 @@ def chat_envelope(reader: ChatReader, session_id: str, duration_s: float, is_lim
     return [*lines, result]
 
 
-# ---- 09 Outcome (pure) -----------------------------------------------------------------------------------------
+# ---- 10 Outcome (pure) -----------------------------------------------------------------------------------------
 # What an ended run means.  One function judges the facts of every run, whether it ended under this daemon or another,
 # so the verdict can be repeated from exit status and log at any time.  It decides by exit status and by the structured
 # fields of the agent's output, never by words: an agent may well print "429 rate limit" while it mends a client.
@@ -3292,7 +3295,7 @@ def merged_park(old: dict | None, until: float | None, reason: str) -> tuple[boo
     return True, until is None or reason != old["reason"] or until > old["until"] + SHORTEST_PARK_S
 
 
-# ---- 10 Readable text (pure) -----------------------------------------------------------------------------------
+# ---- 11 Readable text (pure) -----------------------------------------------------------------------------------
 # What people see in a terminal: an agent's log, tables, one task, events.  Everything that an agent, a task file or a
 # repository wrote passes ``safe_text`` first, so no escape sequence of theirs reaches the terminal.  Times are shown
 # ``tz_offset_s`` seconds east of UTC; colours are the 16 of ANSI, as SGR codes, and only where ``color`` is true.
@@ -3783,7 +3786,7 @@ def render_event(event: dict, color: bool, tz_offset_s: float = 0) -> str:
     return f"{paint(time_of_day, DIM, color)}  {(event.get('task_id') or '')[:8]:<8}  {paint(words, code, color)}"
 
 
-# ---- 11 Control wire (pure) ------------------------------------------------------------------------------------
+# ---- 13 Control wire (pure) ------------------------------------------------------------------------------------
 # JSON-RPC 2.0, one object a line, UTF-8 (docs/control-protocol.md).  Batches are refused: a client that wants several
 # answers sends several lines.  A notification carries ``stream``, the id of the request that asked for it.
 
@@ -3886,7 +3889,7 @@ def error_from_wire(body: dict) -> ClaudomatorError:
     return error
 
 
-# ---- 12 Runners (pure) -----------------------------------------------------------------------------------------
+# ---- 16 Runners (pure) -----------------------------------------------------------------------------------------
 # A runner answers one question: which command, with which environment and which text on stdin, does this task on this
 # agent?  It starts nothing.  ``format`` names the parser of what the agent prints (section 08).  Flags and variables of
 # claude: measured on 2.1.197 and 2.1.329; of gemini: on 0.61.0.
@@ -4131,7 +4134,7 @@ def build_shell(task: Task, context: RunContext, config: Config, host: dict) -> 
 
 
 def build_local(task: Task, context: RunContext, config: Config, host: dict) -> Launch:
-    """This program as the process of a local agent (section 14); its stdin is the request to the model server.  It has
+    """This program as the process of a local agent (section 19); its stdin is the request to the model server.  It has
     no session: what came back stands behind the instructions.  Raises ``SpawnError`` where there is no server."""
     agent, settings, local = task.agent, config.agent_settings("local"), config.local_model
     if not local.endpoint:
@@ -4205,7 +4208,7 @@ def runner_binary(kind: str, config: Config) -> str:
     return {"claude": config.claude_binary_path, "gemini": config.gemini_binary_path, "shell": "/bin/sh"}[kind]
 
 
-# ---- 13 Store --------------------------------------------------------------------------------------------------
+# ---- 17 Store --------------------------------------------------------------------------------------------------
 # SQLite in WAL mode, one connection, used by the loop's thread alone.  All writes of one loop tick share a transaction
 # (group commit); each operation in it is a savepoint, so one that fails takes nothing else with it.  After COMMIT a
 # thread syncs the WAL, and only then are writes acknowledged, events published and agents started (docs/adr/0004).
@@ -5011,7 +5014,7 @@ class Store(Transactions):
                 os.unlink(partial)
 
 
-# ---- 14 Processes and supervisor -------------------------------------------------------------------------------
+# ---- 18 Processes and supervisor -------------------------------------------------------------------------------
 # An agent's parent is not the daemon but a supervisor of its own: /bin/sh in its own session, with coreutils'
 # ``timeout`` below it, 0.3 MB together.  It survives the daemon, enforces the timeout alone, and writes the exit status
 # to ``<execution>/exit``.  Three facts make restarts safe (docs/adr/0002):
@@ -5407,7 +5410,8 @@ async def in_thread(function, *args, **kwargs) -> Any:
     return await future
 
 
-# -- a model server's client.  A local agent is this program in a process of its own: it asks a server with OpenAI's
+# ---- 19 Model client -------------------------------------------------------------------------------------------
+# The client of a model server.  A local agent is this program in a process of its own: it asks a server with OpenAI's
 # interface and writes what claude would write, so supervisor, log reader and ``judge`` need to know nothing of it.
 
 ANSWER_BLOCK = 1 << 16  # bytes read of an answer at once
@@ -5557,7 +5561,7 @@ def summarize(settings: LocalModelSettings, text: str) -> str:
     return cut_text(safe_text(answer).strip(), SUMMARY_LIMIT)
 
 
-# ---- 15 Git sandboxes ------------------------------------------------------------------------------------------
+# ---- 20 Git sandboxes ------------------------------------------------------------------------------------------
 # A sandbox is a clone that one task works in.  Four rules carry the section:
 # - the developer's working copy is never touched.  Commits go to a branch of the clone's source; where that branch is
 #   checked out there, they go to a new branch ``claudomator/<sandbox>``, and the result says so;
@@ -6137,7 +6141,7 @@ def find_build(workdir: str, path: str, env: dict) -> tuple[str, str, str]:
     return "", "build", path
 
 
-# ---- 16 Bus ----------------------------------------------------------------------------------------------------
+# ---- 22 Bus ----------------------------------------------------------------------------------------------------
 # Watchers of the event log.  An event reaches them once it is on disk.  A watcher names the sequence number it has
 # seen; what it missed is read from the table page by page, then it follows live, so nothing is lost or doubled.
 
@@ -6200,7 +6204,7 @@ class Bus:
             self.unsubscribe(take)
 
 
-# ---- 17 Operations ---------------------------------------------------------------------------------------------
+# ---- 23 Operations ---------------------------------------------------------------------------------------------
 # The one place that changes a task's state: the control socket, the command line and the pool all come here.  First
 # the lifecycle (a method per move, each one transaction with its event), then the table of operations that every
 # interface offers.  Methods return before the disk has the change; the edges await ``durable``.
@@ -7031,7 +7035,7 @@ OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in (
 )}
 
 
-# ---- 18 Pool ---------------------------------------------------------------------------------------------------
+# ---- 24 Pool ---------------------------------------------------------------------------------------------------
 # The pool keeps the queue in memory, asks ``plan`` what may start, and drives each execution through its phases:
 # prepare (sandbox), start (supervisor), follow (log), finish (judge, verify, push), settle.  A ``Run`` can begin at any
 # phase, so adopting an execution after a restart is the same code as starting one.  Every phase may be repeated: a daemon
@@ -8031,7 +8035,7 @@ def local_offset_s(now: float) -> int:
     return time.localtime(now).tm_gmtoff or 0
 
 
-# ---- 19 Control server -----------------------------------------------------------------------------------------
+# ---- 25 Control server -----------------------------------------------------------------------------------------
 # The operations on a Unix socket: a protocol of its own, because streams cost twice as much per line.  A client can
 # only hurt itself: its lines are bounded, it is served in short turns, and while it does not read its answers nothing
 # more of it is read or begun.
@@ -8321,7 +8325,7 @@ class short_socket_path:
             os.close(self._directory)
 
 
-# ---- 20 Daemon -------------------------------------------------------------------------------------------------
+# ---- 27 Daemon -------------------------------------------------------------------------------------------------
 # Puts the parts together and owns the process: the data directory's lock, signals, reload, the way down.
 
 
@@ -8481,7 +8485,7 @@ def run_daemon(config: Config, load_config) -> None:
     asyncio.run(Daemon(config, load_config).run())
 
 
-# ---- 21 Control client -----------------------------------------------------------------------------------------
+# ---- 28 Control client -----------------------------------------------------------------------------------------
 # The synchronous client of the control socket, as the command line uses it.
 
 CONNECT_TIMEOUT_S = 10.0
@@ -8592,7 +8596,7 @@ class ControlClient:
                 return message["result"]
 
 
-# ---- 22 Command line -------------------------------------------------------------------------------------------
+# ---- 29 Command line -------------------------------------------------------------------------------------------
 # The third edge: errors become sentences on stderr (or one JSON document with --json) and exit codes, here alone.
 # stdout is data, stderr is talk.  One table of commands serves parsing, help and docs/cli.md; argparse would double
 # the time of a short command.
@@ -9365,7 +9369,7 @@ def cmd_call(cli: Cli) -> int:
     return EXIT_OK
 
 
-# ---- 23 Demo ---------------------------------------------------------------------------------------------------
+# ---- 31 Demo ---------------------------------------------------------------------------------------------------
 # The whole way without any account: a daemon on a temporary data directory, a scratch repository with a bug, and
 # five shell agents.  It is also the first thing that a newcomer sees, so it explains itself.
 
@@ -9493,7 +9497,7 @@ def cmd_demo(cli: Cli) -> int:
         shutil.rmtree(root, ignore_errors=True)
 
 
-# ---- 24 Commands -----------------------------------------------------------------------------------------------
+# ---- 32 Commands -----------------------------------------------------------------------------------------------
 # The table of commands and ``main``.
 
 MOST = 1000  # arguments

@@ -1,4 +1,4 @@
-"""Git sandboxes with real git and real repositories (section 15)."""
+"""Git sandboxes with real git and real repositories (section 20)."""
 import os
 import random
 import shutil
