@@ -6166,7 +6166,8 @@ def finish_sandbox(sandbox: Sandbox, *, env: dict, build: str = "", verify: str 
     try:
         work.recover()
         if work.stage():
-            shell(*(build, "build", sandbox.workdir) if build else find_build(sandbox.workdir, sandbox.path, env, bool(inside)))
+            shell(*(build, "build", sandbox.workdir) if build else
+                  find_build(sandbox.workdir, sandbox.path, env, bool(inside)))
             _commit(sandbox.path, AUTOCOMMIT_SUBJECT, env)
         work.verify()
         branch = work.push(attempts, pause_s) if work.has_commits() else ""
@@ -6351,6 +6352,12 @@ GATE = """
 [ -z "$1" ] || { git fetch --quiet /run/claudomator-repo "$1" && git reset --quiet --hard "$1"; } || exit 1
 exec /bin/sh -c "$2"
 """
+# ``attach`` passes signals on, but refuses a container that has just ended; of that ``wait`` knows the status too.
+ATTACH = """
+trap : TERM
+"$1" attach --no-stdin "$2" >/dev/null 2>&1
+exit "$("$1" wait "$2")"
+"""
 
 
 def engine_env(host: dict) -> dict:
@@ -6489,7 +6496,7 @@ class Box:
 
     def attach_argv(self) -> tuple[str, ...]:
         """The command that stands in for a client that was killed: it passes signals on and ends as the container does."""
-        return (self.config.container_engine, "attach", "--no-stdin", self.name)
+        return ("/bin/sh", "-c", ATTACH, "attach", self.config.container_engine, self.name)
 
     def state(self) -> dict | None:
         """The container's state as the engine tells it; ``None`` where there is none, or the engine does not answer."""
@@ -6533,10 +6540,12 @@ class Box:
         _must(run_command(self._tool("collect", ("-c", COLLECT, "collect", self.sandbox.start_head), BOX_WORK,
                                      network="none"), env=env, timeout_s=GIT_TIMEOUT_S), "the agent's work is not to be had")
         bundle, work = os.path.join(path, ".git", "claudomator.bundle"), "refs/claudomator/work"
+        left = os.path.join(self.files, "work.bundle")
         try:
             import shutil
-            with open_plain(os.path.join(self.files, "work.bundle")) as source, open(bundle, "wb") as sink:
+            with open_plain(left) as source, open(bundle, "wb") as sink:
                 shutil.copyfileobj(source, sink, 1 << 20)
+            os.unlink(left)
         except OSError as error:
             raise SandboxError(f"the agent's work cannot be read: {error}") from error
         for words in (("fetch", "--quiet", "--no-tags", "--no-recurse-submodules", bundle, f"+{work}:{work}",
@@ -7755,8 +7764,7 @@ class Started(Workplace):
         if state["Status"] == "exited":
             write_private(os.path.join(self.directory, "exit"), f"{state['ExitCode']}\n")
             return False
-        env, argv = engine_env(self.core.host_env), self.box.attach_argv()
-        await self._supervise((find_program(argv[0], env.get("PATH", "")) or argv[0], *argv[1:]), env, "/", "")
+        await self._supervise(self.box.attach_argv(), engine_env(self.core.host_env), "/", "")
         self.core.log("info", f"adopted the container of execution {self.execution.id[:8]}")
         return True
 
