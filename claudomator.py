@@ -4279,13 +4279,15 @@ def _mount(source: str, target: str, is_readonly: bool) -> str:
 
 
 def container_argv(config: Config, image: str, *, name: str, execution_id: str, user: str, mounts: tuple, cpus: float,
-                   command: tuple, workdir: str = "/", network: str = "", capabilities: tuple = ()) -> tuple[str, ...]:
+                   command: tuple, workdir: str = "/", network: str = "", capabilities: tuple = (),
+                   is_kept: bool = False) -> tuple[str, ...]:
     """``docker run`` or ``podman run``: ``command`` are the arguments of the image's /bin/sh.
 
     ``mounts`` are (host path, path inside, whether read-only); ``user`` is UID:GID; ``cpus`` how many this machine has;
-    of all capabilities only ``capabilities`` are left.  Not ``--rm``: what ended is asked for its status, then removed.
+    of all capabilities only ``capabilities`` are left; ``is_kept``: it stays when it ends, to be asked for its status.
     """
-    limits, is_podman, words = config.containers, config.container_engine == "podman", []
+    limits, is_podman = config.containers, config.container_engine == "podman"
+    words = [] if is_kept else ["--rm"]
     for option, value in (("--memory", limits.memory), ("--cpus", f"{min(limits.cpus, cpus):g}" if limits.cpus else ""),
                           ("--pids-limit", str(limits.pids or "")), ("--network", network or limits.network),
                           *(("--cap-add", capability) for capability in capabilities)):
@@ -4313,16 +4315,17 @@ def engine_fault(engine: str, said: str, image: str = "", image_key: str = "") -
     return "spawn_failed", f"{engine} could not start the container: {words or 'it says nothing'}"
 
 
-def container_status(exit_code: int, state: dict | None) -> tuple[str, int]:
-    """(whose status it is, exit code) of a run whose client ended with ``exit_code``; ``state`` is the container's as
-    the engine tells it.  ``agent``: the container ended with it.  ``engine``: it never ran.  ``lost``: it ran, and its
-    client was cut off from it."""
+def container_end(exit_code: int | None, state: dict | None, said: str) -> str:
+    """Whose word the exit code of a container's client is.  ``state`` is the container's as the engine tells it,
+    ``said`` what is on stderr.  ``agent``: the container ended with it.  ``engine``: it never ran.  ``lost``: it ran,
+    and its client was cut off from it, or nothing is known."""
+    if exit_code is None or state is None and exit_code == 125 and "waiting for container" in said:
+        return "lost"
     if state is None:
-        return ("engine" if exit_code in (125, 126, 127) else "agent"), exit_code
+        return "engine" if exit_code in (125, 126, 127) else "agent"
     if state.get("Status") == "created" or state.get("Error"):  # its program could not be run
-        return "engine", exit_code
-    ended = state.get("ExitCode")
-    return ("agent", exit_code) if state.get("Status") == "exited" and ended == exit_code else ("lost", exit_code)
+        return "engine"
+    return "agent" if state.get("Status") == "exited" and state.get("ExitCode") == exit_code else "lost"
 
 
 def dockerfile(base: str, uid: int, gid: int, has_ct: bool) -> str:
@@ -6320,18 +6323,19 @@ def find_build(workdir: str, path: str, env: dict, elsewhere: bool = False) -> t
 ENGINE_TIMEOUT_S = 60.0
 INNER_GRACE_S = 2.0  # so much longer than inside the client has after a stop, to tell the status
 START_GRACE_S = 60.0  # so much longer than inside the client may run: it also waits for the engine to start it
-COLLECT = r"""
-export GIT_INDEX_FILE=/tmp/claudomator-index
+TRUST = "export GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.directory GIT_CONFIG_VALUE_0='*'"
+COLLECT = TRUST + r"""
+export GIT_INDEX_FILE=${TMPDIR:-/tmp}/claudomator-index
 base=$1
 fail() { echo "$*"; exit 1; }
-git rev-parse --git-dir >/dev/null || fail "the agent destroyed its repository"
+[ -d .git ] && git rev-parse --git-dir >/dev/null || fail "the agent destroyed its repository"
 for name in rebase-merge rebase-apply MERGE_HEAD CHERRY_PICK_HEAD REVERT_HEAD; do
   [ ! -e ".git/$name" ] || fail "the agent left a rebase, merge or cherry-pick unfinished ($name)"
 done
 rm -f .git/index.lock
 [ ! -f .git/index ] || cp .git/index "$GIT_INDEX_FILE" || fail "the index cannot be read"
 [ -z "$(git ls-files --unmerged)" ] || fail "the agent left unresolved conflicts"
-nested=$(git -c core.quotePath=false status --porcelain --untracked-files=all | sed -n 's,^?? \(.*\)/$,\1,p')
+nested=$(git status --porcelain -z --untracked-files=all | tr '\0' '\n' | sed -n 's,^?? \(.*\)/$,\1,p')
 set -- :/
 while IFS= read -r name; do
   [ -z "$name" ] || set -- "$@" ":(top,exclude,literal)$name"
@@ -6348,7 +6352,7 @@ set -- refs/claudomator/work --branches
 rm -f /run/claudomator/work.bundle
 git bundle create -q /run/claudomator/work.bundle "$@" 2>&1 || fail "git cannot bundle what the agent left"
 """
-GATE = """
+GATE = TRUST + """
 [ -z "$1" ] || { git fetch --quiet /run/claudomator-repo "$1" && git reset --quiet --hard "$1"; } || exit 1
 exec /bin/sh -c "$2"
 """
@@ -6467,7 +6471,7 @@ class Box:
                   (self.files, BOX_FILES, False)]
         mounts += [(os.path.join(self.directory, name), f"{BOX_FILES}/{name}", False)
                    for name in ("stdout.log", "stderr.log")]
-        argv = self._argv(self.name, (*mounts, *self._logins()), (f"{BOX_FILES}/run",))
+        argv = self._argv(self.name, (*mounts, *self._logins()), (f"{BOX_FILES}/run",), is_kept=True)
         return Launch(argv, engine_env(self.host), launch.stdin, launch.format, launch.session_id, files=(
             (f"{self.files}/run", script), (f"{self.files}/prompt.txt", launch.stdin or ""), *own))
 
@@ -6515,15 +6519,10 @@ class Box:
     def reclaim(self, env: dict) -> None:
         """Give the daemon's user what belongs to another one in the agent's copy, so that it can be read and removed."""
         uid, gid, box = os.geteuid(), os.getegid(), self._place("")
-        if uid == 0:
-            return
-        strange = (entry for path, folders, names in os.walk(box, onerror=lambda error: strangers.append(error.filename))
-                   for entry in (os.path.join(path, name) for name in (*folders, *names)))
-        strangers: list[str] = []
-        for path in strange:
-            if os.lstat(path).st_uid != uid:
-                strangers.append(path)
-        if strangers:
+        closed: list[OSError] = []  # directories that cannot be looked into
+        if uid != 0 and (any(os.lstat(os.path.join(path, name)).st_uid != uid
+                             for path, folders, names in os.walk(box, onerror=closed.append)
+                             for name in (*folders, *names)) or closed):
             argv = self._argv(f"{self.name}-reclaim-{os.urandom(3).hex()}", ((box, BOX_WORK, False),),
                               ("-c", f"chown -Rh {uid}:{gid} {BOX_WORK}/."), user="0:0", network="none",
                               capabilities=("CHOWN", "DAC_OVERRIDE", "FOWNER"))
@@ -7672,6 +7671,9 @@ class Workplace:
         """Remove the execution's containers, for certain if the engine answers."""
         try:
             await in_thread(self.box.remove)
+            if self.box.sandbox or self.execution.sandbox_dir and os.path.isdir(self.execution.sandbox_dir):
+                self.box.sandbox = self.box.sandbox or open_sandbox(self.execution.sandbox_dir)
+                await in_thread(self.box.reclaim, self._environment())
         except (SandboxError, OSError) as error:
             self.core.log("warning", f"execution {self.execution.id[:8]}: {error}; what is left is removed later")
 
@@ -7921,13 +7923,14 @@ class Run(Started):
         exit_code, was_told = read_exit_status(self.directory)
         if exit_code is None and not os.path.exists(self.log.path):
             return await self._never_started()
-        state = await in_thread(self.box.state) if self.box and exit_code is not None else None
-        whose = container_status(exit_code, state)[0] if self.box and exit_code is not None else "agent"
-        if not self.stop_reason and (exit_code is None or was_told and exit_code != 0 or whose == "lost"):
+        said = read_tail(os.path.join(self.directory, "stderr.log"), 8192)
+        state = await in_thread(self.box.state) if self.box else None
+        whose = container_end(exit_code, state, said) if self.box else "lost" if exit_code is None else "agent"
+        if not self.stop_reason and (whose == "lost" or was_told and exit_code != 0):
             return self._lost()
         if self._stop_task and self.stop_reason != "cancelled":
             self._stop_task.cancel()  # it has stopped; its work, if it was done in time, is checked in peace
-        agent, said = self.log.stream.facts(), read_tail(os.path.join(self.directory, "stderr.log"), 8192)
+        agent = self.log.stream.facts()
         if whose == "engine" and not self.stop_reason:
             key = self.core.config.image_key(self.execution.agent)
             reason, words = engine_fault(self.core.config.container_engine, said, self.box.image, key)
