@@ -171,6 +171,45 @@ def test_the_image_is_built_with_the_configured_engine(place):
     assert daemon.cli("image", "build", PATH="/usr/bin:/bin:/nowhere", DOCKER_FAKE="").returncode != 0
 
 
+LAUNCHER = """
+import os, sys
+import claudomator as c
+def die(*args, **kwargs):
+    os.kill(os.getpid(), 9)
+def after(owner, name):
+    was = getattr(owner, name)
+    setattr(owner, name, lambda *args, **kwargs: (was(*args, **kwargs), die()))
+{patch}
+sys.exit(c.main(["serve"]))
+"""
+
+
+@pytest.mark.parametrize("patch", ["c.Box.collect = die", "after(c.Box, 'collect')", "c._Finish.push = die",
+                                   "after(c._Finish, 'push')", "c.Run._settle_once = die"])
+def test_a_daemon_that_dies_while_it_takes_the_work_is_followed_by_one_that_takes_it_once(tmp_path, patch):
+    import subprocess
+    import sys
+    engine, (bare, copy) = Engine(tmp_path / "engine"), support.make_repository(tmp_path)
+    env = {"PATH": f"{FAKES}:{os.environ['PATH']}", "DOCKER_FAKE": str(engine.path)}
+    daemon = support.DaemonProcess(tmp_path, "", env)
+    with open(daemon.log_path, "ab") as log:
+        process = subprocess.Popen([sys.executable, "-c", LAUNCHER.format(patch=patch)], env=daemon.env,
+                                   stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    support.wait_until(lambda: os.path.exists(daemon.socket_path))
+    task_id = daemon.add("echo one > one; git add one; git commit -qm 'feat: one'; echo two > two",
+                         agent={"repository_url": str(bare)}, verify="cat one two")
+    assert process.wait(20) == -9
+    daemon.client.close()
+    daemon._client = None
+    with daemon:
+        task = daemon.wait(task_id)
+        assert task["state"] == "READY", (task, daemon.log())
+        subjects = ["feat: one", c.AUTOCOMMIT_SUBJECT]
+        assert [commit["message"] for commit in task["execution"]["commits"]] == subjects
+        assert git(bare, "log", "--reverse", "--format=%s", "main").splitlines() == ["first", *subjects]
+        assert len(daemon.call("execution.list", id=task_id)["executions"]) == 1 and engine.containers() == []
+
+
 # -- the parts
 
 
