@@ -4323,12 +4323,12 @@ def engine_fault(engine: str, said: str, image: str = "", image_key: str = "") -
 
 
 def container_end(exit_code: int | None, state: dict | None, said: str) -> str:
-    """Whose word the exit code of a container's client is.  ``state`` is the container's as the engine tells it,
-    ``said`` what is on stderr.  ``agent``: the container ended with it.  ``engine``: it never ran.  ``lost``: it ran,
-    and its client was cut off from it, or nothing is known."""
-    if exit_code is None or state is None and exit_code == 125 and "waiting for container" in said:
+    """Whose word the exit code of a container's client is.  ``state`` is the container's as the engine tells it, ``said``
+    what is on stderr.  ``agent``: the container ended with it.  ``engine``: it never ran.  ``lost``: it ran, and its
+    client was cut off from it, or it was stopped with the engine, which does not answer now."""
+    if exit_code is None or state is None and exit_code > 128 or exit_code == 125 and "waiting for container" in said:
         return "lost"
-    if state is None:
+    if state is None or state.get("Status") == "missing":
         return "engine" if exit_code in (125, 126, 127) else "agent"
     if state.get("Status") == "created" or state.get("Error"):  # its program could not be run
         return "engine"
@@ -6362,6 +6362,7 @@ def find_build(workdir: str, path: str, env: dict, elsewhere: bool = False) -> t
 #   label; so does a daemon that finds a container whose execution does not run any more.
 
 ENGINE_TIMEOUT_S = 60.0
+ENGINE_PATIENCE_S = 30.0  # an engine that was updated is back by then
 INNER_GRACE_S = 2.0  # so much longer than inside the client has after a stop, to tell the status
 START_GRACE_S = 60.0  # so much longer than inside the client may run: it also waits for the engine to start it
 TRUST = "export GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.directory GIT_CONFIG_VALUE_0='*'"
@@ -6544,10 +6545,12 @@ class Box:
         return ("/bin/sh", "-c", ATTACH, "attach", self.config.container_engine, self.name)
 
     def state(self) -> dict | None:
-        """The container's state as the engine tells it; ``None`` where there is none, or the engine does not answer."""
+        """The container's state as the engine tells it; ``None`` where the engine does not answer."""
         result = run_engine(self.config, self.host, "inspect", "--type", "container", "--format", "{{json .State}}",
                             self.name)
-        state = parse_json_or(result.output, None) if result.exit_code == 0 else None
+        if result.exit_code != 0:
+            return {"Status": "missing"} if "no such" in result.output.lower() else None
+        state = parse_json_or(result.output, None)
         return state if isinstance(state, dict) else None
 
     def remove(self) -> None:
@@ -7616,7 +7619,7 @@ class Workplace:
             and (keeps_sandbox or isolation == "none")
         if isolation != "none":
             if self.box:
-                await in_thread(self.box.check_image)
+                await self._await_engine()
                 self.core.store.put_setting("containers", True)
             if keeps_sandbox:
                 self.sandbox = open_sandbox(execution.sandbox_dir)
@@ -7632,6 +7635,18 @@ class Workplace:
                          start_head=self.sandbox.start_head)
         if any(getattr(execution, name) != value for name, value in facts.items()):
             self.execution = self.core.store.update_execution(execution.id, **facts)
+
+    async def _await_engine(self) -> None:
+        """Make sure of the image.  After a lost run wait for the engine: it may just be restarting."""
+        import asyncio
+        deadline = time.monotonic() + (ENGINE_PATIENCE_S if self.task.reason == "lost" else 0)
+        while True:
+            try:
+                return await in_thread(self.box.check_image)
+            except SandboxError as error:
+                if error.reason != "sandbox_failed" or time.monotonic() > deadline or self.stop_reason:
+                    raise
+            await asyncio.sleep(1)
 
     async def _clone(self) -> None:
         path = self.own_sandbox

@@ -114,8 +114,10 @@ def test_any_value_survives_the_script():
     (127, {"Status": "exited", "ExitCode": 127}, "", "agent"),
     (127, {"Status": "created", "ExitCode": 127, "Error": "OCI runtime create failed"}, "", "engine"),
     (126, {"Status": "exited", "ExitCode": 126, "Error": "permission denied"}, "", "engine"),
-    (125, None, "docker: invalid reference format", "engine"),
-    (126, None, "", "engine"), (127, None, "", "engine"), (137, None, "", "agent"), (0, None, "", "agent"),
+    (125, {"Status": "missing"}, "docker: invalid reference format", "engine"),
+    (125, None, "Cannot connect", "engine"), (126, None, "", "engine"), (127, {"Status": "missing"}, "", "engine"),
+    (137, {"Status": "missing"}, "", "agent"), (3, None, "", "agent"), (0, None, "", "agent"),
+    (143, None, "", "lost"), (137, None, "", "lost"), (128, None, "", "agent"),  # it was stopped with the engine
     (125, None, "error waiting for container: unexpected EOF", "lost"),
     (125, {"Status": "exited", "ExitCode": 0}, "error waiting for container: unexpected EOF", "lost"),
     (137, {"Status": "running", "ExitCode": 0}, "", "lost"),  # only the client was killed

@@ -83,7 +83,7 @@ def test_the_whole_way_of_a_task(place):
     assert "s3cr3t" not in json.dumps(own) and engine.containers() == []
     assert "--rm" not in own[0] and "--rm" in own[2] and "--rm" in own[3]
     assert own[2][own[2].index("--network") + 1] == "none"
-    assert not (daemon.data_dir / "executions" / run["id"] / "box" / "run").exists()
+    assert not {"run", "work.bundle"} & set(os.listdir(daemon.data_dir / "executions" / run["id"] / "box"))
 
 
 def test_a_question_goes_on_in_the_same_session_sandbox_and_home(place):
@@ -148,6 +148,19 @@ def test_an_engine_that_cannot_is_told_apart_from_an_agent_that_fails(place, mod
         engine.mode("")
     assert (task["state"], task["reason"]) == ("FAILED", reason) and words in task["detail"], task
     assert len(daemon.call("execution.list", id=task["id"])["executions"]) == tries
+
+
+def test_a_run_that_was_stopped_with_the_engine_is_lost_and_goes_on_when_the_engine_is_back(place):
+    daemon, engine, bare = place
+    script = f"[ ! -e {engine.path}/again ] || exit 0; touch {engine.path}/again; echo down >{engine.path}/mode; kill -TERM $$"
+    task_id = add(place, script)
+    try:
+        support.wait_until(lambda: len(daemon.call("execution.list", id=task_id)["executions"]) == 2, 20, "another run")
+    finally:
+        engine.mode("")
+    task = daemon.wait(task_id)
+    first = daemon.call("execution.list", id=task_id)["executions"][-1]
+    assert (task["state"], first["reason"]) == ("READY", "lost"), (task, daemon.log())
 
 
 @pytest.mark.parametrize("code", [125, 126, 127])
