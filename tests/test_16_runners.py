@@ -1,4 +1,4 @@
-"""Section 12: the command, environment and stdin of every agent kind.  Nothing is started here."""
+"""Section 16: the command, environment and stdin of every agent kind.  Nothing is started here."""
 import claudomator as c
 import pytest
 

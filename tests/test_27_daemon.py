@@ -1,4 +1,4 @@
-"""Section 20: what a daemon inherits, how it stops, reloads and comes back, with real daemon processes."""
+"""Section 27: what a daemon inherits, how it stops, reloads and comes back, with real daemon processes."""
 import os
 import resource
 import signal
