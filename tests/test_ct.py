@@ -587,6 +587,17 @@ def test_the_file_runs_by_itself():
     assert result.returncode == 0 and b"ct task submit" in result.stdout
 
 
+def test_the_page_names_every_command_option_variable_and_exit_code():
+    page = (CT.parent / "docs" / "ct.md").read_text(encoding="utf-8")
+    for name, (_, usage, text, options, _, _) in ct.COMMANDS.items():
+        assert f"`ct {name} {usage}".rstrip().replace("|", "\\|") + "` | " + text in page, name
+    for option in [*ct.CREATING, *ct.WAITING, *ct.EVERYWHERE, "--option"]:
+        assert option in page, option
+    codes = {value for name, value in vars(ct).items() if name.startswith("EXIT_")}
+    assert codes == set(map(int, re.findall(r"^\| (\d+) \|", page, re.M)))
+    assert set(re.findall(r"CLAUDOMATOR_[A-Z_]+", CT.read_text(encoding="utf-8"))) == set(re.findall(r"CLAUDOMATOR_[A-Z_]+", page))
+
+
 # The layout
 
 
