@@ -142,6 +142,12 @@ def test_a_name_is_the_first_line_of_the_instructions_and_the_project_is_the_tas
         "instructions": "  \nÄndere\tdas. \x1b[1m\nmehr"}} and body["queue"] is False
 
 
+def test_only_claude_gets_a_model_that_nobody_named():
+    for more, model in (([], "sonnet"), (["--agent", "gemini"], None), (["--agent", "gemini", "--model", "pro"], "pro")):
+        _, requests = asked(answer(201, {"tasks": [TASK]}), "task", "submit", "--instructions", "x", *more)
+        assert json.loads(requests[0].body)["tasks"]["agent"].get("model") == model
+
+
 @pytest.mark.parametrize("words, says", [
     ([], "--instructions"), (["--instructions", "x", "--file", "y"], "one way"), (["--instructions", " \n"], "empty"),
     (["--file", "/nowhere/x"], "No such file"), (["--file", "/"], "cannot be read"), (["--instructions", "x", "--budget", "0"], "USD"),
@@ -281,7 +287,8 @@ BROKEN = [b"SSH-2.0-OpenSSH_9\r\n", b"\r\n", b"HTTP/2 200\r\n\r\n", b"HTTP/1.1 2
           b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n", b"HTTP/1.1 200 OK\r\n" + b"A: " + b"x" * (1 << 17),
           b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nxy\r\n",
           b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"0" * 2000, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n\r\n",
-          b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0x0\r\n\r\n"]
+          b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0x0\r\n\r\n",
+          b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nxyz0\r\n\r\n"]
 
 
 @pytest.mark.parametrize("data", BROKEN)
@@ -463,6 +470,15 @@ def test_a_wait_for_a_daemon_that_does_not_come_back_ends_with_its_timeout():
     told(result, 124, "trying again for 1 s", "--timeout is over")
 
 
+def test_the_pauses_between_tries_grow_and_are_bounded(monkeypatch):
+    now, pauses = [0.0], []
+    monkeypatch.setattr(ct.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(ct.time, "sleep", lambda pause_s: (pauses.append(pause_s), now.__setitem__(0, now[0] + pause_s)))
+    with pytest.raises(ct.Unreachable):
+        ct.Api("unix:///nowhere/agent.sock", "t").persist("GET", "/", waiting=True)
+    assert pauses[:7] == [0.25, 0.5, 1, 2, 4, 8, 8] and sum(pauses) == ct.FIRST_S
+
+
 def test_a_refusal_in_a_wait_is_final():
     replies = [answer(200, RUNS), refusal(401, "unauthorized", "the run is over")]
     result, _ = asked(lambda request: replies.pop(0), "task", "wait", TASK_ID)
@@ -496,7 +512,7 @@ def test_what_is_no_duration_is_refused(text):
 
 @pytest.mark.parametrize("words, kind, text, options", [
     (["Which one?"], "question", "Which one?", ()), (["Which one?", "--option", "a", "--option=b c"], "question", "Which one?", ("a", "b c")),
-    (["Tell me the licence"], "question", "Tell me the licence ?", ()), (["Größe \"x\" ☃？"], "question", "Größe \"x\" ☃？", ()),
+    (["Tell me the licence"], "question", "Tell me the licence ?", ()), (["Choose.", "--option", "a"], "question", "Choose.", ("a",)), (["Größe \"x\" ☃？"], "question", "Größe \"x\" ☃？", ()),
     (["--", "--json?"], "question", "--json?", ())])
 def test_a_question_is_one_that_the_daemon_takes_for_a_question(words, kind, text, options, tmp_path):
     path = tmp_path / "question.json"
