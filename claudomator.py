@@ -739,6 +739,7 @@ class Config(KeyedRecord, keys=CONFIG_GROUPS[""]):
     warnings: tuple[str, ...]  # keys that are set, but belong to a later version
 
     db_path = property(lambda self: f"{self.data_dir}/claudomator.db")
+    tools_dir = property(lambda self: f"{self.data_dir}/bin")  # first on an agent's PATH; holds ct
     executions_dir = property(lambda self: f"{self.data_dir}/executions")  # in it a directory for each, with its logs
     sandboxes_dir = property(lambda self: f"{self.data_dir}/sandboxes")  # the clones that executions work in
     lock_path = property(lambda self: f"{self.data_dir}/daemon.lock")  # locked: a daemon runs on this data directory
@@ -3924,8 +3925,18 @@ You are running unattended: nobody reads along, and nobody can approve or answer
   resumed with the answer. Do not ask what you can find out or decide yourself.
 - When you are done, write a summary of 2 to 5 sentences for a person to the file
   {summary}: what you changed, how you checked it, what is left.
-
+{tools}
 Your task:
+"""
+CT_PREAMBLE = """\
+- The command ct writes both files for you: ct ask "your question" --option a --option b, and ct summary "what you did".
+"""
+SUBTASKS_PREAMBLE = """\
+- You may give a part of the work to another agent, as a subtask:
+  ct task submit --name NAME --instructions "what to do" --wait
+  It knows nothing but these instructions, and works on a clone of its own: on what is pushed, without your commits. The
+  command prints the state it ended in (0: done, 1: failed, 2: it asks a person); without --wait it prints an ID for
+  ct task wait ID and ct task status ID. ct --help tells more.
 """
 LOCAL_PREAMBLE = """\
 You are running unattended: your one answer is the result, and nobody can reply to it. You have no tools and see no
@@ -3950,8 +3961,10 @@ class Launch(Record):
 
 
 class RunContext(Record):
-    """What a runner may know of the run; ``resume`` continues ``session_id`` with ``feedback`` as the prompt."""
+    """What a runner may know of the run; ``resume`` continues ``session_id`` with ``feedback`` as the prompt.
+    ``tools_dir`` holds ``ct`` where it is installed; ``api_url`` is empty where no HTTP server listens."""
 
+    _secret = frozenset({"api_token"})
     execution_id: str
     execution_dir: str
     cwd: str
@@ -3964,6 +3977,9 @@ class RunContext(Record):
     round: int = 1
     is_root: bool = False
     program: tuple = ()  # how to start this program itself
+    tools_dir: str = ""
+    api_url: str = ""
+    api_token: str = ""
 
     @property
     def session_dir(self) -> str:
@@ -3983,6 +3999,10 @@ def agent_environment(host: dict, settings: AgentSettings, credentials: tuple[st
            if name in ENVIRONMENT_ALLOWED or name.startswith("LC_") or name in named}
     env.setdefault("PATH", "/usr/local/bin:/usr/bin:/bin")
     env.update(settings.env)
+    if context.tools_dir:
+        env["PATH"] = f"{context.tools_dir}:{env['PATH']}"
+    if context.api_url:
+        env.update(CLAUDOMATOR_API_URL=context.api_url, CLAUDOMATOR_API_TOKEN=context.api_token)
     env.update({
         "CLAUDOMATOR_TASK_ID": task.id, "CLAUDOMATOR_EXECUTION_ID": context.execution_id,
         "CLAUDOMATOR_PROJECT_DIR": context.project_dir, "CLAUDOMATOR_ROUND": str(context.round),
@@ -3998,7 +4018,9 @@ def preamble(context: RunContext) -> str:
     if context.sandboxed:
         where = (f"{context.cwd} is a throw-away git clone. Work only there. Commit your work\n  with git in clear, small"
                  " commits; what you leave uncommitted is committed for you, and all is pushed.")
-    return PREAMBLE.format(where=where, question=f"{context.execution_dir}/question.json",
+    tools = CT_PREAMBLE if context.tools_dir else ""
+    tools += SUBTASKS_PREAMBLE if context.tools_dir and context.api_url else ""
+    return PREAMBLE.format(where=where, question=f"{context.execution_dir}/question.json", tools=tools,
                            summary=f"{context.execution_dir}/summary.txt")
 
 
@@ -7201,14 +7223,15 @@ class Workplace:
 
     def _launch(self) -> tuple[Launch, str]:
         """(what to start, its working directory); writes nothing."""
-        resume, cwd = self.task.resume or {}, self._working_directory()
+        resume, cwd, tools_dir = self.task.resume or {}, self._working_directory(), self.core.config.tools_dir
         feedback = feedback_text(resume)
         context = RunContext(
             execution_id=self.execution.id, execution_dir=self.directory, cwd=cwd,
             project_dir=self.task.agent.project_dir, sandboxed=self.sandbox is not None,
             session_id=self.execution.session_id, resume=self.resumed, feedback=feedback,
             answer=resume.get("text", "") if resume.get("kind") == "answer" else "", round=self.execution.round,
-            is_root=os.geteuid() == 0, program=(sys.executable, "-I", os.path.abspath(__file__)))
+            is_root=os.geteuid() == 0, program=(sys.executable, "-I", os.path.abspath(__file__)),
+            tools_dir=tools_dir if os.path.exists(f"{tools_dir}/ct") else "")
         task = self.task
         if task.agent.type not in ("", self.execution.agent):  # it stands in for that one, and has other models
             task = task.replace(agent=task.agent.replace(model=""))
@@ -8473,6 +8496,41 @@ def stderr_log(level: str, message: str) -> None:
         pass  # a full disk or a closed pipe must not end the daemon
 
 
+def compile_ct(source: str, compiled: str) -> None:
+    """Write the bytecode of ``source``, unless it is there.  Raises ``OSError`` or ``py_compile.PyCompileError``."""
+    facts = os.stat(source)
+    made_of = b"".join((int(number) & 0xFFFFFFFF).to_bytes(4, "little") for number in (facts.st_mtime, facts.st_size))
+    try:
+        with open_plain(compiled) as file:
+            if file.read(16)[8:] == made_of:
+                return
+    except OSError:
+        pass
+    import py_compile
+    py_compile.compile(source, compiled, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP)
+
+
+def install_ct(config: Config, log: Callable) -> None:
+    """Write ``<data_dir>/bin/ct``, which runs the ct.py beside this file; where there is none there is no ``ct``.  It
+    runs from bytecode, because compiling it takes as long as all the rest of a call."""
+    source, command = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ct.py"), f"{config.tools_dir}/ct"
+    words = [os.path.realpath(sys.executable), "-I", "-S", f"{command}.{sys.implementation.cache_tag}.pyc"]
+    script = "#!/bin/sh\nexec " + " ".join("'" + word.replace("'", "'\\''") + "'" for word in words) + ' "$@"\n'
+    try:
+        if not os.path.exists(source):
+            if os.path.lexists(command):
+                os.unlink(command)
+            return
+        make_directory(config.tools_dir)
+        compile_ct(source, words[-1])
+        if read_head(command, QUESTION_LIMIT) != script:
+            write_private(f"{command}.new", script)
+            os.chmod(f"{command}.new", 0o700)
+            os.replace(f"{command}.new", command)
+    except Exception as error:  # a broken ct.py is no reason not to serve
+        log("warning", f"{command} cannot be made, so agents may lack it: {error}")
+
+
 class Daemon:
     """One daemon on one data directory.  ``load_config()`` reads the configuration again for a reload."""
 
@@ -8499,6 +8557,7 @@ class Daemon:
         self.core = Core(self.config, store, self.log)
         self.core.reload = self.reload
         self.pool = Pool(self.core)
+        install_ct(self.config, self.log)
         if only_new:
             self.pool.after_seq = store.last_seq()
         self.server = ControlServer(self.core)
