@@ -3908,13 +3908,13 @@ NO_CLOSE_CODE = 1005  # stands for a close frame without a body; never on the wi
 
 
 class HandshakeError(ClaudomatorError):
-    """A request that opens no WebSocket; ``headers`` belong into the answer beside ``http_status``."""
+    """A request that opens no WebSocket; ``fields`` are more header lines of the answer."""
 
     code, http_status, exit_code = "handshake", 400, 2
 
-    def __init__(self, status: int, message: str, *headers: tuple[str, str]):
+    def __init__(self, status: int, message: str, *fields: tuple[str, str]):
         super().__init__(message)
-        self.http_status, self.headers = status, headers
+        self.http_status, self.fields = status, fields
 
 
 class WebSocketError(ClaudomatorError):
@@ -3956,41 +3956,37 @@ def is_websocket_key(key: str) -> bool:
         return False
 
 
-def check_handshake(method: str, version: str, headers: Iterable[tuple[str, str]],
+def check_handshake(method: str, minor: int, headers: dict[str, str],
                     protocols: tuple[str, ...] = ()) -> list[tuple[str, str]]:
-    """The headers of the 101 answer to an opening request; of ``protocols`` the client's first choice is taken.
+    """The header lines of the 101 answer to an opening request; of ``protocols`` the client's first choice is taken.
 
-    ``version`` is as on the request line.  Raises ``HandshakeError``.  Host and Origin are the HTTP server's to check.
+    ``minor`` is of HTTP/1.minor; ``headers`` have lower-case names, values of repeated fields joined by commas.  Raises
+    ``HandshakeError``.  Host and Origin are the HTTP server's to check.
     """
-    fields: dict[str, list[str]] = {}
-    for name, value in headers:
-        fields.setdefault(name.lower(), []).append(value.strip())
-
     def tokens(name: str) -> list[str]:
-        return [token.strip() for value in fields.get(name, ()) for token in value.split(",") if token.strip()]
+        return [token.strip() for token in headers.get(name, "").split(",")]
 
+    upgrade = ("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Version", "13")
     # 4.2.1 "An HTTP/1.1 or higher GET request"
     if method != "GET":
         raise HandshakeError(405, "a WebSocket is opened with GET", ("Allow", "GET"))
-    if version != "HTTP/1.1":
+    if minor < 1:
         raise HandshakeError(400, "a WebSocket is opened with HTTP/1.1")
     # 4.2.1 "An |Upgrade| header field containing the value "websocket", treated as an ASCII case-insensitive value."
     if "websocket" not in map(str.lower, tokens("upgrade")):
-        raise HandshakeError(426, "this address speaks WebSocket; send Upgrade: websocket", ("Upgrade", "websocket"),
-                             ("Connection", "Upgrade"), ("Sec-WebSocket-Version", "13"))
+        raise HandshakeError(426, "this address speaks WebSocket; send Upgrade: websocket", *upgrade)
     # 4.2.1 "A |Connection| header field that includes the token "Upgrade", treated as an ASCII case-insensitive value."
     if "upgrade" not in map(str.lower, tokens("connection")):
         raise HandshakeError(400, "an opening request has Connection: Upgrade")
     # 4.2.2 "abort the WebSocket handshake [...] and instead send an appropriate HTTP error code (such as 426 Upgrade
     # Required) and a |Sec-WebSocket-Version| header field indicating the version(s) the server is capable of"
-    if fields.get("sec-websocket-version") != ["13"]:
-        raise HandshakeError(426, "only version 13 of WebSocket is spoken here", ("Upgrade", "websocket"),
-                             ("Connection", "Upgrade"), ("Sec-WebSocket-Version", "13"))
+    if headers.get("sec-websocket-version") != "13":
+        raise HandshakeError(426, "only version 13 of WebSocket is spoken here", *upgrade)
     # 11.3.1 "The |Sec-WebSocket-Key| header field MUST NOT appear more than once in an HTTP request."
-    keys = fields.get("sec-websocket-key", [])
-    if len(keys) != 1 or not is_websocket_key(keys[0]):
+    key = headers.get("sec-websocket-key", "")
+    if not is_websocket_key(key):
         raise HandshakeError(400, "an opening request has one Sec-WebSocket-Key of 16 bytes in base64")
-    answer = [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", accept_key(keys[0]))]
+    answer = [*upgrade[:2], ("Sec-WebSocket-Accept", accept_key(key))]
     # 4.1 "one or more comma-separated subprotocol[s] the client wishes to speak, ordered by preference"
     chosen = next((offer for offer in tokens("sec-websocket-protocol") if offer in protocols), None)
     return answer + [("Sec-WebSocket-Protocol", chosen)] if chosen else answer
@@ -4144,10 +4140,15 @@ class MessageDecoder:
         """Take a piece of the message under way; its event where that was the last."""
         self._message += piece
         if self._opcode == OP_TEXT:
-            try:  # 8.1 "When an endpoint is to interpret a byte stream as UTF-8 but finds that the byte stream is not, in
-                self._utf8.decode(piece, last)  # fact, a valid UTF-8 stream, that endpoint MUST _Fail the WebSocket
-            except UnicodeDecodeError:  # Connection_."
-                raise WebSocketError(1007, "the text is not UTF-8") from None
+            # 8.1 "When an endpoint is to interpret a byte stream as UTF-8 but finds that the byte stream is not, in fact, a
+            # valid UTF-8 stream, that endpoint MUST _Fail the WebSocket Connection_."
+            try:
+                self._utf8.decode(piece, last)
+                sound = not b"\xed\xa0" <= self._utf8.getstate()[0] < b"\xee"  # half a surrogate: Python waits for more
+            except UnicodeDecodeError:
+                sound = False
+            if not sound:
+                raise WebSocketError(1007, "the text is not UTF-8")
         if not last:
             return []
         message, text = self._message, self._opcode == OP_TEXT
@@ -8620,15 +8621,21 @@ class WebSocketConnection:
         self._timer = self._loop.call_later(ping_every_s, self._ping)
 
     async def run(self, on_message: Callable | None = None) -> None:
-        """Serve the client until it is gone; ``await on_message(data)`` for each text (``str``) or binary message.
+        """Serve the client until it is gone, or this is cancelled; ``await on_message(data)`` for each message.
 
-        ``on_message`` must return within ``ping_every_s``.  What it raises closes with 1011 and is raised here.
+        The data of a text is ``str``.  ``on_message`` must return within ``ping_every_s``; what it raises closes with
+        1011 and is raised here.
         """
+        import asyncio
         try:
             while not self._decoder.ended and (data := await self._read()):
                 for event in self._decoder.feed(data):
                     await self._handle(event, on_message)
-            await self._linger()
+            if not self._open:
+                await self._linger()
+        except asyncio.CancelledError:
+            self.close(1001, "the server stops")
+            raise
         except Exception:
             self.close(1011, "internal error; the daemon's log has more")
             await self._linger()

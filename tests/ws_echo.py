@@ -14,13 +14,12 @@ async def serve_client(reader, writer, handler=None, **options):
     """Answer the opening request on a connection, then echo, or do what ``handler(connection)`` does."""
     try:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-        method, _, version = head[0].split(" ")
-        headers = [tuple(line.split(":", 1)) for line in head[1:] if line]
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])}
         answer = ["HTTP/1.1 101 Switching Protocols"]
-        answer += [f"{name}: {value}" for name, value in c.check_handshake(method, version, headers, ("echo",))]
+        answer += [f"{name}: {value}" for name, value in c.check_handshake(head[0].split(" ")[0], 1, headers, ("echo",))]
     except (c.HandshakeError, asyncio.IncompleteReadError, ValueError) as error:
         answer = [f"HTTP/1.1 {getattr(error, 'http_status', 400)} Refused", "Content-Length: 0"]
-        answer += [f"{name}: {value}" for name, value in getattr(error, "headers", ())]
+        answer += [f"{name}: {value}" for name, value in getattr(error, "fields", ())]
     writer.write("\r\n".join([*answer, "", ""]).encode())
     if "101" not in answer[0]:
         return writer.close()
