@@ -275,6 +275,7 @@ def test_a_slow_client_that_reads_again_hears_when_to_come_back(server, connect)
     wait_until(lambda: server.connections)
     connection = server.connections[0]
     flood(server, 20000, 5000, lambda: connection._open)
+    assert [answer[:1] for answer in connection._outbox] == [b"\x88"], "what waited is given up, not kept until it reads"
     frames = []
     while not frames or frames[-1][0] == BINARY:
         frames.append(slow.receive())
