@@ -137,6 +137,19 @@ def test_the_server_closes_and_waits_for_the_answer(server, connect):
     wait_until(lambda: server.ended == [None])
 
 
+def test_what_a_client_says_after_the_servers_close_frame_reaches_nobody(server, connect):
+    heard = []
+
+    async def hear(data):
+        heard.append(data)
+        server.connections[0].close()
+    client = connect(server.listen(on_message=hear))
+    client.socket.sendall(frame(TEXT, "one") + frame(TEXT, "two"))
+    assert client.receive() == (CLOSE, 1000, "")
+    client.socket.sendall(frame(TEXT, "three") + frame(CLOSE))
+    assert client.rest() == [] and heard == ["one"]
+
+
 def test_a_client_that_never_answers_a_close_frame_is_dropped(server, connect):
     client = connect(server.listen(close_wait_s=0.2))
     wait_until(lambda: server.connections)
