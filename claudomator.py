@@ -21,6 +21,7 @@ Contents
     10 Outcome (pure)
     11 Readable text (pure)
     13 Control wire (pure)
+    15 WebSocket wire (pure)
     16 Runners (pure)
     17 Store
     18 Processes and supervisor
@@ -30,6 +31,7 @@ Contents
     23 Operations
     24 Pool
     25 Control server
+    26 HTTP server
     27 Daemon
     28 Control client
     29 Command line
@@ -3896,6 +3898,271 @@ def error_from_wire(body: dict) -> ClaudomatorError:
     error.code = str(data.get("code", "internal"))
     error.exit_code = data["exit_code"] if isinstance(data.get("exit_code"), int) else 1
     return error
+
+
+# ---- 15 WebSocket wire (pure) ----------------------------------------------------------------------------------
+# The server's side of RFC 6455, without extensions.  The decoder takes bytes however they are cut and has three outcomes:
+# events, none (it needs more), or, as the last item, a ``WebSocketError`` that carries the close code to send.  After an
+# error and after a close frame it takes no more.  Text is checked while it comes: the first bad byte ends the connection.
+
+MAX_MESSAGE = 1 << 20  # bytes of one message, in however many frames; clients of the daemon say next to nothing
+OP_CONTINUATION, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG = 0, 1, 2, 8, 9, 10
+OPCODES = {OP_CONTINUATION: "continuation", OP_TEXT: "text", OP_BINARY: "binary", OP_CLOSE: "close", OP_PING: "ping",
+           OP_PONG: "pong"}
+CLOSE_CODES = {  # RFC 6455 section 7.4.1 and IANA's registry, as far as a frame may carry them
+    1000: "done", 1001: "going away", 1002: "protocol error", 1003: "unwanted kind of data", 1007: "not UTF-8",
+    1008: "policy", 1009: "too big", 1010: "extension missing", 1011: "internal error", 1012: "restart",
+    1013: "try again later", 1014: "bad gateway"}
+NO_CLOSE_CODE = 1005  # stands for a close frame without a body; never on the wire
+
+
+class HandshakeError(ClaudomatorError):
+    """A request that opens no WebSocket; ``fields`` are more header lines of the answer."""
+
+    code, http_status, exit_code = "handshake", 400, 2
+
+    def __init__(self, status: int, message: str, *fields: tuple[str, str]):
+        super().__init__(message)
+        self.http_status, self.fields = status, fields
+
+
+class WebSocketError(ClaudomatorError):
+    """The client broke the protocol or a limit; ``close_code`` is what to close with."""
+
+    code, http_status, exit_code = "websocket", 400, 2
+
+    def __init__(self, close_code: int, message: str):
+        super().__init__(message)
+        self.close_code = close_code
+
+
+class WebSocketEvent(Record):
+    """What a client said.  ``data`` is ``str`` for kinds text and close (the reason), ``bytes`` for binary, ping, pong."""
+
+    kind: str
+    data: str | bytes
+    close_code: int | None = None
+
+
+def accept_key(key: str) -> str:
+    """What proves that the handshake with this Sec-WebSocket-Key was understood."""
+    from binascii import b2a_base64
+    try:
+        from _sha1 import sha1  # hashlib would load OpenSSL: 4 ms and 4 MB for one digest a client
+    except ImportError:
+        from hashlib import sha1
+    # 4.2.2 "concatenating /key/ [...] with the string "258EAFA5-E914-47DA-95CA-C5AB0DC85B11", taking the SHA-1 hash of
+    # this concatenated value to obtain a 20-byte value and base64-encoding this 20-byte hash."
+    return b2a_base64(sha1(key.encode() + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest(), newline=False).decode()
+
+
+def is_websocket_key(key: str) -> bool:
+    """Whether it is 16 bytes in base64."""
+    from binascii import a2b_base64
+    try:  # 4.2.1 "a base64-encoded (see Section 4 of [RFC4648]) value that, when decoded, is 16 bytes in length."
+        return len(key) == 24 and len(a2b_base64(key)) == 16
+    except ValueError:
+        return False
+
+
+def check_handshake(method: str, minor: int, headers: dict[str, str],
+                    protocols: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+    """The header lines of the 101 answer to an opening request; of ``protocols`` the client's first choice is taken.
+
+    ``minor`` is of HTTP/1.minor; ``headers`` have lower-case names, values of repeated fields joined by commas.  Raises
+    ``HandshakeError``.  Host and Origin are the HTTP server's to check.
+    """
+    def tokens(name: str) -> list[str]:
+        return [token.strip() for token in headers.get(name, "").split(",")]
+
+    upgrade = ("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Version", "13")
+    # 4.2.1 "An HTTP/1.1 or higher GET request"
+    if method != "GET":
+        raise HandshakeError(405, "a WebSocket is opened with GET", ("Allow", "GET"))
+    if minor < 1:
+        raise HandshakeError(400, "a WebSocket is opened with HTTP/1.1")
+    # 4.2.1 "An |Upgrade| header field containing the value "websocket", treated as an ASCII case-insensitive value."
+    if "websocket" not in map(str.lower, tokens("upgrade")):
+        raise HandshakeError(426, "this address speaks WebSocket; send Upgrade: websocket", *upgrade)
+    # 4.2.1 "A |Connection| header field that includes the token "Upgrade", treated as an ASCII case-insensitive value."
+    if "upgrade" not in map(str.lower, tokens("connection")):
+        raise HandshakeError(400, "an opening request has Connection: Upgrade")
+    # 4.2.2 "abort the WebSocket handshake [...] and instead send an appropriate HTTP error code (such as 426 Upgrade
+    # Required) and a |Sec-WebSocket-Version| header field indicating the version(s) the server is capable of"
+    if headers.get("sec-websocket-version") != "13":
+        raise HandshakeError(426, "only version 13 of WebSocket is spoken here", *upgrade)
+    # 11.3.1 "The |Sec-WebSocket-Key| header field MUST NOT appear more than once in an HTTP request."
+    key = headers.get("sec-websocket-key", "")
+    if not is_websocket_key(key):
+        raise HandshakeError(400, "an opening request has one Sec-WebSocket-Key of 16 bytes in base64")
+    answer = [*upgrade[:2], ("Sec-WebSocket-Accept", accept_key(key))]
+    # 4.1 "one or more comma-separated subprotocol[s] the client wishes to speak, ordered by preference"
+    chosen = next((offer for offer in tokens("sec-websocket-protocol") if offer in protocols), None)
+    return answer + [("Sec-WebSocket-Protocol", chosen)] if chosen else answer
+
+
+def encode_frame(opcode: int, payload: bytes) -> bytes:
+    """A whole, final frame as a server sends it."""
+    size = len(payload)  # 5.1 "A server MUST NOT mask any frames that it sends to the client."
+    length = bytes((size,)) if size < 126 else b"\x7e" + size.to_bytes(2, "big") if size < 1 << 16 else \
+        b"\x7f" + size.to_bytes(8, "big")
+    return bytes((0x80 | opcode,)) + length + payload
+
+
+def encode_message(message: str | bytes) -> bytes:
+    """The frame of a text (``str``) or binary message."""
+    return encode_frame(OP_TEXT, message.encode()) if isinstance(message, str) else encode_frame(OP_BINARY, message)
+
+
+def encode_close(code: int, reason: str = "") -> bytes:
+    """A close frame; a reason that is too long for one is cut between characters."""
+    if code == NO_CLOSE_CODE:  # 7.4.1 "MUST NOT be set as a status code in a Close control frame by an endpoint."
+        return encode_frame(OP_CLOSE, b"")
+    return encode_frame(OP_CLOSE, code.to_bytes(2, "big") + reason.encode()[:123].decode("utf-8", "ignore").encode())
+
+
+def unmask(payload: bytes, key: bytes, offset: int = 0) -> bytes:
+    """``payload``, whose first byte is number ``offset`` of its frame, XORed with the frame's masking key."""
+    size, turn = len(payload), offset & 3
+    mask = ((key[turn:] + key[:turn]) * (size // 4 + 1))[:size]  # 5.3 "j = i MOD 4"
+    return (int.from_bytes(payload, "little") ^ int.from_bytes(mask, "little")).to_bytes(size, "little")
+
+
+class FrameHeader(Record):
+    """The beginning of a client's frame; ``size`` counts its own bytes, ``length`` those of the payload."""
+
+    opcode: int
+    final: bool
+    length: int
+    key: bytes
+    size: int
+
+
+def parse_frame_header(data: bytes, at: int = 0) -> FrameHeader | None:
+    """The header that begins at ``at``; ``None``: it needs more bytes.  Raises ``WebSocketError``."""
+    if len(data) < at + 2:
+        return None
+    opcode, final, length = data[at] & 15, data[at] >= 0x80, data[at + 1] & 127
+    # 5.2 "MUST be 0 unless an extension is negotiated that defines meanings for non-zero values."
+    if data[at] & 0x70:
+        raise WebSocketError(1002, "a reserved bit is set, and no extension was agreed on")
+    # 5.2 "If an unknown opcode is received, the receiving endpoint MUST _Fail the WebSocket Connection_."
+    if opcode not in OPCODES:
+        raise WebSocketError(1002, f"opcode {opcode} is reserved")
+    # 5.1 "The server MUST close the connection upon receiving a frame that is not masked."
+    if data[at + 1] < 0x80:
+        raise WebSocketError(1002, "a client masks its frames")
+    # 5.5 "All control frames MUST have a payload length of 125 bytes or less and MUST NOT be fragmented."
+    if opcode >= OP_CLOSE and not (final and length < 126):
+        raise WebSocketError(1002, "a control frame is one frame of 125 bytes at most")
+    extended = {126: 2, 127: 8}.get(length, 0)
+    end = at + 2 + extended
+    if len(data) < end + 4:
+        return None
+    if extended:
+        length = int.from_bytes(data[at + 2:end], "big")
+        # 5.2 "in all cases, the minimal number of bytes MUST be used to encode the length", "the most significant bit
+        # MUST be 0"
+        if length < (126 if extended == 2 else 1 << 16) or length >> 63:
+            raise WebSocketError(1002, "the payload's length is not written in its shortest form")
+    return FrameHeader(opcode, final, length, data[end:end + 4], end + 4 - at)
+
+
+def parse_close(payload: bytes) -> WebSocketEvent:
+    """The event of a close frame.  Raises ``WebSocketError``."""
+    if not payload:  # 7.1.5 "If this Close control frame contains no status code, _The WebSocket Connection Close Code_
+        return WebSocketEvent("close", "", NO_CLOSE_CODE)  # is considered to be 1005."
+    # 5.5.1 "If there is a body, the first two bytes of the body MUST be a 2-byte unsigned integer"
+    code = int.from_bytes(payload[:2], "big") if len(payload) > 1 else 0
+    # 7.4.2 "Status codes in the range 3000-3999 are reserved for use by libraries", "4000-4999 [...] for private use"
+    if code not in CLOSE_CODES and not 3000 <= code <= 4999:
+        raise WebSocketError(1002, "a close frame carries a code that may be sent")
+    try:  # 5.5.1 "the body MAY contain UTF-8-encoded data with value /reason/"
+        return WebSocketEvent("close", payload[2:].decode(), code)
+    except UnicodeDecodeError:
+        raise WebSocketError(1007, "the reason in the close frame is not UTF-8") from None
+
+
+class MessageDecoder:
+    """Turns a client's bytes into events.  ``ended``: a close frame or an error came, no more is taken."""
+
+    def __init__(self, max_message: int = MAX_MESSAGE):
+        import codecs
+        self._limit, self._held = max_message, b""
+        self._frame: FrameHeader | None = None
+        self._seen = 0  # payload bytes of that frame so far
+        self._opcode: int | None = None  # of the message under way
+        self._message = bytearray()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")()
+        self.ended = False
+
+    def feed(self, data: bytes) -> list[WebSocketEvent | WebSocketError]:
+        """What came whole, in order; a ``WebSocketError`` is the last of all."""
+        events: list[WebSocketEvent | WebSocketError] = []
+        data, at = self._held + data, 0
+        try:
+            while not self.ended:
+                if self._frame is None:
+                    self._frame, self._seen = parse_frame_header(data, at), 0
+                    if self._frame is None:
+                        break
+                    self._begin(self._frame)
+                    at += self._frame.size
+                frame, missing = self._frame, self._frame.length - self._seen
+                piece = data[at:at + missing]
+                whole = len(piece) == missing
+                if not whole and (not piece or frame.opcode >= OP_CLOSE):
+                    break
+                at += len(piece)
+                self._frame = None if whole else frame
+                piece = unmask(piece, frame.key, self._seen)
+                self._seen += len(piece)
+                events += self._control(frame, piece) if frame.opcode >= OP_CLOSE else \
+                    self._add(piece, whole and frame.final)
+        except WebSocketError as error:
+            self.ended = True
+            events.append(error)
+        self._held = b"" if self.ended else data[at:]
+        return events
+
+    def _begin(self, frame: FrameHeader) -> None:
+        """Check whether the frame may stand here, before a byte of its payload is held."""
+        if frame.opcode >= OP_CLOSE:
+            return  # 5.4 "Control frames (see Section 5.5) MAY be injected in the middle of a fragmented message."
+        # 5.4 "a single frame with the FIN bit clear and an opcode other than 0, followed by zero or more frames with the
+        # FIN bit clear and the opcode set to 0, and terminated by a single frame with the FIN bit set and an opcode of 0."
+        if (frame.opcode == OP_CONTINUATION) == (self._opcode is None):
+            raise WebSocketError(1002, "there is no message to continue" if self._opcode is None else
+                                 "a message begins inside another")
+        if len(self._message) + frame.length > self._limit:  # 7.4.1 "1009 [...] too big for it to process"
+            raise WebSocketError(1009, f"a message may have {self._limit} bytes at most")
+        self._opcode = self._opcode or frame.opcode
+
+    def _control(self, frame: FrameHeader, payload: bytes) -> list[WebSocketEvent]:
+        if frame.opcode != OP_CLOSE:
+            return [WebSocketEvent(OPCODES[frame.opcode], payload)]
+        event = parse_close(payload)
+        self.ended = True  # 1.4 "After receiving a control frame indicating the connection should be closed, a peer
+        return [event]  # discards any further data received."
+
+    def _add(self, piece: bytes, last: bool) -> list[WebSocketEvent]:
+        """Take a piece of the message under way; its event where that was the last."""
+        self._message += piece
+        if self._opcode == OP_TEXT:
+            # 8.1 "When an endpoint is to interpret a byte stream as UTF-8 but finds that the byte stream is not, in fact, a
+            # valid UTF-8 stream, that endpoint MUST _Fail the WebSocket Connection_."
+            try:
+                self._utf8.decode(piece, last)
+                sound = not b"\xed\xa0" <= self._utf8.getstate()[0] < b"\xee"  # half a surrogate: Python waits for more
+            except UnicodeDecodeError:
+                sound = False
+            if not sound:
+                raise WebSocketError(1007, "the text is not UTF-8")
+        if not last:
+            return []
+        message, text = self._message, self._opcode == OP_TEXT
+        self._message, self._opcode = bytearray(), None
+        return [WebSocketEvent("text", message.decode()) if text else WebSocketEvent("binary", bytes(message))]
 
 
 # ---- 16 Runners (pure) -----------------------------------------------------------------------------------------
@@ -8445,6 +8712,172 @@ class short_socket_path:
     def __exit__(self, *error) -> None:
         if self._directory >= 0:
             os.close(self._directory)
+
+
+# ---- 26 HTTP server --------------------------------------------------------------------------------------------
+# -- WebSocket connections
+# What a client says is pulled: it is read only as fast as it is handled.  What it hears is pushed: all frames of one tick
+# leave in one write.  While the kernel does not take them they wait in the outbox, where a frame for many clients exists
+# once; a client that leaves more than MAX_UNSENT there is sent away, to come back with the last event it has seen.
+
+PING_EVERY_S = 25.0  # a client that is silent from one ping to the next is gone; proxies cut idle connections after 60 s
+CLOSE_WAIT_S = 5.0  # from our close frame to the end of the connection, whatever the client does
+MAX_UNSENT = 1 << 18  # bytes that a client may leave unread beyond what the kernel holds for it
+
+
+class WebSocketConnection:
+    """One client after its handshake.  ``run`` serves it to the end; anybody may ``put`` frames or ``close`` meanwhile."""
+
+    def __init__(self, reader, writer, max_message: int = MAX_MESSAGE, ping_every_s: float = PING_EVERY_S,
+                 close_wait_s: float = CLOSE_WAIT_S):
+        import asyncio
+        self._loop = asyncio.get_running_loop()
+        self._reader, self._writer, self._transport = reader, writer, writer.transport
+        self._transport.set_write_buffer_limits(high=0)  # ``drain`` then means that the kernel has taken all
+        self._decoder = MessageDecoder(max_message)
+        self._outbox: list[bytes] = []  # whole frames
+        self._queued = 0  # bytes in it
+        self._draining = None  # the task that waits for the kernel
+        self._open = self._heard = True
+        self._ping_every_s, self._close_wait_s = ping_every_s, close_wait_s
+        self._timer = self._loop.call_later(ping_every_s, self._ping)
+
+    async def run(self, on_message: Callable | None = None) -> None:
+        """Serve the client until it is gone, or this is cancelled; ``await on_message(data)`` for each message.
+
+        The data of a text is ``str``.  ``on_message`` must return within ``ping_every_s``; what it raises closes with
+        1011 and is raised here.
+        """
+        import asyncio
+        try:
+            while not self._decoder.ended and (data := await self._read()):
+                for event in self._decoder.feed(data):
+                    await self._handle(event, on_message)
+            if not self._open:
+                await self._linger()
+        except asyncio.CancelledError:
+            self.close(1001, "the server stops")
+            raise
+        except Exception:
+            self.close(1011, "internal error; the daemon's log has more")
+            await self._linger()
+            raise
+        finally:
+            self.abort()
+
+    async def send(self, message: str | bytes) -> None:
+        """Send a message once the client has taken what was sent before; nothing happens where it is gone."""
+        await self._drained()
+        self.put(encode_message(message))
+
+    def put(self, frames: bytes) -> None:
+        """Queue encoded frames; they leave at the end of this turn of the loop, together with all others."""
+        if self._queue(frames):
+            self._loop.call_soon(self._flush)
+
+    def close(self, code: int = 1000, reason: str = "") -> None:
+        """Say goodbye; ``run`` ends when the client has answered, or after ``close_wait_s``."""
+        if self._open:
+            self._open = False  # 5.5.1 "The application MUST NOT send any more data frames after sending a Close frame."
+            self._outbox.append(encode_close(code, reason))
+            self._timer.cancel()
+            self._timer = self._loop.call_later(self._close_wait_s, self.abort)
+            self._flush()
+
+    def abort(self) -> None:
+        """Drop the connection now."""
+        self._open = False
+        self._timer.cancel()
+        self._outbox.clear()
+        self._transport.abort()
+
+    async def _read(self) -> bytes:
+        try:
+            data = await self._reader.read(READ_SIZE)
+        except OSError:  # reset, or timed out
+            return b""
+        self._heard = True
+        return data
+
+    async def _handle(self, event: WebSocketEvent | WebSocketError, on_message: Callable | None) -> None:
+        if isinstance(event, WebSocketError):
+            self.close(event.close_code, str(event))
+        elif event.kind == "close":  # 5.5.1 "When sending a Close frame in response, the endpoint typically echos the
+            self.close(event.close_code)  # status code it received."
+        elif event.kind == "ping":  # 5.5.3 "A Pong frame sent in response to a Ping frame must have identical
+            self.put(encode_frame(OP_PONG, event.data))  # "Application data" as found in the message body"
+        elif event.kind != "pong" and on_message is not None and self._open:
+            await on_message(event.data)
+
+    async def _linger(self) -> None:
+        """End the connection so that the client gets our last bytes: close() on unread data would reset it."""
+        # 7.1.1 "call shutdown() with SHUT_WR on the socket, call recv() until obtaining a return value of 0 indicating
+        # that the peer has also performed an orderly shutdown, and finally call close() on the socket."
+        await self._drained()
+        if not self._transport.is_closing():
+            try:
+                self._transport.write_eof()
+            except OSError:
+                return
+        while await self._read():
+            pass
+
+    def _ping(self) -> None:
+        if not self._heard:
+            return self.abort()
+        self._heard = False
+        self._timer = self._loop.call_later(self._ping_every_s, self._ping)
+        self.put(encode_frame(OP_PING, b""))
+
+    def _queue(self, frames: bytes) -> bool:
+        """Put frames into the outbox; whether somebody must flush it."""
+        if not self._open:
+            return False
+        if self._draining is not None and self._queued + self._transport.get_write_buffer_size() > MAX_UNSENT:
+            self._outbox.clear()
+            self.close(1013, "too slow; connect again from the last event you have seen")
+            return False
+        self._outbox.append(frames)
+        self._queued += len(frames)
+        return len(self._outbox) == 1 and self._draining is None
+
+    def _flush(self) -> None:
+        if not self._outbox or self._draining is not None or self._transport.is_closing():
+            return
+        frames = self._outbox[0] if len(self._outbox) == 1 else b"".join(self._outbox)
+        self._outbox.clear()
+        self._queued = 0
+        self._transport.write(frames)
+        if self._transport.get_write_buffer_size():
+            self._draining = self._loop.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        try:
+            await self._writer.drain()
+        except OSError:  # gone; ``run`` learns it by reading
+            self._outbox.clear()
+        self._draining = None
+        self._flush()
+
+    async def _drained(self) -> None:
+        """Wait until the kernel has all that was put."""
+        import asyncio
+        self._flush()
+        while self._draining is not None:
+            await asyncio.wait([self._draining])
+
+
+def broadcast(clients: Iterable[WebSocketConnection], frames: list[bytes]) -> None:
+    """Put encoded frames for all clients: one join, and one call later that writes once to each."""
+    data = frames[0] if len(frames) == 1 else b"".join(frames)
+    waiting = [client for client in clients if client._queue(data)]
+    if waiting:
+        waiting[0]._loop.call_soon(_flush_all, waiting)
+
+
+def _flush_all(clients: list[WebSocketConnection]) -> None:
+    for client in clients:
+        client._flush()
 
 
 # ---- 27 Daemon -------------------------------------------------------------------------------------------------

@@ -1,10 +1,6 @@
-<<<<<<< HEAD
 """Section 16: the command, environment and stdin of every agent kind.  Nothing is started here."""
-=======
-"""Section 12: the command, environment and stdin of every agent kind.  Nothing is started here."""
 import re
 
->>>>>>> f2f87a0fe30c40a161da784ead5350c9db1b1370
 import claudomator as c
 import pytest
 
