@@ -2108,19 +2108,42 @@ def assistant_text(record: dict) -> str:
     return "\n".join(text for text in texts if isinstance(text, str))
 
 
-class ClaudeStream:
-    """Parser of ``--output-format stream-json``.  Any bytes are taken; what is no JSON object is counted."""
+class JsonStream:
+    """What the parsers of a JSON object a line share.  Any bytes are taken; what is no object is counted."""
+
+    BORING = ()  # how lines begin that say nothing; LineSplitter passes over them
+
+    def __init__(self) -> None:
+        self._facts: dict = {}
+        self._lines = self._garbage = 0
+        self._tail: list[str] = []
+
+    def _parse(self, line: bytes) -> dict:
+        """The line's object, or an empty one; white space alone is no garbage."""
+        record = parse_json_or(line.decode("utf-8", "replace"), None)  # it may have been cut inside a character
+        if isinstance(record, dict):
+            return record
+        if line.strip():
+            self._garbage += 1
+            self._tail = [*self._tail, clean_text(line[:300].decode("utf-8", "replace"))][-5:]
+        return {}
+
+    def _agent_facts(self, **found) -> AgentFacts:
+        return AgentFacts(lines=self._lines, garbage_lines=self._garbage, stream_tail=tuple(self._tail),
+                          **self._facts, **found)
+
+
+class ClaudeStream(JsonStream):
+    """Parser of ``--output-format stream-json``."""
 
     _HEADING = SUMMARY_HEADING.encode()
-    BORING = (b'{"type":"user"', b'{"type":"stream_event"')  # most of a log; LineSplitter passes over them
+    BORING = (b'{"type":"user"', b'{"type":"stream_event"')  # most of a log
     _CAN_MATTER = (b'"type":"result"', b'"type":"rate_limit_event"', b'"subtype":"init"', b'"subtype":"api_retry"',
                    b'"subtype":"permission_denied"', b'"subtype":"model_fallback"', b'"type":"assistant"')
 
     def __init__(self) -> None:
-        self._facts: dict = {}
-        self._lines = self._garbage = self._turns = 0
-        self._tail: list[str] = []
-        self._text_line = b""
+        super().__init__()
+        self._turns, self._text_line = 0, b""
         self._summary = SummaryFinder()
         self._denials: dict = {}
         self._since: list[tuple] = []  # per result line: usage since the one before (2.1.329)
@@ -2153,18 +2176,10 @@ class ClaudeStream:
         """The facts so far.  May be asked at any time, also again."""
         final = assistant_text(_object(parse_json_or(self._text_line.decode("utf-8", "replace"), None)))
         usage = [_sum(column) for column in zip(*self._since)] if self._since else self._whole
-        return AgentFacts(lines=self._lines, garbage_lines=self._garbage, final_text=clean_text(final[-TEXT_LIMIT:]),
-                          summary_text=clean_text(self._summary.text()), num_turns=self._turns,
-                          cost_usd=usage[0], tokens_in=usage[1], tokens_out=usage[2], retry=self._retry,
-                          denials=tuple(self._denials.values()), stream_tail=tuple(self._tail), **self._facts)
-
-    def _parse(self, line: bytes) -> dict:
-        record = parse_json_or(line.decode("utf-8", "replace"), None)  # it may have been cut inside a character
-        if isinstance(record, dict):
-            return record
-        self._garbage += 1
-        self._tail = [*self._tail, clean_text(line[:300].decode("utf-8", "replace"))][-5:]
-        return {}
+        return self._agent_facts(
+            final_text=clean_text(final[-TEXT_LIMIT:]), summary_text=clean_text(self._summary.text()), cost_usd=usage[0],
+            tokens_in=usage[1], tokens_out=usage[2], num_turns=self._turns, retry=self._retry,
+            denials=tuple(self._denials.values()))
 
     def _take_assistant(self, record: dict, line: bytes) -> list[dict]:
         if not record or isinstance(record.get("parent_tool_use_id"), str):
@@ -2268,22 +2283,20 @@ class TextStream:
                           summary_text=self._summary.text(), tokens_in=tokens, tokens_out=tokens)
 
 
-class GeminiStream:
+class GeminiStream(JsonStream):
     """Parser of gemini's ``--output-format stream-json``, measured on 0.61.0.  The answer is not in the result
     line: it is the assistant's deltas since the last tool result.  Older versions wrap it all in a Markdown fence."""
 
     BORING = (b'{"type":"tool_use"',)
-    _FENCES = (b"", b"```json", b"```")
+    _FENCES = (b"```json", b"```")
     TURN_LIMIT = 1 << 20  # characters kept of one turn's text; of a longer one the end
     GATED_TOOLS = ("run_shell_command", "write_file", "replace")  # not registered unless the approval mode allows them
     ENDS = {"Loop detected": "loop", "Maximum session turns": "max_turns"}  # error lines before a result of "success"
 
     def __init__(self) -> None:
-        self._facts: dict = {}
-        self._lines = self._garbage = self._size = 0
-        self._tail: list[str] = []
+        super().__init__()
         self._pieces: list[str] = []
-        self._summary = ""
+        self._size, self._summary = 0, ""
         self._denials: dict = {}
 
     def feed_line(self, line: bytes) -> list[dict]:
@@ -2293,11 +2306,7 @@ class GeminiStream:
             return []
         if line.startswith(b'{"type":"tool_result"') and b'"status":"error"' not in line:
             return self._end_turn()  # its output may be megabytes and says nothing
-        record = parse_json_or(line.decode("utf-8", "replace"), None)
-        if not isinstance(record, dict):
-            self._garbage += 1
-            self._tail = [*self._tail, clean_text(line[:300].decode("utf-8", "replace"))][-5:]
-            return []
+        record = self._parse(line)
         take = {"init": self._take_init, "message": self._take_message, "tool_result": self._take_tool_result,
                 "error": self._take_error, "result": self._take_result}.get(str(record.get("type")))
         return take(record) if take else []
@@ -2307,10 +2316,9 @@ class GeminiStream:
         text, usage = "".join(self._pieces), self._facts.get("usage")
         tokens_in, tokens_out = (_sum(model[name] for model in usage.values()) if usage else None
                                  for name in ("input", "output"))
-        return AgentFacts(lines=self._lines, garbage_lines=self._garbage, final_text=clean_text(text.strip()),
-                          summary_text=clean_text(self._summary_in(text) or self._summary), tokens_in=tokens_in,
-                          tokens_out=tokens_out, denials=tuple(self._denials.values()),
-                          stream_tail=tuple(self._tail), **self._facts)
+        return self._agent_facts(
+            final_text=clean_text(text.strip()), summary_text=clean_text(self._summary_in(text) or self._summary),
+            tokens_in=tokens_in, tokens_out=tokens_out, denials=tuple(self._denials.values()))
 
     def _summary_in(self, text: str) -> str:
         finder = SummaryFinder()
@@ -2388,17 +2396,14 @@ def field_value(record: dict, path: list[str]) -> object:
     return value
 
 
-class JsonLinesStream:
+class JsonLinesStream(JsonStream):
     """Parser of any agent that prints a JSON object a line; ``fields`` says where the facts are (``parse_field``)."""
 
-    BORING = ()
-
     def __init__(self, fields: dict[str, str]) -> None:
+        super().__init__()
         self._fields = {name: parse_field(text) for name, text in fields.items()}
-        self._facts: dict = {"needs_result": "done" in fields}
+        self._facts["needs_result"] = "done" in fields
         self._sums: dict = {}
-        self._lines = self._garbage = 0
-        self._tail: list[str] = []
         self._summary = SummaryFinder()
 
     def read(self, record: dict) -> dict:
@@ -2414,13 +2419,7 @@ class JsonLinesStream:
     def feed_line(self, line: bytes) -> list[dict]:
         """Take one line without its LF; returns what is notable in it: session or api_error."""
         self._lines += 1
-        record = parse_json_or(line.decode("utf-8", "replace"), None)
-        if not isinstance(record, dict):
-            if line.strip():
-                self._garbage += 1
-                self._tail = [*self._tail, clean_text(line[:300].decode("utf-8", "replace"))][-5:]
-            return []
-        return self._take(self.read(record))
+        return self._take(self.read(self._parse(line)))
 
     def _take(self, found: dict) -> list[dict]:
         events, facts = [], self._facts
@@ -2454,10 +2453,9 @@ class JsonLinesStream:
         known = None not in (tokens["in"], tokens["out"])
         usage = {self._facts.get("model", ""): {"input": tokens["in"], "output": tokens["out"],
                                                 "cached": min(tokens["cached"] or 0, tokens["in"])}} if known else None
-        return AgentFacts(lines=self._lines, garbage_lines=self._garbage, usage=usage,
-                          summary_text=clean_text(self._summary.text()), cost_usd=self._sums.get("cost_usd"),
-                          tokens_in=tokens["in"], tokens_out=tokens["out"], stream_tail=tuple(self._tail),
-                          **self._facts)
+        return self._agent_facts(
+            summary_text=clean_text(self._summary.text()), cost_usd=self._sums.get("cost_usd"), usage=usage,
+            tokens_in=tokens["in"], tokens_out=tokens["out"])
 
 
 def _word(value) -> str | None:
