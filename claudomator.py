@@ -2854,13 +2854,17 @@ def describe_exit(exit_code: int) -> str:
     return killed if name else f"exited with code {exit_code}"
 
 
+def split_tool_rule(entry: str) -> tuple[str, str]:
+    """(tool, beginning of its command or an empty string) of an entry like ``Bash(git push:*)`` or ``mcp__server``."""
+    name, _, rule = entry.strip().partition("(")
+    return name, rule.rstrip(")").removesuffix("*").removesuffix(":").strip()
+
+
 def _is_disallowed(denial: dict, entries: tuple) -> bool:
-    """Whether the task itself disallows the denied call: entries are ``Bash``, ``Bash(touch:*)``, ``mcp__server``."""
+    """Whether the task itself disallows the denied call."""
     import re
     tool, parts = denial["tool"], re.split(r"&&|[|;\n]", str(denial["input"].get("command", "")))
-    for entry in map(str.strip, entries):
-        name, _, rule = entry.partition("(")
-        prefix = rule.rstrip(")").removesuffix("*").removesuffix(":").strip()
+    for name, prefix in map(split_tool_rule, entries):
         is_named = tool == name or name.startswith("mcp__") and tool.startswith(name + "__")
         if is_named and (not prefix or tool != "Bash" or any(part.strip().startswith(prefix) for part in parts)):
             return True
@@ -4052,9 +4056,7 @@ GEMINI_OWN = ("tmp", "history", "projects.json")  # what a run's home does not s
 def gemini_policy(disallowed: tuple) -> str:
     """A policy file (TOML) that denies ``disallowed_tools``; ``Bash(git push:*)`` by the command's beginning."""
     rules = []
-    for entry in map(str.strip, disallowed):
-        name, _, rule = entry.partition("(")
-        prefix = rule.rstrip(")").removesuffix("*").removesuffix(":").strip()
+    for name, prefix in map(split_tool_rule, disallowed):
         rules += ["[[rule]]", f"toolName = {format_json(GEMINI_TOOLS.get(name, name))}", 'decision = "deny"',
                   "priority = 999"]
         rules += [f"commandPrefix = {format_json(prefix)}"] if prefix and name == "Bash" else []
