@@ -2463,9 +2463,6 @@ def _word(value) -> str | None:
     return format_json(value) if isinstance(value, (bool, int, float)) else value if isinstance(value, str) else None
 
 
-STREAMS = {"claude": ClaudeStream, "gemini": GeminiStream, "jsonl": JsonLinesStream, "text": TextStream}
-
-
 # ---- 09 Model streams (pure) -----------------------------------------------------------------------------------
 # Server-sent events and chat: what a model server with OpenAI's interface answers.  A server may be any program, so
 # nothing in here raises for what it sends, whatever comes is bounded, and a ``ChatFault`` says what went wrong.
@@ -3378,9 +3375,9 @@ TOOL_ARGUMENTS = "command file_path notebook_path path pattern url query skill d
 
 
 def render_log_line(line: bytes, format: str, color: bool = False, tz_offset_s: float = 0,
-                    fields: dict | None = None) -> str | None:
+                    reader: JsonLinesStream | None = None) -> str | None:
     """One line of an agent's stdout for a person, maybe as several; ``None`` where it says nothing to one.  Lines that
-    are no JSON are shown as they are; JSON never is.  ``fields``: those of a runner with the format jsonl."""
+    are no JSON are shown as they are; JSON never is.  ``reader``: of a runner's fields, for the format jsonl."""
     text = line.decode("utf-8", "replace")
     if format not in ("claude", "gemini", "jsonl"):
         return safe_text(text)
@@ -3392,7 +3389,7 @@ def render_log_line(line: bytes, format: str, color: bool = False, tz_offset_s: 
     if format == "gemini":
         return _render_gemini(record, color)
     if format == "jsonl":
-        found = JsonLinesStream(fields or {}).read(record)
+        found = reader.read(record)
         text, error = found.get("text"), found.get("error")
         error = paint("✘ " + one_line(error), RED, color) if error is not None else None
         return safe_text(text).strip("\n") or None if isinstance(text, str) else error
@@ -3416,18 +3413,18 @@ class LogRenderer:
     it comes, and the message that says it once more only with what was held back."""
 
     def __init__(self, format: str, color: bool = False, tz_offset_s: float = 0, fields: dict | None = None):
-        self._how = format, color, tz_offset_s, fields or {}
+        self.how = format, color, tz_offset_s, JsonLinesStream(fields or {})  # the arguments of ``render_log_line``
         self._held, self._begun = "", False
 
     def render(self, line: bytes) -> str | None:
         """The next line for a person, as ``render_log_line``."""
-        if self._how[0] == "claude" and line.startswith(b'{"type":"stream_event"'):
+        if self.how[0] == "claude" and line.startswith(b'{"type":"stream_event"'):
             event = _object(parse_json_or(line.decode("utf-8", "replace"), None)).get("event")
             delta = _object(_object(event).get("delta"))
             return self._take(delta["text"]) if isinstance(delta.get("text"), str) else None
         if self._begun and line.startswith(b'{"type":"assistant"') and b'"error":"' not in line:
             return self.finish()
-        return render_log_line(line, *self._how)
+        return render_log_line(line, *self.how)
 
     def finish(self) -> str | None:
         """What is held back of a text whose end did not come."""
@@ -4194,11 +4191,14 @@ def runner_of(kind: str, config: Config) -> Runner:
                   fields=row["fields"])
 
 
+STREAMS = {"claude": lambda runner: ClaudeStream(), "gemini": lambda runner: GeminiStream(),
+           "jsonl": lambda runner: JsonLinesStream(runner.fields),
+           "text": lambda runner: TextStream(0.0 if runner.kind == "shell" else None)}  # a script surely costs nothing
+
+
 def new_stream(runner: Runner) -> object:
-    """A fresh parser of what an agent of that kind prints.  Only of a script is it known that it costs nothing."""
-    if runner.format == "jsonl":
-        return JsonLinesStream(runner.fields)
-    return TextStream(0.0 if runner.kind == "shell" else None) if runner.format == "text" else STREAMS[runner.format]()
+    """A fresh parser of what an agent of that kind prints."""
+    return STREAMS[runner.format](runner)
 
 
 def runner_binary(kind: str, config: Config) -> str:
@@ -4715,6 +4715,12 @@ class Transactions:
         sql = f"{table.select} WHERE {where} ORDER BY {order} LIMIT {int(limit)}"  # -1: all
         return [table.load(row) for row in self._rows(sql, values)]
 
+    def _get_or_none(self, table: _Table, key: str) -> Record | None:
+        try:
+            return self._get(table, key)
+        except NotFound:
+            return None
+
     def _get(self, table: _Table, key: str) -> Record:
         if (table.name, key) in self._cache:
             return self._cache[table.name, key]
@@ -4795,10 +4801,7 @@ class Store(Transactions):
 
     def find_task(self, task_id: str) -> Task | None:
         """The task, or ``None``."""
-        try:
-            return self._get(TASKS, task_id)
-        except NotFound:
-            return None
+        return self._get_or_none(TASKS, task_id)
 
     def task_by_key(self, idempotency_key: str) -> Task | None:
         """The task that was created with this idempotency key."""
@@ -4890,10 +4893,7 @@ class Store(Transactions):
 
     def last_execution(self, task: Task) -> Execution | None:
         """The newest execution of a task."""
-        try:
-            return self._get(EXECUTIONS, task.execution_id) if task.execution_id else None
-        except NotFound:
-            return None
+        return self._get_or_none(EXECUTIONS, task.execution_id) if task.execution_id else None
 
     def running_executions(self) -> list[Execution]:
         """All executions whose status is RUNNING, oldest first."""
@@ -6213,8 +6213,7 @@ LOG_CHUNK = 1 << 16  # bytes of a log in one notification
 LOG_POLL_S = 0.2
 EVENT_TEXT = 2000  # characters of a comment or an answer in an event; the whole of it is with the task
 EDITABLE_STATES = frozenset({PENDING, QUEUED, READY, BLOCKED}) | FAILURE_STATES
-FRESH_TRIES = {"reason": "", "detail": "", "attempts": 0, "free_tries": 0, "idle_runs": 0,
-               "not_before": None}
+FRESH_TRIES = {"reason": "", "detail": "", "attempts": 0, "free_tries": 0, "idle_runs": 0, "not_before": None}
 
 
 def complete_spec(spec: TaskSpec, config: Config, kinds) -> TaskSpec:
@@ -6631,13 +6630,17 @@ def is_number(value, kinds) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value < 2 ** 53
 
 
+def _is_text_list(value) -> bool:
+    return isinstance(value, list) and all(map(is_plain_text, value))
+
+
 PARAM_CHECKS = {  # kind: (what is expected, test, default)
     "str": ("a string", is_plain_text, ""),
     "int": ("a whole number, 0 or more", lambda value: is_number(value, int), None),
     "number": ("a number, 0 or more", lambda value: is_number(value, (int, float)), None),
     "bool": ("true or false", lambda value: isinstance(value, bool), False),
-    "ids": ("a list of task ids", lambda value: isinstance(value, list) and all(map(is_plain_text, value)), None),
-    "names": ("a list of strings", lambda value: isinstance(value, list) and all(map(is_plain_text, value)), ()),
+    "ids": ("a list of task ids", _is_text_list, None),
+    "names": ("a list of strings", _is_text_list, ()),
     "object": ("an object", lambda value: isinstance(value, dict), None),
     "any": ("any value", lambda value: True, None),
 }
@@ -9266,10 +9269,10 @@ def follow_log(cli: Cli, params: dict) -> dict:
 
     def show(lines: list[bytes | None]) -> None:
         runner = RUNNERS.get(kind or "claude") or runner_of(kind, cli.load_config())
-        how = runner.format, cli.color(), offset_s, runner.fields
-        live = renderers.setdefault(kind, LogRenderer(*how))
+        live = renderers.get(kind) or LogRenderer(runner.format, cli.color(), offset_s, runner.fields)
+        renderers[kind] = live
         for line in lines:
-            text = live.finish() if line is None else live.render(line) if is_live else render_log_line(line, *how)
+            text = live.finish() if line is None else live.render(line) if is_live else render_log_line(line, *live.how)
             if text is not None:
                 cli.out(text)
     while True:

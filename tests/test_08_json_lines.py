@@ -118,6 +118,6 @@ def test_any_line_is_taken():
 
 def test_a_log_is_shown_as_text():
     fields = c.runner_of("codex", CONFIG).fields
-    shown = [c.render_log_line(line, "jsonl", fields=fields) for line in
+    shown = [c.render_log_line(line, "jsonl", reader=c.JsonLinesStream(fields)) for line in
              (ROOT / "data/codex/codex_ok.jsonl").read_bytes().splitlines()]
     assert [text for text in shown if text] == ["All done."]
