@@ -190,6 +190,10 @@ class Record:
         return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in shown)})"
 
 
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
 try:  # the C scanner and encoder behind ``json``, without the regular expressions that importing ``json`` compiles
     from _json import encode_basestring_ascii as _encode_string
     from _json import make_encoder as _make_encoder
@@ -200,10 +204,7 @@ try:  # the C scanner and encoder behind ``json``, without the regular expressio
 
         strict, object_hook, object_pairs_hook, parse_float, parse_int = True, None, None, float, int
         memo: dict = {}
-
-        @staticmethod
-        def parse_constant(name: str) -> float:
-            raise ValueError(f"{name} is not JSON")
+        parse_constant = staticmethod(_refuse_constant)
 
     _scan_once = _make_scanner(_Strict)
     _encode = _make_encoder(None, None, _encode_string, None, ":", ",", False, False, False)
@@ -231,10 +232,6 @@ def parse_json(text: str | bytes) -> object:
     if end != len(stripped):
         raise ValueError(f"more text after the JSON value at character {end}")
     return value
-
-
-def _refuse_constant(name: str):
-    raise ValueError(f"{name} is not JSON")
 
 
 def format_json(value) -> str:
@@ -740,8 +737,9 @@ class Config(KeyedRecord, keys=CONFIG_GROUPS[""]):
     socket_path = property(lambda self: self.own_socket_path or f"{self.data_dir}/claudomator.sock")
 
     def program_key(self, kind: str) -> str:
-        """The key that names an agent kind's program, for messages."""
-        return f"runners.{kind}.command" if kind in self.runners else f"{kind}_binary_path"
+        """The key that names an agent kind's program, for messages; empty where there is none."""
+        key = f"{kind}_binary_path"
+        return f"runners.{kind}.command" if kind in self.runners else key if hasattr(self, key) else ""
 
     def agent_settings(self, kind: str) -> AgentSettings:
         """The settings of an agent kind, or the defaults."""
@@ -2761,11 +2759,11 @@ class Question(KeyedRecord, kind="none", text="", options=()):
 
 class RunFacts(KeyedRecord, format="claude", kind="claude", stop_reason="", limit_s=None, spawn_error="",
                stderr_tail="", resumed=False, disallowed_tools=(), question=Question(), summary_file="",
-               ended_at=None, program_key=""):
+               ended_at=None, program_key="claude_binary_path", api_error={}):
     """An ended run.  ``exit_code`` is the shell's (128 + n for signal n), ``None`` where none was recorded;
     ``stop_reason`` why it was stopped: ``cancelled``, ``timed_out``, ``stalled`` or ``""``; ``limit_s`` which limit it
     reached; ``spawn_error`` why the agent could not be started; ``resumed``: it continued an old session;
-    ``ended_at``: unix seconds; ``program_key``: which key of the configuration names the program."""
+    ``ended_at``: unix seconds; ``program_key``: the key that names the program; ``api_error``: of gemini's stderr."""
 
     agent: AgentFacts
     exit_code: int | None
@@ -2857,6 +2855,11 @@ def split_tool_rule(entry: str) -> tuple[str, str]:
     return name, rule.rstrip(")").removesuffix("*").removesuffix(":").strip()
 
 
+def install_advice(program_key: str) -> str:
+    """What to do where an agent's program is missing; ``program_key``: the key that names it, if there is one."""
+    return "install it" + (program_key and f" or set {program_key} in the configuration")
+
+
 def _is_disallowed(denial: dict, entries: tuple) -> bool:
     """Whether the task itself disallows the denied call."""
     import re
@@ -2875,11 +2878,10 @@ def _describe_denials(run: RunFacts, denials: list[dict]) -> str:
         calls.append(f"{denial['tool']} ({clean_text(words, 80)})" if words else denial["tool"])
     more = f" and {len(denials) - 3} more" if len(denials) > 3 else ""
     tools = ", ".join(dict.fromkeys(denial["tool"] for denial in denials))
-    if run.format == "gemini":
-        return (f"{run.kind} was denied {', '.join(calls)}{more}; leave agent.permission_mode out to"
-                " allow it (bypassPermissions), or forbid it in agent.disallowed_tools if the task can do without")
-    return (f"{run.kind} was denied {', '.join(calls)}{more}; allow it with agent.allowed_tools: [{tools}] or another"
-            " agent.permission_mode, or forbid it in agent.disallowed_tools if the task can do without")
+    allow = "leave agent.permission_mode out to allow it (bypassPermissions)" if run.format == "gemini" else \
+        f"allow it with agent.allowed_tools: [{tools}] or another agent.permission_mode"
+    return (f"{run.kind} was denied {', '.join(calls)}{more}; {allow}, or forbid it in agent.disallowed_tools if the"
+            " task can do without")
 
 
 ERROR_KIND_REASONS = {  # by ``error`` of the synthetic line that reports an API error
@@ -2948,9 +2950,8 @@ def _judge_without_result(run: RunFacts) -> tuple[str, str]:
     if code == 0:
         return "no_result", f"{run.kind} ended without a result line{_last_retry(agent)}{because}"
     if agent.lines == 0 and code in (125, 126, 127):  # what coreutils ``timeout`` says of a program it cannot run
-        key = run.program_key or f"{run.kind}_binary_path"
         hint = f"{run.kind} is not installed or not on PATH" if code == 127 else f"{run.kind} could not be started"
-        return "spawn_failed", f"{hint}{because}; install it or set {key} in the configuration"
+        return "spawn_failed", f"{hint}{because}; {install_advice(run.program_key)}"
     if "cannot be used with root" in said:
         return "bad_task", (f"{said}; run the daemon as another user, set IS_SANDBOX=1 in [agents.{run.kind}] env, or"
                             " choose another agent.permission_mode")
@@ -3017,7 +3018,7 @@ def _gemini_reason(run: RunFacts, status: int | None, error: dict) -> str:
 
 def _judge_gemini(run: RunFacts) -> tuple[str, str]:
     """(reason, detail) of a gemini run that did not succeed."""
-    agent, code, error = run.agent, run.exit_code, gemini_api_error(run.stderr_tail)
+    agent, code, error = run.agent, run.exit_code, run.api_error
     words = "; ".join(filter(None, agent.error_texts))
     said = "" if words else _gemini_said(run.stderr_tail)
     because = f": {words or said}" if words or said else ""
@@ -3106,6 +3107,7 @@ def judge(**facts) -> Verdict:
     """The verdict on an ended run; ``facts`` are the fields of ``RunFacts``.  One that finished just before it was
     stopped is a success.  A question blocks a run that succeeded or was only denied a tool; a worse failure wins."""
     run = RunFacts(**facts)
+    run = run.replace(api_error=gemini_api_error(run.stderr_tail)) if run.format == "gemini" else run
     reason, detail = _judge_reason(run)
     question = run.question if run.question.kind == "question" else None
     common = {"resume": (bool(run.agent.session_id) or run.resumed) and not _no_session(run),
@@ -3125,7 +3127,7 @@ def _retry_at(run: RunFacts, reason: str) -> float | None:
     if run.format != "gemini":
         limit = run.agent.rate_limit or {}
         return limit.get("resets_at") if reason == "quota_exhausted" or limit.get("status") == RETRY_AFTER else None
-    delay_s = gemini_api_error(run.stderr_tail).get("delay_s")
+    delay_s = run.api_error.get("delay_s")
     if run.ended_at is None or delay_s is None and reason == "rate_limited":
         return None
     midnight = (run.ended_at - PACIFIC_MIDNIGHT_S) // 86400 * 86400 + 86400 + PACIFIC_MIDNIGHT_S
@@ -4697,7 +4699,7 @@ class Transactions:
         except self._sqlite_error as error:
             raise StorageError(f"the database could not be read: {error}") from error
 
-    def _write(self, sql: str, values):
+    def _write(self, sql: str, values) -> Any:
         self._begin()
         try:
             return self._db.execute(sql, values)
@@ -6630,20 +6632,16 @@ def is_number(value, kinds) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value < 2 ** 53
 
 
-def _is_text_list(value) -> bool:
-    return isinstance(value, list) and all(map(is_plain_text, value))
-
-
 PARAM_CHECKS = {  # kind: (what is expected, test, default)
     "str": ("a string", is_plain_text, ""),
     "int": ("a whole number, 0 or more", lambda value: is_number(value, int), None),
     "number": ("a number, 0 or more", lambda value: is_number(value, (int, float)), None),
     "bool": ("true or false", lambda value: isinstance(value, bool), False),
-    "ids": ("a list of task ids", _is_text_list, None),
-    "names": ("a list of strings", _is_text_list, ()),
+    "ids": ("a list of task ids", lambda value: isinstance(value, list) and all(map(is_plain_text, value)), None),
     "object": ("an object", lambda value: isinstance(value, dict), None),
     "any": ("any value", lambda value: True, None),
 }
+PARAM_CHECKS["names"] = ("a list of strings", PARAM_CHECKS["ids"][1], ())
 
 
 def check_params(operation: Operation, params: dict) -> dict:
@@ -7167,7 +7165,7 @@ class Workplace:
             write_private(os.path.join(self.directory, "feedback.txt"), feedback or self.task.rejection_comment)
         return launch, cwd
 
-    async def _deliver(self, verdict: Verdict):
+    async def _deliver(self, verdict: Verdict) -> tuple[Verdict, dict]:
         """Autocommit, build, verify and push; a failure replaces the verdict.  Returns (verdict, facts)."""
         if not self.execution.sandbox_dir:
             if self.task.verify:
@@ -7306,7 +7304,7 @@ class Run(Workplace):
             await self.pool.discard(remove_sandbox, self.own_sandbox, self.core.config.sandboxes_dir)
         await self._settle(verdict, facts)
 
-    async def _work(self, phase: str):
+    async def _work(self, phase: str) -> tuple[Verdict | None, dict]:
         if phase == "new":
             if not self.stop_reason:
                 await self._prepare()
@@ -7323,8 +7321,8 @@ class Run(Workplace):
         launch, cwd = self._launch()
         program = find_program(launch.argv[0], launch.env.get("PATH", ""))
         if program is None:
-            raise SpawnError(f"{launch.argv[0]} is not installed, or not on the daemon's PATH; install it or set"
-                             f" {self.core.config.program_key(self.execution.agent)} in the configuration")
+            raise SpawnError(f"{launch.argv[0]} is not installed, or not on the daemon's PATH; "
+                             + install_advice(self.core.config.program_key(self.execution.agent)))
         if not os.path.isdir(cwd):
             raise SandboxError(f"the working directory {cwd} does not exist", "bad_task")
         prompt = os.path.join(self.directory, "prompt.txt")
@@ -7396,7 +7394,7 @@ class Run(Workplace):
 
     # -- finish
 
-    async def _finish(self):
+    async def _finish(self) -> tuple[Verdict | None, dict]:
         """Judge the ended agent; verify and push what it made.  Returns (verdict, facts of the execution)."""
         await self._read_log()
         self.log.finish()
@@ -7433,7 +7431,7 @@ class Run(Workplace):
         ended, started = exit_time(self.directory), self.execution.start_time
         return "timed_out" if ended and started and ended - started >= self.execution.timeout_s - 0.05 else ""
 
-    async def _never_started(self):
+    async def _never_started(self) -> tuple[Verdict | None, dict]:
         """The agent was never there: back to the queue, unless the task is to be stopped.  Its sandbox goes."""
         await self.pool.sweeps.clean(self.execution.id)
         await self.pool.discard(remove_sandbox, self.own_sandbox, self.core.config.sandboxes_dir)
@@ -7443,7 +7441,7 @@ class Run(Workplace):
         self.core.life.requeue_unstarted(self.execution, "the daemon stopped before the agent started")
         return None, {}
 
-    def _lost(self):
+    def _lost(self) -> tuple[Verdict, dict]:
         """The supervisor is gone without a status, or a stranger stopped it: nobody knows how the agent would have ended."""
         agent = self.log.stream.facts()
         facts = self._agent_facts(agent)
@@ -8494,7 +8492,7 @@ def run_daemon(config: Config, load_config) -> None:
 CONNECT_TIMEOUT_S = 10.0
 
 
-def _socket_module():
+def _socket_module() -> Any:
     """``_socket`` is ``socket`` without selectors and enums: a third of the client's imports."""
     try:
         import _socket as module
@@ -8724,7 +8722,7 @@ class Cli:
         if options.get("color") not in (None, "auto", "always", "never"):
             raise UsageError(f"--color: expected auto, always or never, got {options['color']!r}")
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         try:
             return self.__dict__["options"][name]
         except KeyError:
