@@ -122,14 +122,25 @@ def test_while_it_is_asked_others_start_and_a_restart_asks_again(tmp_path, serve
 
 
 def test_a_task_that_is_cancelled_while_it_is_asked_about_stays_cancelled(tmp_path, server):
-    server.say("lines")
+    server.say("late_choice")
     with daemon_with(tmp_path, server) as daemon:
         task_id = add(daemon)
         wait_until(lambda: server.requests)
         daemon.call("task.cancel", ids=[task_id])
         server.release.set()
-        assert daemon.wait(add(daemon, type="claude"))["state"] == "READY"
+        assert daemon.wait(add(daemon))["state"] == "READY"  # it was asked about after the cancelled one
         assert daemon.state(task_id) == "CANCELLED" and not events(daemon, task_id, "task.agent_chosen")
+
+
+def test_a_task_is_asked_about_once_however_short_the_rest_is(tmp_path, server):
+    server.answer = "No."
+    daemon = DaemonProcess(tmp_path, config(tmp_path) + f'[local_model]\nendpoint = "{server.endpoint}"\n')
+    try:
+        start_patched(daemon, "c.CHOICE_REST_S = 0.0")
+        task_id = add(daemon)
+        assert daemon.wait(task_id)["state"] == "READY" and len(events(daemon, task_id, "task.agent_not_chosen")) == 1
+    finally:
+        daemon.__exit__()
 
 
 def test_it_can_be_switched_off(tmp_path, server):
@@ -184,6 +195,17 @@ def test_a_gemini_that_hangs_ends_also_where_the_daemon_that_asked_it_was_killed
         wait_until(lambda: not asked_processes(tmp_path))
     finally:
         daemon.end_agents()
+
+
+def test_a_daemon_that_stops_leaves_no_gemini_that_it_asks(tmp_path):
+    with DaemonProcess(tmp_path, gemini_config(tmp_path, "hang"), {"GEMINI_API_KEY": "fake"}) as daemon:
+        task_id = add(daemon)
+        wait_until(lambda: asked_processes(tmp_path))
+        assert daemon.terminate() == 0
+        assert not asked_processes(tmp_path)
+        store = c.Store(str(daemon.data_dir / "claudomator.db"), readonly=True)
+        assert store.get_task(task_id).state == "QUEUED"
+        store.close()
 
 
 def asked_processes(tmp_path):

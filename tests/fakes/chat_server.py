@@ -95,6 +95,10 @@ class Handler(BaseHTTPRequestHandler):
         """What the test put into ``answer``."""
         self.stream(chunk("<think>{}</think>" + self.server.stand_in.answer), END, DONE)
 
+    def on_late_choice(self, requests) -> None:
+        self.server.stand_in.release.wait(60)
+        self.on_choice(requests)
+
     def on_crlf(self, requests) -> None:
         self.stream((chunk("one ") + chunk("two") + END + DONE).replace(b"\n", b"\r\n"))
 
