@@ -351,18 +351,19 @@ def parse_time(text: str) -> float:
     return days_from_civil(year, month, day) * 86400 + hour * 3600 + minute * 60 + second - offset_s + fraction
 
 
-_DATES: dict[int, str] = {}  # the text of days since 1970 that were asked for; nearly always today
+_SECONDS: dict[int, tuple[str, str]] = {}  # the texts of seconds that were asked for; nearly always the present one
 
 
 def _time_parts(unix_s: float) -> tuple[str, str, int]:
     """("2026-05-13", "04:02:20", microseconds)."""
     seconds, micros = divmod(round(unix_s * 1_000_000), 1_000_000)
-    days, rest = divmod(seconds, 86400)
-    if days not in _DATES:
-        if len(_DATES) > 100:
-            _DATES.clear()
-        _DATES[days] = "%04d-%02d-%02d" % civil_from_days(days)
-    return _DATES[days], f"{rest // 3600:02}:{rest // 60 % 60:02}:{rest % 60:02}", micros
+    if seconds not in _SECONDS:
+        days, rest = divmod(seconds, 86400)
+        if len(_SECONDS) > 100:
+            _SECONDS.clear()
+        _SECONDS[seconds] = ("%04d-%02d-%02d" % civil_from_days(days),
+                             f"{rest // 3600:02}:{rest // 60 % 60:02}:{rest % 60:02}")
+    return *_SECONDS[seconds], micros
 
 
 def format_time(unix_s: float | None) -> str | None:
@@ -712,6 +713,9 @@ class AgentSettings(KeyedRecord, keys=CONFIG_GROUPS["agents.*"]):
     kind: str
 
 
+_DEFAULT_SETTINGS: dict[str, AgentSettings] = {}  # of kinds without a table of their own: asked for at each dispatch
+
+
 class LocalModelSettings(KeyedRecord, keys=CONFIG_GROUPS["local_model"]):
     """``[local_model]``; an empty endpoint means there is none."""
 
@@ -748,7 +752,10 @@ class Config(KeyedRecord, keys=CONFIG_GROUPS[""]):
 
     def agent_settings(self, kind: str) -> AgentSettings:
         """The settings of an agent kind, or the defaults."""
-        return self.agents.get(kind) or AgentSettings(kind=kind)
+        settings = self.agents.get(kind) or _DEFAULT_SETTINGS.get(kind)
+        if settings is None:
+            settings = _DEFAULT_SETTINGS[kind] = AgentSettings(kind=kind)
+        return settings
 
     def project_named(self, name: str) -> ProjectSettings | None:
         """The project of that name."""
@@ -4324,7 +4331,9 @@ class _Table:
     def __init__(self, record: type, name: str, label: str, codecs: dict):
         self.record, self.name, self.noun, self.label = record, name, name[:-1], label
         self._codecs = {field: codecs.get(field, (field, None, None)) for field in record._fields}
-        self.select = f"SELECT {', '.join(column for column, _, _ in self._codecs.values())} FROM {name}"
+        columns = [column for column, _, _ in self._codecs.values()]
+        self.select = f"SELECT {', '.join(columns)} FROM {name}"
+        self.insert = f"INSERT INTO {name} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
 
     def row(self, fields: dict) -> dict:
         row = {}
@@ -4332,6 +4341,11 @@ class _Table:
             column, encode, _ = self._codecs[field]
             row[column] = encode(value) if encode else value
         return row
+
+    def values(self, record: Record) -> tuple:
+        """A record's row, in the order of ``insert``."""
+        fields = record.__dict__
+        return tuple([encode(fields[field]) if encode else fields[field] for field, (_, encode, _) in self._codecs.items()])
 
     def load(self, row: tuple) -> Record:
         decoded = [decode(value) if decode and value is not None else value
@@ -4577,11 +4591,11 @@ class WalSyncer:
         os.close(self._descriptor)
 
 
-def local_day(at: float) -> tuple[str, float]:
-    """(date, next midnight in unix seconds) of a moment in this machine's time zone."""
+def local_day(at: float) -> tuple[str, float, float]:
+    """(date, its midnight and the next one in unix seconds) of a moment in this machine's time zone."""
     local = time.localtime(at)
-    midnight = time.mktime((local.tm_year, local.tm_mon, local.tm_mday + 1, 0, 0, 0, 0, 0, -1))
-    return time.strftime("%Y-%m-%d", local), midnight
+    begins, ends = (time.mktime((local.tm_year, local.tm_mon, local.tm_mday + days, 0, 0, 0, 0, 0, -1)) for days in (0, 1))
+    return time.strftime("%Y-%m-%d", local), begins, ends
 
 
 class Transactions:
@@ -4599,16 +4613,18 @@ class Transactions:
         self._loop = self._syncer = None
         self._depth = self._mark = 0  # of the operation under way, and how many events there were before it
         self._failed = False  # something inside it did
-        self._in_transaction, self._events, self._hooks, self._waiters = False, [], [], []  # of this tick
+        self._is_first = False  # operation of its transaction
+        self._in_transaction, self._hooks, self._waiters = False, [], []  # of this tick
+        self._events: list[tuple] = []  # of this tick: (time, kind, task id, execution id, payload's JSON, payload)
         self._syncing: list[list] = []  # waiters of the transactions that are committed and not yet synced
         self._cache: dict[tuple, Record] = {}  # records read or written lately; with a loop nobody else writes
         self.on_events = lambda events: None
         self.on_rollback = lambda: None
-        self.published_seq = self.last_seq("events")  # the newest event that watchers may know
+        self.published_seq = self._last_event()  # the newest that watchers may know
 
-    def last_seq(self, table: str) -> int:
-        """The sequence number of the newest row of ``tasks``, ``executions`` or ``events``, 0 where there is none."""
-        return self._rows(f"SELECT coalesce(max(seq), 0) FROM {table}")[0][0]
+    def last_seq(self) -> int:
+        """The sequence number of the newest task, 0 where there is none."""
+        return self._rows("SELECT coalesce(max(seq), 0) FROM tasks")[0][0]
 
     def attach(self, loop) -> None:
         """From now on commit once per tick of ``loop`` and acknowledge after the WAL's sync."""
@@ -4638,8 +4654,10 @@ class Transactions:
 
     def __enter__(self) -> None:
         if self._depth == 0:
+            self._is_first = not self._in_transaction  # then undoing it is undoing the transaction
             self._begin()
-            self._db.execute("SAVEPOINT op")
+            if not self._is_first:
+                self._db.execute("SAVEPOINT op")
             self._mark = len(self._events)
         self._depth += 1
 
@@ -4650,11 +4668,15 @@ class Transactions:
             return
         hooks, self._hooks, failed, self._failed = self._hooks, [], self._failed, False
         if not failed:
-            self._db.execute("RELEASE op")
+            if not self._is_first:
+                self._db.execute("RELEASE op")
             for hook in hooks:
                 hook()
         else:
-            if self._in_transaction:
+            if self._in_transaction and self._is_first:
+                self._db.execute("ROLLBACK")
+                self._in_transaction = False
+            elif self._in_transaction:
                 self._db.execute("ROLLBACK TO op")
                 self._db.execute("RELEASE op")
             del self._events[self._mark:]
@@ -4687,21 +4709,22 @@ class Transactions:
         if not self._in_transaction:
             return
         try:
+            events = self._write_events()
             self._db.execute("COMMIT")
-        except self._sqlite_error as error:
+        except (self._sqlite_error, StorageError) as error:
             failure = self._undo(error)
             if self._loop is None:
                 raise failure from error
             return
         self._in_transaction = False
-        events, waiters, self._events, self._waiters = self._events, self._waiters, [], []
+        waiters, self._events, self._waiters = self._waiters, [], []
         self._syncing.append(waiters)
         if self._syncer is None:
             self._synced(None, events, waiters)
         else:
             self._syncer.request(lambda error: self._synced(error, events, waiters))
 
-    def _synced(self, error, events: list, waiters: list) -> None:
+    def _synced(self, error: OSError | None, events: list, waiters: list) -> None:
         self._syncing.pop(0)
         self._answer(waiters, error and StorageError(f"the disk did not take what was written: {error};"
                                                      " restart the daemon once it is well"))
@@ -4798,9 +4821,8 @@ class Transactions:
                        " `claudomator ctl list --all` shows the tasks")
 
     def _insert(self, table: _Table, record: Record) -> Record:
-        row = {**table.row(record.__dict__), "seq": None}  # SQLite numbers it
-        sql = f"INSERT INTO {table.name} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
-        return self._remember(table, record.replace(seq=self._write(sql, tuple(row.values())).lastrowid))
+        unnumbered = record.replace(seq=None)  # SQLite numbers it
+        return self._remember(table, record.replace(seq=self._write(table.insert, table.values(unnumbered)).lastrowid))
 
     def _update(self, table: _Table, where: str, values: tuple, fields: dict) -> int:
         """Update the row whose id is the first of ``values``; returns 0 where ``where`` does not hold."""
@@ -4823,10 +4845,24 @@ class Transactions:
         if self._loop is None and not self._depth:
             with self.atomic():
                 return self.append_event(kind, task_id, execution_id, **payload)
-        now, sql = self.clock(), "INSERT INTO events VALUES (NULL, ?, ?, ?, ?, ?)"
-        seq = self._write(sql, (format_db_time(now), kind, task_id, execution_id, format_json(payload))).lastrowid
-        self._events.append({"seq": seq, "time": format_time(now), "kind": kind, "task_id": task_id,
-                             "execution_id": execution_id, **payload})
+        self._begin()
+        self._events.append((self.clock(), kind, task_id, execution_id, format_json(payload), payload))
+
+    def _write_events(self) -> list[dict]:
+        """Write and number the tick's events, all at once, which is half the cost; returns them as watchers see them."""
+        if not self._events:
+            return []
+        rows, events, first = [], [], self._last_event() + 1
+        for seq, (at, kind, task_id, execution_id, text, payload) in enumerate(self._events, first):
+            rows.append((seq, format_db_time(at), kind, task_id, execution_id, text))
+            events.append({"seq": seq, "time": format_time(at), "kind": kind, "task_id": task_id,
+                           "execution_id": execution_id, **payload})
+        self._db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", rows)
+        return events
+
+    def _last_event(self) -> int:
+        """The number of the newest event that there ever was."""
+        return (self._rows("SELECT seq FROM sqlite_sequence WHERE name = 'events'") or [(0,)])[0][0]
 
     def events_since(self, seq: int, limit: int = 500, task_id: str | None = None) -> list[dict]:
         """Up to ``limit`` published events after ``seq``, oldest first; of one task where given."""
@@ -4983,9 +5019,10 @@ class Store(Transactions):
                            " (SELECT seq FROM events ORDER BY seq LIMIT ?)", (format_db_time(before), limit)).rowcount
 
     def count_log_events(self, execution: Execution) -> int:
-        """How many of the events in an execution's log are stored."""
-        return self._rows("SELECT count(*) FROM events WHERE task_id = ? AND execution_id = ? AND kind LIKE 'agent.%'",
-                          (execution.task_id, execution.id))[0][0]
+        """How many of the events in an execution's log are stored, or will be with this tick."""
+        rows = self._rows("SELECT count(*) FROM events WHERE task_id = ? AND execution_id = ? AND kind LIKE 'agent.%'",
+                          (execution.task_id, execution.id))
+        return rows[0][0] + sum(event[1].startswith("agent.") and event[3] == execution.id for event in self._events)
 
     def get_setting(self, key: str, default=None) -> object:
         """A stored setting of the daemon."""
@@ -5179,6 +5216,7 @@ def is_same_process(pid: int | None, start: int | None, boot: str) -> bool:
 
 
 _UNMARKED: dict[tuple[str, int], float] = {}  # (pid, its inode in /proc: not a later process's) first seen without mark
+_MARKED: dict[tuple[str, int], set] = {}  # the marks of those that had one when they were looked at
 UNMARKED_S = 2.0  # how long a process must have been without a mark to be left alone: longer than fork(2) to execve(2)
 
 
@@ -5205,11 +5243,13 @@ def marked_processes(execution_ids) -> dict[int, str]:
     for _ in range(LOOK_AGAIN if wanted else 0):
         again = starting = False
         processes = [(entry.name, entry.inode()) for entry in os.scandir("/proc") if entry.name.isdigit()]
-        for gone in _UNMARKED.keys() - set(processes):
-            del _UNMARKED[gone]
+        for known in (_UNMARKED, _MARKED):
+            for gone in known.keys() - set(processes):
+                del known[gone]
         for process in processes:
             name = process[0]
-            if name in clear or now - _UNMARKED.get(process, now) > UNMARKED_S:
+            if name in clear or now - _UNMARKED.get(process, now) > UNMARKED_S \
+                    or wanted.keys().isdisjoint(_MARKED.get(process, wanted)):
                 continue
             try:
                 with open(f"/proc/{name}/environ", "rb", buffering=0) as file:
@@ -5230,8 +5270,9 @@ def marked_processes(execution_ids) -> dict[int, str]:
                 _UNMARKED.setdefault(process, 0.0 if why == "kernel" else now)
             else:
                 _UNMARKED.pop(process, None)
-                for entry in block.split(b"\0"):
-                    if entry in wanted and process_start(int(name)) is not None:
+                _MARKED[process] = {entry for entry in block.split(b"\0") if entry.startswith(prefix)}
+                for entry in _MARKED[process] & wanted.keys():
+                    if process_start(int(name)) is not None:
                         found[int(name)] = wanted[entry]
         if found or not (again or starting):
             break
@@ -6380,13 +6421,16 @@ class Lifecycle(KindKeeper):
         with self.store.atomic():
             old = self.store.get_task(task_id)
             task = self.store.move_task(task_id, new_state, only_from=only_from, **columns)
-            self.store.append_event("task.state", task_id, task.execution_id, **{
-                "from": old.state, "to": new_state, "name": task.name, **(event or {}),
-                **({"reason": task.reason, "detail": task.detail} if task.reason else {})})
-            self.store.after(lambda: self.on_move(task, old.state))
+            self._tell_move(task, old.state, event)
             if new_state in ENDED_STATES and task.parent_task_id:
                 self._settle_parent(task.parent_task_id)
         return task
+
+    def _tell_move(self, task: Task, old_state: str, more: dict | None = None) -> None:
+        self.store.append_event("task.state", task.id, task.execution_id, **{
+            "from": old_state, "to": task.state, "name": task.name, **(more or {}),
+            **({"reason": task.reason, "detail": task.detail} if task.reason else {})})
+        self.store.after(lambda: self.on_move(task, old_state))
 
     def create(self, specs: list[TaskSpec], *, queue: bool, config: Config, kinds) -> list[Task]:
         """Store a batch, whole or not at all; a spec whose idempotency key is known yields the task that has it.
@@ -6406,8 +6450,11 @@ class Lifecycle(KindKeeper):
                 ids.append(task_id)
             for task_id, spec in new.items():
                 spec = self._resolved(spec, by_name, config, kinds)
-                tasks[task_id] = self.store.insert_task(Task(**spec.__dict__, id=task_id))
+                state = QUEUED if queue else PENDING
+                tasks[task_id] = task = self.store.insert_task(Task(**spec.__dict__, id=task_id, state=state))
                 self.store.append_event("task.created", task_id, name=spec.name, parent=spec.parent_task_id or None)
+                if queue:  # it is PENDING for no moment that anybody could see
+                    self._tell_move(task, PENDING)
             for task_id, task in tasks.items():
                 if queue and task.state == PENDING:
                     tasks[task_id] = self.enqueue(task_id)
@@ -6639,10 +6686,14 @@ class Core:
         """The agent kinds of the present configuration."""
         return known_kinds(self.config)
 
-    def show(self, task: Task, why: bool = False) -> dict:
-        """A task as JSON, with its last execution, and with ``why`` the reason for where it is."""
-        shown = task_to_json(task, self.store.last_execution(task), self.config.default_timeout_s)
-        return {**shown, "why": self.pool.explain(task) if self.pool else ""} if why else shown
+    def show(self, task: Task) -> dict:
+        """A task as JSON, with its last execution."""
+        return task_to_json(task, self.store.last_execution(task), self.config.default_timeout_s)
+
+    def show_why(self, tasks) -> list[dict]:
+        """Tasks as JSON, each with the reason for where it is."""
+        outlook = self.pool and self.pool.outlook()
+        return [{**self.show(task), "why": outlook.explain(task) if outlook else ""} for task in tasks]
 
     def select(self, ids) -> list[Task]:
         """The tasks that ids or unique prefixes name, each once."""
@@ -6752,7 +6803,7 @@ def _task_list(core: Core, params: dict) -> dict:
     tasks = core.store.list_tasks(
         states=states, tag=params["tag"], project=params["project"], agent=params["agent"], limit=limit + 1,
         parent=core.store.resolve_task(params["parent"]) if params["parent"] else "", before_seq=params["before"])
-    return {"tasks": [{**core.show(task, why=True), "seq": task.seq} for task in tasks[:limit]],
+    return {"tasks": [{**shown, "seq": task.seq} for task, shown in zip(tasks, core.show_why(tasks[:limit]))],
             "next": tasks[limit - 1].seq if len(tasks) > limit else None}
 
 
@@ -6760,7 +6811,7 @@ def _task_get(core: Core, params: dict) -> dict:
     task = core.one(params)
     chosen = core.store.last_event(task.id, "task.agent_chosen")
     by = {"chosen_by": chosen["by"]} if chosen and chosen["agent"] == task.agent.type else {}
-    return {"task": {**core.show(task, why=True), **by},
+    return {"task": {**core.show_why([task])[0], **by},
             "executions": [execution_to_json(run) for run in core.store.executions_of(task.id)],
             "subtasks": [core.show(child) for child in core.store.subtasks(task.id)]}
 
@@ -6803,14 +6854,17 @@ def is_over(task: Task) -> bool:
 
 async def _task_wait(core: Core, params: dict) -> dict:
     import asyncio
-    ids, over, done = [task.id for task in core.select(params["ids"])], {}, False
-    events, touched = core.bus.follow(None), set(ids)
+    ids, done = [task.id for task in core.select(params["ids"])], False
+    events, touched, over = core.bus.follow(None), set(ids), set()
+    enough = 1 if params["any"] else len(ids)
     try:
         async with asyncio.timeout(params["timeout_s"]):
             while True:
+                outlook = core.pool.outlook() if params["parked_ends"] else None
                 for task in map(core.store.get_task, touched):
-                    over[task.id] = is_over(task) or params["parked_ends"] and core.pool.is_parked(task)
-                if done := (any if params["any"] else all)(over.values()):
+                    is_done = is_over(task) or outlook and outlook.is_parked(task)
+                    (over.add if is_done else over.discard)(task.id)
+                if done := len(over) >= enough:
                     break
                 named = {event["task_id"] for event in await anext(events)}
                 touched = set(ids) if None in named else named.intersection(ids)
@@ -6963,7 +7017,7 @@ def _pool_status(core: Core, params: dict) -> dict:
         tasks += core.store.list_tasks(states=(state,), limit=limit)
     tasks += sorted(ended, key=lambda task: -task.updated_at)
     return {"daemon": daemon_facts(core), "agents": core.pool.agents(), "counts": core.store.counts(),
-            "tasks": [core.show(task, why=True) for task in tasks]}
+            "tasks": core.show_why(tasks)}
 
 
 def daemon_facts(core: Core) -> dict:
@@ -7804,6 +7858,7 @@ class Dispatcher:
         self._impossible: list | None = None
         self._told = core.store.get_setting("budget_notices", {"day": "", "told": []})
         self._programs: dict[str, tuple[float, bool]] = {}
+        self._bounds: tuple = (None, {})  # (the configuration, its bounds per kind)
         self._idle_waiters: list = []
         self._loop = None
         core.pool = self
@@ -7968,14 +8023,16 @@ class Dispatcher:
 
     def _limits(self, now: float) -> Limits:
         config, parks, health = self.core.config, self.core.store.parked_agents(), self.core.store.agent_health()
-        bounds = {kind: config.agent_settings(kind).max_concurrent for kind in self.core.kinds}
-        bounds.update({kind: 1 for kind in health if health[kind].cooling_until})  # after a pause one run at a time
+        if self._bounds[0] is not config:
+            bounds = {kind: config.agent_settings(kind).max_concurrent for kind in self.core.kinds}
+            self._bounds = config, {kind: bound for kind, bound in bounds.items() if bound is not None}
+        bounds = {**self._bounds[1], **{kind: 1 for kind in health if health[kind].cooling_until}}  # 1: after a pause
         parked = {kind: float("inf") if info["until"] is None else info["until"] for kind, info in parks.items()}
         policies = {kind: config.agent_settings(kind).on_quota for kind, info in parks.items()
                     if info["reason"] == "quota_exhausted"}
         caps, resets_at = self._caps(now)
         return Limits(
-            max_concurrent=config.max_concurrent, per_kind={kind: n for kind, n in bounds.items() if n is not None},
+            max_concurrent=config.max_concurrent, per_kind=bounds,
             paused=self._holds["paused"], draining=self.draining, paused_kinds=frozenset(self._holds["kinds"]),
             paused_projects=frozenset(self._holds["projects"]), parked=parked,
             available_kinds=tuple(kind for kind in self.core.kinds if is_choosable(kind) and self.is_installed(kind)),
@@ -7985,10 +8042,11 @@ class Dispatcher:
 
     # -- budgets
 
-    def _spent_today(self, day: str, now: float) -> dict[str, Spent]:
+    def _spent_today(self, now: float) -> dict[str, Spent]:
         """By scope, what today's runs took: the ended ones as stored, and those that run, which told no cost yet."""
+        day, begins, ends = local_day(now)
         active = [(run.execution.agent, run.task.project, run.execution.start_time) for run in self.runs.values()
-                  if not run.is_settled and local_day(run.execution.start_time)[0] == day]
+                  if not run.is_settled and begins <= run.execution.start_time < ends]
         return sum_spending([*self.core.store.spending(day), *(
             (kind, project, Spent(runs=1, minutes=max(0.0, now - start) / 60)) for kind, project, start in active)])
 
@@ -7997,8 +8055,7 @@ class Dispatcher:
         budgets = self.core.config.budgets
         if not any(any(limits.values()) for limits in budgets.values()):
             return (), float("inf")
-        day, resets_at = local_day(now)
-        return budget_caps(budgets, self._spent_today(day, now)), resets_at
+        return budget_caps(budgets, self._spent_today(now)), local_day(now)[2]
 
     def _tell_budgets(self, caps: tuple[Cap, ...], now: float) -> None:
         """Tell once a day of each cap that comes near, and of each that is reached."""
@@ -8017,8 +8074,8 @@ class Dispatcher:
     def budget(self) -> dict:
         """Today's caps and what was spent, for ``ctl budget``."""
         now = self.core.store.clock()
-        day, resets_at = local_day(now)
-        spent = self._spent_today(day, now)
+        day, _, resets_at = local_day(now)
+        spent = self._spent_today(now)
         return {"day": day, "resets_at": format_time(resets_at), "spent": dict(spent.get("all", Spent()).__dict__),
                 "caps": [cap_to_json(cap) for cap in budget_caps(self.core.config.budgets, spent)]}
 
@@ -8157,29 +8214,10 @@ class Pool(Dispatcher):
                  "failures": healths.get(kind, Health()).failures, "failure": healths.get(kind, Health()).detail,
                  "cooling_until": format_time(healths.get(kind, Health()).cooling_until)} for kind in self.core.kinds]
 
-    def is_parked(self, task: Task) -> bool:
-        """Whether a queued task waits for the end of a park or of a day's budget."""
+    def outlook(self) -> Outlook:
+        """What keeps tasks where they are, as of now."""
         now = self.core.store.clock()
-        return task.state == QUEUED and waits_long(self.queue, task.id, self._limits(now), now)
-
-    def explain(self, task: Task) -> str:
-        """Why a task is where it is, in a few words."""
-        if task.id == self.classifier.task_id:
-            return "the classifier is asked for its agent"
-        if task.state == QUEUED and self.queue.entry(task.id):
-            def name_of(task_id: str) -> str:
-                task = self.core.store.find_task(task_id)
-                return task.name if task else task_id[:8]
-            now = self.core.store.clock()
-            return explain(self.queue, task.id, self._running(), self._limits(now), now, name_of, local_offset_s(now))
-        if task.state == RUNNING and task.execution_id in self.runs:
-            run = self.runs[task.execution_id]
-            return f"stopping ({run.stop_reason})" if run.stop_reason else f"round {task.round}" if task.round > 1 else ""
-        if task.state == BLOCKED:
-            return f"asks: {task.question.get('text', '')}" if task.question else "waits for its subtasks"
-        if task.state == READY:
-            return "waits for accept or reject"
-        return f"{task.reason}: {task.detail}" if task.reason and task.state in FAILURE_STATES else ""
+        return Outlook(self, self._running(), self._limits(now), now)
 
     async def wait_stopped(self, task_ids: list[str]) -> None:
         """Return once none of the tasks runs any more."""
@@ -8215,6 +8253,37 @@ class Pool(Dispatcher):
     def left_alive(self) -> int:
         """How many agents are still at work."""
         return sum(run.is_alive() for run in self.runs.values())
+
+
+class Outlook:
+    """What keeps tasks where they are, at one moment: the pool's limits are worked out once, for many tasks."""
+
+    def __init__(self, pool: Pool, running: Running, limits: Limits, now: float):
+        self._pool, self._running, self._limits, self._now = pool, running, limits, now
+
+    def is_parked(self, task: Task) -> bool:
+        """Whether a queued task waits for the end of a park or of a day's budget."""
+        return task.state == QUEUED and waits_long(self._pool.queue, task.id, self._limits, self._now)
+
+    def explain(self, task: Task) -> str:
+        """Why a task is where it is, in a few words."""
+        if task.state == QUEUED and task.id == self._pool.classifier.task_id:
+            return "the classifier is asked for its agent"
+        if task.state == QUEUED and self._pool.queue.entry(task.id):
+            return explain(self._pool.queue, task.id, self._running, self._limits, self._now, self._name_of,
+                           local_offset_s(self._now))
+        if task.state == RUNNING and task.execution_id in self._pool.runs:
+            run = self._pool.runs[task.execution_id]
+            return f"stopping ({run.stop_reason})" if run.stop_reason else f"round {task.round}" if task.round > 1 else ""
+        if task.state == BLOCKED:
+            return f"asks: {task.question.get('text', '')}" if task.question else "waits for its subtasks"
+        if task.state == READY:
+            return "waits for accept or reject"
+        return f"{task.reason}: {task.detail}" if task.reason and task.state in FAILURE_STATES else ""
+
+    def _name_of(self, task_id: str) -> str:
+        task = self._pool.core.store.find_task(task_id)
+        return task.name if task else task_id[:8]
 
 
 def local_offset_s(now: float) -> int:
@@ -8588,7 +8657,7 @@ class Daemon:
         self.core.reload = self.reload
         self.pool = Pool(self.core)
         if only_new:
-            self.pool.after_seq = store.last_seq("tasks")
+            self.pool.after_seq = store.last_seq()
         self.server = ControlServer(self.core)
         for warning in self.config.warnings:
             self.log("warning", warning)
