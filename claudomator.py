@@ -2103,6 +2103,8 @@ class SummaryFinder:
 
     def add_text(self, text: str) -> None:
         """Look through one whole text.  The last text that has the heading counts."""
+        if SUMMARY_HEADING not in text:
+            return
         self._fence, self._found, before = "", None, self._found
         for line in text.split("\n"):
             self.add_line(line)
@@ -2341,6 +2343,7 @@ class GeminiStream(JsonStream):
 
     BORING = (b'{"type":"tool_use"',)
     _FENCES = (b"```json", b"```")
+    HEAD = 400  # bytes in which a tool result's status stands, before its output
     TURN_LIMIT = 1 << 20  # characters kept of one turn's text; of a longer one the end
     GATED_TOOLS = ("run_shell_command", "write_file", "replace")  # not registered unless the approval mode allows them
     ENDS = {"Loop detected": "loop", "Maximum session turns": "max_turns"}  # error lines before a result of "success"
@@ -2356,7 +2359,8 @@ class GeminiStream(JsonStream):
         self._lines += 1
         if line.startswith(self.BORING) or line.strip() in self._FENCES:
             return []
-        if line.startswith(b'{"type":"tool_result"') and b'"status":"error"' not in line:
+        if line.startswith(b'{"type":"tool_result"') and (
+                line.find(b'"status":"success"', 0, self.HEAD) > 0 or b'"status":"error"' not in line):
             return self._end_turn()  # its output may be megabytes and says nothing
         record = self._parse(line)
         take = {"init": self._take_init, "message": self._take_message, "tool_result": self._take_tool_result,
@@ -2448,6 +2452,12 @@ def field_value(record: dict, path: list[str]) -> object:
     return value
 
 
+def _field_needles(paths: list, conditions: list) -> list[bytes]:
+    """Bytes of which one stands in every line that has the field: a word that a condition wants, else the first key."""
+    words = [wanted for _, wanted in conditions if wanted.replace("_", "").replace(".", "").isalpha() and wanted.isascii()]
+    return [max(words, key=len).encode()] if words else [b'"%s"' % path[0].encode() for path in paths]
+
+
 class JsonLinesStream(JsonStream):
     """Parser of any agent that prints a JSON object a line; ``fields`` says where the facts are (``parse_field``)."""
 
@@ -2455,6 +2465,7 @@ class JsonLinesStream(JsonStream):
         super().__init__()
         self._fields = {name: parse_field(text) for name, text in fields.items()}
         self._facts["needs_result"] = "done" in fields
+        self._needles = tuple({needle for parsed in self._fields.values() for needle in _field_needles(*parsed)})
         self._sums: dict = {}
         self._summary = SummaryFinder()
 
@@ -2471,6 +2482,8 @@ class JsonLinesStream(JsonStream):
     def feed_line(self, line: bytes) -> list[dict]:
         """Take one line without its LF; returns what is notable in it: session or api_error."""
         self._lines += 1
+        if line.startswith(b'{"') and line.endswith(b"}") and not any(map(line.__contains__, self._needles)):
+            return []  # most of a log: tools' output, in which no field is
         return self._take(self.read(self._parse(line)))
 
     def _take(self, found: dict) -> list[dict]:
