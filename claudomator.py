@@ -21,6 +21,7 @@ Contents
     10 Outcome (pure)
     11 Readable text (pure)
     13 Control wire (pure)
+    15 WebSocket wire (pure)
     16 Runners (pure)
     17 Store
     18 Processes and supervisor
@@ -30,6 +31,7 @@ Contents
     23 Operations
     24 Pool
     25 Control server
+    26 HTTP server
     27 Daemon
     28 Control client
     29 Command line
@@ -154,8 +156,9 @@ class Record:
 
     def __init__(self, *args, **kwargs):
         values = self.__dict__
-        if kwargs or len(args) != len(self._fields):
-            values.update(self._defaults)
+        if not kwargs and len(args) == len(self._fields):
+            return values.update(zip(self._fields, args))
+        values.update(self._defaults)
         values.update(zip(self._fields, args))
         values.update(kwargs)
         if not len(args) <= len(self._fields) == len(values) or kwargs and not self._names >= values.keys():
@@ -740,6 +743,7 @@ class Config(KeyedRecord, keys=CONFIG_GROUPS[""]):
     warnings: tuple[str, ...]  # keys that are set, but belong to a later version
 
     db_path = property(lambda self: f"{self.data_dir}/claudomator.db")
+    tools_dir = property(lambda self: f"{self.data_dir}/bin")  # first on an agent's PATH; holds ct
     executions_dir = property(lambda self: f"{self.data_dir}/executions")  # in it a directory for each, with its logs
     sandboxes_dir = property(lambda self: f"{self.data_dir}/sandboxes")  # the clones that executions work in
     lock_path = property(lambda self: f"{self.data_dir}/daemon.lock")  # locked: a daemon runs on this data directory
@@ -3958,6 +3962,271 @@ def error_from_wire(body: dict) -> ClaudomatorError:
     return error
 
 
+# ---- 15 WebSocket wire (pure) ----------------------------------------------------------------------------------
+# The server's side of RFC 6455, without extensions.  The decoder takes bytes however they are cut and has three outcomes:
+# events, none (it needs more), or, as the last item, a ``WebSocketError`` that carries the close code to send.  After an
+# error and after a close frame it takes no more.  Text is checked while it comes: the first bad byte ends the connection.
+
+MAX_MESSAGE = 1 << 20  # bytes of one message, in however many frames; clients of the daemon say next to nothing
+OP_CONTINUATION, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG = 0, 1, 2, 8, 9, 10
+OPCODES = {OP_CONTINUATION: "continuation", OP_TEXT: "text", OP_BINARY: "binary", OP_CLOSE: "close", OP_PING: "ping",
+           OP_PONG: "pong"}
+CLOSE_CODES = {  # RFC 6455 section 7.4.1 and IANA's registry, as far as a frame may carry them
+    1000: "done", 1001: "going away", 1002: "protocol error", 1003: "unwanted kind of data", 1007: "not UTF-8",
+    1008: "policy", 1009: "too big", 1010: "extension missing", 1011: "internal error", 1012: "restart",
+    1013: "try again later", 1014: "bad gateway"}
+NO_CLOSE_CODE = 1005  # stands for a close frame without a body; never on the wire
+
+
+class HandshakeError(ClaudomatorError):
+    """A request that opens no WebSocket; ``fields`` are more header lines of the answer."""
+
+    code, http_status, exit_code = "handshake", 400, 2
+
+    def __init__(self, status: int, message: str, *fields: tuple[str, str]):
+        super().__init__(message)
+        self.http_status, self.fields = status, fields
+
+
+class WebSocketError(ClaudomatorError):
+    """The client broke the protocol or a limit; ``close_code`` is what to close with."""
+
+    code, http_status, exit_code = "websocket", 400, 2
+
+    def __init__(self, close_code: int, message: str):
+        super().__init__(message)
+        self.close_code = close_code
+
+
+class WebSocketEvent(Record):
+    """What a client said.  ``data`` is ``str`` for kinds text and close (the reason), ``bytes`` for binary, ping, pong."""
+
+    kind: str
+    data: str | bytes
+    close_code: int | None = None
+
+
+def accept_key(key: str) -> str:
+    """What proves that the handshake with this Sec-WebSocket-Key was understood."""
+    from binascii import b2a_base64
+    try:
+        from _sha1 import sha1  # hashlib would load OpenSSL: 4 ms and 4 MB for one digest a client
+    except ImportError:
+        from hashlib import sha1
+    # 4.2.2 "concatenating /key/ [...] with the string "258EAFA5-E914-47DA-95CA-C5AB0DC85B11", taking the SHA-1 hash of
+    # this concatenated value to obtain a 20-byte value and base64-encoding this 20-byte hash."
+    return b2a_base64(sha1(key.encode() + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest(), newline=False).decode()
+
+
+def is_websocket_key(key: str) -> bool:
+    """Whether it is 16 bytes in base64."""
+    from binascii import a2b_base64
+    try:  # 4.2.1 "a base64-encoded (see Section 4 of [RFC4648]) value that, when decoded, is 16 bytes in length."
+        return len(key) == 24 and len(a2b_base64(key)) == 16
+    except ValueError:
+        return False
+
+
+def check_handshake(method: str, minor: int, headers: dict[str, str],
+                    protocols: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+    """The header lines of the 101 answer to an opening request; of ``protocols`` the client's first choice is taken.
+
+    ``minor`` is of HTTP/1.minor; ``headers`` have lower-case names, values of repeated fields joined by commas.  Raises
+    ``HandshakeError``.  Host and Origin are the HTTP server's to check.
+    """
+    def tokens(name: str) -> list[str]:
+        return [token.strip() for token in headers.get(name, "").split(",")]
+
+    upgrade = ("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Version", "13")
+    # 4.2.1 "An HTTP/1.1 or higher GET request"
+    if method != "GET":
+        raise HandshakeError(405, "a WebSocket is opened with GET", ("Allow", "GET"))
+    if minor < 1:
+        raise HandshakeError(400, "a WebSocket is opened with HTTP/1.1")
+    # 4.2.1 "An |Upgrade| header field containing the value "websocket", treated as an ASCII case-insensitive value."
+    if "websocket" not in map(str.lower, tokens("upgrade")):
+        raise HandshakeError(426, "this address speaks WebSocket; send Upgrade: websocket", *upgrade)
+    # 4.2.1 "A |Connection| header field that includes the token "Upgrade", treated as an ASCII case-insensitive value."
+    if "upgrade" not in map(str.lower, tokens("connection")):
+        raise HandshakeError(400, "an opening request has Connection: Upgrade")
+    # 4.2.2 "abort the WebSocket handshake [...] and instead send an appropriate HTTP error code (such as 426 Upgrade
+    # Required) and a |Sec-WebSocket-Version| header field indicating the version(s) the server is capable of"
+    if headers.get("sec-websocket-version") != "13":
+        raise HandshakeError(426, "only version 13 of WebSocket is spoken here", *upgrade)
+    # 11.3.1 "The |Sec-WebSocket-Key| header field MUST NOT appear more than once in an HTTP request."
+    key = headers.get("sec-websocket-key", "")
+    if not is_websocket_key(key):
+        raise HandshakeError(400, "an opening request has one Sec-WebSocket-Key of 16 bytes in base64")
+    answer = [*upgrade[:2], ("Sec-WebSocket-Accept", accept_key(key))]
+    # 4.1 "one or more comma-separated subprotocol[s] the client wishes to speak, ordered by preference"
+    chosen = next((offer for offer in tokens("sec-websocket-protocol") if offer in protocols), None)
+    return answer + [("Sec-WebSocket-Protocol", chosen)] if chosen else answer
+
+
+def encode_frame(opcode: int, payload: bytes) -> bytes:
+    """A whole, final frame as a server sends it."""
+    size = len(payload)  # 5.1 "A server MUST NOT mask any frames that it sends to the client."
+    length = bytes((size,)) if size < 126 else b"\x7e" + size.to_bytes(2, "big") if size < 1 << 16 else \
+        b"\x7f" + size.to_bytes(8, "big")
+    return bytes((0x80 | opcode,)) + length + payload
+
+
+def encode_message(message: str | bytes) -> bytes:
+    """The frame of a text (``str``) or binary message."""
+    return encode_frame(OP_TEXT, message.encode()) if isinstance(message, str) else encode_frame(OP_BINARY, message)
+
+
+def encode_close(code: int, reason: str = "") -> bytes:
+    """A close frame; a reason that is too long for one is cut between characters."""
+    if code == NO_CLOSE_CODE:  # 7.4.1 "MUST NOT be set as a status code in a Close control frame by an endpoint."
+        return encode_frame(OP_CLOSE, b"")
+    return encode_frame(OP_CLOSE, code.to_bytes(2, "big") + reason.encode()[:123].decode("utf-8", "ignore").encode())
+
+
+def unmask(payload: bytes, key: bytes, offset: int = 0) -> bytes:
+    """``payload``, whose first byte is number ``offset`` of its frame, XORed with the frame's masking key."""
+    size, turn = len(payload), offset & 3
+    mask = ((key[turn:] + key[:turn]) * (size // 4 + 1))[:size]  # 5.3 "j = i MOD 4"
+    return (int.from_bytes(payload, "little") ^ int.from_bytes(mask, "little")).to_bytes(size, "little")
+
+
+class FrameHeader(Record):
+    """The beginning of a client's frame; ``size`` counts its own bytes, ``length`` those of the payload."""
+
+    opcode: int
+    final: bool
+    length: int
+    key: bytes
+    size: int
+
+
+def parse_frame_header(data: bytes, at: int = 0) -> FrameHeader | None:
+    """The header that begins at ``at``; ``None``: it needs more bytes.  Raises ``WebSocketError``."""
+    if len(data) < at + 2:
+        return None
+    opcode, final, length = data[at] & 15, data[at] >= 0x80, data[at + 1] & 127
+    # 5.2 "MUST be 0 unless an extension is negotiated that defines meanings for non-zero values."
+    if data[at] & 0x70:
+        raise WebSocketError(1002, "a reserved bit is set, and no extension was agreed on")
+    # 5.2 "If an unknown opcode is received, the receiving endpoint MUST _Fail the WebSocket Connection_."
+    if opcode not in OPCODES:
+        raise WebSocketError(1002, f"opcode {opcode} is reserved")
+    # 5.1 "The server MUST close the connection upon receiving a frame that is not masked."
+    if data[at + 1] < 0x80:
+        raise WebSocketError(1002, "a client masks its frames")
+    # 5.5 "All control frames MUST have a payload length of 125 bytes or less and MUST NOT be fragmented."
+    if opcode >= OP_CLOSE and not (final and length < 126):
+        raise WebSocketError(1002, "a control frame is one frame of 125 bytes at most")
+    extended = {126: 2, 127: 8}.get(length, 0)
+    end = at + 2 + extended
+    if len(data) < end + 4:
+        return None
+    if extended:
+        length = int.from_bytes(data[at + 2:end], "big")
+        # 5.2 "in all cases, the minimal number of bytes MUST be used to encode the length", "the most significant bit
+        # MUST be 0"
+        if length < (126 if extended == 2 else 1 << 16) or length >> 63:
+            raise WebSocketError(1002, "the payload's length is not written in its shortest form")
+    return FrameHeader(opcode, final, length, data[end:end + 4], end + 4 - at)
+
+
+def parse_close(payload: bytes) -> WebSocketEvent:
+    """The event of a close frame.  Raises ``WebSocketError``."""
+    if not payload:  # 7.1.5 "If this Close control frame contains no status code, _The WebSocket Connection Close Code_
+        return WebSocketEvent("close", "", NO_CLOSE_CODE)  # is considered to be 1005."
+    # 5.5.1 "If there is a body, the first two bytes of the body MUST be a 2-byte unsigned integer"
+    code = int.from_bytes(payload[:2], "big") if len(payload) > 1 else 0
+    # 7.4.2 "Status codes in the range 3000-3999 are reserved for use by libraries", "4000-4999 [...] for private use"
+    if code not in CLOSE_CODES and not 3000 <= code <= 4999:
+        raise WebSocketError(1002, "a close frame carries a code that may be sent")
+    try:  # 5.5.1 "the body MAY contain UTF-8-encoded data with value /reason/"
+        return WebSocketEvent("close", payload[2:].decode(), code)
+    except UnicodeDecodeError:
+        raise WebSocketError(1007, "the reason in the close frame is not UTF-8") from None
+
+
+class MessageDecoder:
+    """Turns a client's bytes into events.  ``ended``: a close frame or an error came, no more is taken."""
+
+    def __init__(self, max_message: int = MAX_MESSAGE):
+        import codecs
+        self._limit, self._held = max_message, b""
+        self._frame: FrameHeader | None = None
+        self._seen = 0  # payload bytes of that frame so far
+        self._opcode: int | None = None  # of the message under way
+        self._message = bytearray()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")()
+        self.ended = False
+
+    def feed(self, data: bytes) -> list[WebSocketEvent | WebSocketError]:
+        """What came whole, in order; a ``WebSocketError`` is the last of all."""
+        events: list[WebSocketEvent | WebSocketError] = []
+        data, at = self._held + data, 0
+        try:
+            while not self.ended:
+                if self._frame is None:
+                    self._frame, self._seen = parse_frame_header(data, at), 0
+                    if self._frame is None:
+                        break
+                    self._begin(self._frame)
+                    at += self._frame.size
+                frame, missing = self._frame, self._frame.length - self._seen
+                piece = data[at:at + missing]
+                whole = len(piece) == missing
+                if not whole and (not piece or frame.opcode >= OP_CLOSE):
+                    break
+                at += len(piece)
+                self._frame = None if whole else frame
+                piece = unmask(piece, frame.key, self._seen)
+                self._seen += len(piece)
+                events += self._control(frame, piece) if frame.opcode >= OP_CLOSE else \
+                    self._add(piece, whole and frame.final)
+        except WebSocketError as error:
+            self.ended = True
+            events.append(error)
+        self._held = b"" if self.ended else data[at:]
+        return events
+
+    def _begin(self, frame: FrameHeader) -> None:
+        """Check whether the frame may stand here, before a byte of its payload is held."""
+        if frame.opcode >= OP_CLOSE:
+            return  # 5.4 "Control frames (see Section 5.5) MAY be injected in the middle of a fragmented message."
+        # 5.4 "a single frame with the FIN bit clear and an opcode other than 0, followed by zero or more frames with the
+        # FIN bit clear and the opcode set to 0, and terminated by a single frame with the FIN bit set and an opcode of 0."
+        if (frame.opcode == OP_CONTINUATION) == (self._opcode is None):
+            raise WebSocketError(1002, "there is no message to continue" if self._opcode is None else
+                                 "a message begins inside another")
+        if len(self._message) + frame.length > self._limit:  # 7.4.1 "1009 [...] too big for it to process"
+            raise WebSocketError(1009, f"a message may have {self._limit} bytes at most")
+        self._opcode = self._opcode or frame.opcode
+
+    def _control(self, frame: FrameHeader, payload: bytes) -> list[WebSocketEvent]:
+        if frame.opcode != OP_CLOSE:
+            return [WebSocketEvent(OPCODES[frame.opcode], payload)]
+        event = parse_close(payload)
+        self.ended = True  # 1.4 "After receiving a control frame indicating the connection should be closed, a peer
+        return [event]  # discards any further data received."
+
+    def _add(self, piece: bytes, last: bool) -> list[WebSocketEvent]:
+        """Take a piece of the message under way; its event where that was the last."""
+        self._message += piece
+        if self._opcode == OP_TEXT:
+            # 8.1 "When an endpoint is to interpret a byte stream as UTF-8 but finds that the byte stream is not, in fact, a
+            # valid UTF-8 stream, that endpoint MUST _Fail the WebSocket Connection_."
+            try:
+                self._utf8.decode(piece, last)
+                sound = not b"\xed\xa0" <= self._utf8.getstate()[0] < b"\xee"  # half a surrogate: Python waits for more
+            except UnicodeDecodeError:
+                sound = False
+            if not sound:
+                raise WebSocketError(1007, "the text is not UTF-8")
+        if not last:
+            return []
+        message, text = self._message, self._opcode == OP_TEXT
+        self._message, self._opcode = bytearray(), None
+        return [WebSocketEvent("text", message.decode()) if text else WebSocketEvent("binary", bytes(message))]
+
+
 # ---- 16 Runners (pure) -----------------------------------------------------------------------------------------
 # A runner answers one question: which command, with which environment and which text on stdin, does this task on this
 # agent?  It starts nothing.  ``format`` names the parser of what the agent prints (section 08).  Flags and variables of
@@ -3985,8 +4254,18 @@ You are running unattended: nobody reads along, and nobody can approve or answer
   resumed with the answer. Do not ask what you can find out or decide yourself.
 - When you are done, write a summary of 2 to 5 sentences for a person to the file
   {summary}: what you changed, how you checked it, what is left.
-
+{tools}
 Your task:
+"""
+CT_PREAMBLE = """\
+- The command ct writes both files for you: ct ask "your question" --option a --option b, and ct summary "what you did".
+"""
+SUBTASKS_PREAMBLE = """\
+- You may give a part of the work to another agent, as a subtask:
+  ct task submit --name NAME --instructions "what to do" --wait
+  It knows nothing but these instructions, and works on a clone of its own: on what is pushed, without your commits. The
+  command prints the state it ended in (0: done, 1: failed, 2: it asks a person); without --wait it prints an ID for
+  ct task wait ID and ct task status ID. ct --help tells more.
 """
 LOCAL_PREAMBLE = """\
 You are running unattended: your one answer is the result, and nobody can reply to it. You have no tools and see no
@@ -4011,8 +4290,10 @@ class Launch(Record):
 
 
 class RunContext(Record):
-    """What a runner may know of the run; ``resume`` continues ``session_id`` with ``feedback`` as the prompt."""
+    """What a runner may know of the run; ``resume`` continues ``session_id`` with ``feedback`` as the prompt.
+    ``tools_dir`` holds ``ct`` where it is installed; ``api_url`` is empty where no HTTP server listens."""
 
+    _secret = frozenset({"api_token"})
     execution_id: str
     execution_dir: str
     cwd: str
@@ -4025,6 +4306,9 @@ class RunContext(Record):
     round: int = 1
     is_root: bool = False
     program: tuple = ()  # how to start this program itself
+    tools_dir: str = ""
+    api_url: str = ""
+    api_token: str = ""
 
     @property
     def session_dir(self) -> str:
@@ -4044,6 +4328,10 @@ def agent_environment(host: dict, settings: AgentSettings, credentials: tuple[st
            if name in ENVIRONMENT_ALLOWED or name.startswith("LC_") or name in named}
     env.setdefault("PATH", "/usr/local/bin:/usr/bin:/bin")
     env.update(settings.env)
+    if context.tools_dir:
+        env["PATH"] = f"{context.tools_dir}:{env['PATH']}"
+    if context.api_url:
+        env.update(CLAUDOMATOR_API_URL=context.api_url, CLAUDOMATOR_API_TOKEN=context.api_token)
     env.update({
         "CLAUDOMATOR_TASK_ID": task.id, "CLAUDOMATOR_EXECUTION_ID": context.execution_id,
         "CLAUDOMATOR_PROJECT_DIR": context.project_dir, "CLAUDOMATOR_ROUND": str(context.round),
@@ -4059,7 +4347,9 @@ def preamble(context: RunContext) -> str:
     if context.sandboxed:
         where = (f"{context.cwd} is a throw-away git clone. Work only there. Commit your work\n  with git in clear, small"
                  " commits; what you leave uncommitted is committed for you, and all is pushed.")
-    return PREAMBLE.format(where=where, question=f"{context.execution_dir}/question.json",
+    tools = CT_PREAMBLE if context.tools_dir else ""
+    tools += SUBTASKS_PREAMBLE if context.tools_dir and context.api_url else ""
+    return PREAMBLE.format(where=where, question=f"{context.execution_dir}/question.json", tools=tools,
                            summary=f"{context.execution_dir}/summary.txt")
 
 
@@ -7290,14 +7580,15 @@ class Workplace:
 
     def _launch(self) -> tuple[Launch, str]:
         """(what to start, its working directory); writes nothing."""
-        resume, cwd = self.task.resume or {}, self._working_directory()
+        resume, cwd, tools_dir = self.task.resume or {}, self._working_directory(), self.core.config.tools_dir
         feedback = feedback_text(resume)
         context = RunContext(
             execution_id=self.execution.id, execution_dir=self.directory, cwd=cwd,
             project_dir=self.task.agent.project_dir, sandboxed=self.sandbox is not None,
             session_id=self.execution.session_id, resume=self.resumed, feedback=feedback,
             answer=resume.get("text", "") if resume.get("kind") == "answer" else "", round=self.execution.round,
-            is_root=os.geteuid() == 0, program=(sys.executable, "-I", os.path.abspath(__file__)))
+            is_root=os.geteuid() == 0, program=(sys.executable, "-I", os.path.abspath(__file__)),
+            tools_dir=tools_dir if os.path.exists(f"{tools_dir}/ct") else "")
         task = self.task
         if task.agent.type not in ("", self.execution.agent):  # it stands in for that one, and has other models
             task = task.replace(agent=task.agent.replace(model=""))
@@ -8314,6 +8605,8 @@ MAX_PENDING = 64  # requests under way on one connection; beyond that its bytes 
 WRITE_HIGH = 1 << 18  # bytes of unsent answers before a client must read
 READ_SIZE = 1 << 16  # bytes read from a client at once
 TURN_S = 0.005  # how long one client is served before the others have their turn
+LINGER_LOOKS = 40  # at a client's socket, a third of a microsecond each, for its next request
+LINGER_S = 0.001  # a client whose requests follow each other faster is one that waits for each answer
 
 
 class ControlConnection:
@@ -8325,23 +8618,27 @@ class ControlConnection:
 
     def __init__(self, server: ControlServer):
         import asyncio
+        import select
         from collections import deque
         self._server, self._core, self._transport = server, server.core, None
         self._splitter, self._lines = RequestSplitter(), deque()
         self._tasks: dict = {}  # ("stream", request id), ("wait", number) or ("call", number): the asyncio task
         self._count, self.heard_at = 0, time.monotonic()
         self._eof = self._reading_paused = self._turn_over = False
+        self._poll = select.poll()
         self._can_write = asyncio.Event()
         self._can_write.set()
         self._hangup = None
 
     def connection_made(self, transport) -> None:
         """Check who it is (SO_PEERCRED): the daemon's own user and root, nobody else."""
+        import select
         import socket
         import struct
         self._transport = transport
         transport.set_write_buffer_limits(high=WRITE_HIGH)
         peer = transport.get_extra_info("socket")
+        self._poll.register(peer.fileno(), select.POLLIN)
         uid = struct.unpack("3I", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
         if uid not in (0, os.geteuid()):
             refusal = f"user {uid} may not use the control socket of user {os.geteuid()}"
@@ -8395,8 +8692,31 @@ class ControlConnection:
         return self._server.buffer
 
     def buffer_updated(self, size: int) -> None:
-        """Take requests out of the bytes that have come."""
-        self._take(bytes(self._server.buffer[:size]))
+        """Take requests out of the bytes that have come.
+
+        A program that asks one thing after the other is waited for a moment: a turn of the loop between its requests would
+        take longer than all the rest of a round trip.
+        """
+        now = time.monotonic()
+        turn_ends, looks = now + TURN_S, LINGER_LOOKS if now - self.heard_at < LINGER_S else 0
+        while size:
+            self._take(bytes(self._server.buffer[:size]))
+            size = self._linger(looks if self.heard_at < turn_ends else 0)
+
+    def _linger(self, looks: int) -> int:
+        """Look for the client's next request; the number of its bytes in the buffer.
+
+        0 also at the end of the stream and after an error: the transport meets both by itself.
+        """
+        for _ in range(looks):
+            if self._tasks or self._reading_paused or self._transport.is_closing():
+                break
+            if self._poll.poll(0):
+                try:
+                    return os.readv(self._transport.get_extra_info("socket").fileno(), (self._server.buffer,))
+                except OSError:
+                    break
+        return 0
 
     def _take(self, data: bytes) -> None:
         self._lines.extend(self._splitter.feed(data))
@@ -8444,15 +8764,15 @@ class ControlConnection:
         if operation is None:
             raise WireError(METHOD_NOT_FOUND, f"there is no method {request.method!r}"
                             f"{did_you_mean(request.method, OPERATIONS)}", request.id)
-        self._count += 1
-        key = ("stream", request.id) if operation.stream else ("wait" if operation.lasting else "call", self._count)
-        if key in self._tasks:
+        if operation.stream and ("stream", request.id) in self._tasks:
             raise WireError(INVALID_REQUEST, f"a stream with id {request.id!r} is already open", request.id)
         work = operation.handler(self._core, check_params(operation, request.params))
         if isinstance(work, dict):  # most operations wait for nothing but the disk, and reading ones not even for that
             if self._core.store.is_durable():
                 return self._answer(request, work)
             work = _after(self._core.store.durable(), work)
+        self._count += 1
+        key = ("stream", request.id) if operation.stream else ("wait" if operation.lasting else "call", self._count)
         task = self._tasks[key] = self._server.loop.create_task(self._serve(operation, request, work))
         task.add_done_callback(lambda done: self._ended(key, done))
 
@@ -8594,6 +8914,172 @@ class short_socket_path:
             os.close(self._directory)
 
 
+# ---- 26 HTTP server --------------------------------------------------------------------------------------------
+# -- WebSocket connections
+# What a client says is pulled: it is read only as fast as it is handled.  What it hears is pushed: all frames of one tick
+# leave in one write.  While the kernel does not take them they wait in the outbox, where a frame for many clients exists
+# once; a client that leaves more than MAX_UNSENT there is sent away, to come back with the last event it has seen.
+
+PING_EVERY_S = 25.0  # a client that is silent from one ping to the next is gone; proxies cut idle connections after 60 s
+CLOSE_WAIT_S = 5.0  # from our close frame to the end of the connection, whatever the client does
+MAX_UNSENT = 1 << 18  # bytes that a client may leave unread beyond what the kernel holds for it
+
+
+class WebSocketConnection:
+    """One client after its handshake.  ``run`` serves it to the end; anybody may ``put`` frames or ``close`` meanwhile."""
+
+    def __init__(self, reader, writer, max_message: int = MAX_MESSAGE, ping_every_s: float = PING_EVERY_S,
+                 close_wait_s: float = CLOSE_WAIT_S):
+        import asyncio
+        self._loop = asyncio.get_running_loop()
+        self._reader, self._writer, self._transport = reader, writer, writer.transport
+        self._transport.set_write_buffer_limits(high=0)  # ``drain`` then means that the kernel has taken all
+        self._decoder = MessageDecoder(max_message)
+        self._outbox: list[bytes] = []  # whole frames
+        self._queued = 0  # bytes in it
+        self._draining = None  # the task that waits for the kernel
+        self._open = self._heard = True
+        self._ping_every_s, self._close_wait_s = ping_every_s, close_wait_s
+        self._timer = self._loop.call_later(ping_every_s, self._ping)
+
+    async def run(self, on_message: Callable | None = None) -> None:
+        """Serve the client until it is gone, or this is cancelled; ``await on_message(data)`` for each message.
+
+        The data of a text is ``str``.  ``on_message`` must return within ``ping_every_s``; what it raises closes with
+        1011 and is raised here.
+        """
+        import asyncio
+        try:
+            while not self._decoder.ended and (data := await self._read()):
+                for event in self._decoder.feed(data):
+                    await self._handle(event, on_message)
+            if not self._open:
+                await self._linger()
+        except asyncio.CancelledError:
+            self.close(1001, "the server stops")
+            raise
+        except Exception:
+            self.close(1011, "internal error; the daemon's log has more")
+            await self._linger()
+            raise
+        finally:
+            self.abort()
+
+    async def send(self, message: str | bytes) -> None:
+        """Send a message once the client has taken what was sent before; nothing happens where it is gone."""
+        await self._drained()
+        self.put(encode_message(message))
+
+    def put(self, frames: bytes) -> None:
+        """Queue encoded frames; they leave at the end of this turn of the loop, together with all others."""
+        if self._queue(frames):
+            self._loop.call_soon(self._flush)
+
+    def close(self, code: int = 1000, reason: str = "") -> None:
+        """Say goodbye; ``run`` ends when the client has answered, or after ``close_wait_s``."""
+        if self._open:
+            self._open = False  # 5.5.1 "The application MUST NOT send any more data frames after sending a Close frame."
+            self._outbox.append(encode_close(code, reason))
+            self._timer.cancel()
+            self._timer = self._loop.call_later(self._close_wait_s, self.abort)
+            self._flush()
+
+    def abort(self) -> None:
+        """Drop the connection now."""
+        self._open = False
+        self._timer.cancel()
+        self._outbox.clear()
+        self._transport.abort()
+
+    async def _read(self) -> bytes:
+        try:
+            data = await self._reader.read(READ_SIZE)
+        except OSError:  # reset, or timed out
+            return b""
+        self._heard = True
+        return data
+
+    async def _handle(self, event: WebSocketEvent | WebSocketError, on_message: Callable | None) -> None:
+        if isinstance(event, WebSocketError):
+            self.close(event.close_code, str(event))
+        elif event.kind == "close":  # 5.5.1 "When sending a Close frame in response, the endpoint typically echos the
+            self.close(event.close_code)  # status code it received."
+        elif event.kind == "ping":  # 5.5.3 "A Pong frame sent in response to a Ping frame must have identical
+            self.put(encode_frame(OP_PONG, event.data))  # "Application data" as found in the message body"
+        elif event.kind != "pong" and on_message is not None and self._open:
+            await on_message(event.data)
+
+    async def _linger(self) -> None:
+        """End the connection so that the client gets our last bytes: close() on unread data would reset it."""
+        # 7.1.1 "call shutdown() with SHUT_WR on the socket, call recv() until obtaining a return value of 0 indicating
+        # that the peer has also performed an orderly shutdown, and finally call close() on the socket."
+        await self._drained()
+        if not self._transport.is_closing():
+            try:
+                self._transport.write_eof()
+            except OSError:
+                return
+        while await self._read():
+            pass
+
+    def _ping(self) -> None:
+        if not self._heard:
+            return self.abort()
+        self._heard = False
+        self._timer = self._loop.call_later(self._ping_every_s, self._ping)
+        self.put(encode_frame(OP_PING, b""))
+
+    def _queue(self, frames: bytes) -> bool:
+        """Put frames into the outbox; whether somebody must flush it."""
+        if not self._open:
+            return False
+        if self._draining is not None and self._queued + self._transport.get_write_buffer_size() > MAX_UNSENT:
+            self._outbox.clear()
+            self.close(1013, "too slow; connect again from the last event you have seen")
+            return False
+        self._outbox.append(frames)
+        self._queued += len(frames)
+        return len(self._outbox) == 1 and self._draining is None
+
+    def _flush(self) -> None:
+        if not self._outbox or self._draining is not None or self._transport.is_closing():
+            return
+        frames = self._outbox[0] if len(self._outbox) == 1 else b"".join(self._outbox)
+        self._outbox.clear()
+        self._queued = 0
+        self._transport.write(frames)
+        if self._transport.get_write_buffer_size():
+            self._draining = self._loop.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        try:
+            await self._writer.drain()
+        except OSError:  # gone; ``run`` learns it by reading
+            self._outbox.clear()
+        self._draining = None
+        self._flush()
+
+    async def _drained(self) -> None:
+        """Wait until the kernel has all that was put."""
+        import asyncio
+        self._flush()
+        while self._draining is not None:
+            await asyncio.wait([self._draining])
+
+
+def broadcast(clients: Iterable[WebSocketConnection], frames: list[bytes]) -> None:
+    """Put encoded frames for all clients: one join, and one call later that writes once to each."""
+    data = frames[0] if len(frames) == 1 else b"".join(frames)
+    waiting = [client for client in clients if client._queue(data)]
+    if waiting:
+        waiting[0]._loop.call_soon(_flush_all, waiting)
+
+
+def _flush_all(clients: list[WebSocketConnection]) -> None:
+    for client in clients:
+        client._flush()
+
+
 # ---- 27 Daemon -------------------------------------------------------------------------------------------------
 # Puts the parts together and owns the process: the data directory's lock, signals, reload, the way down.
 
@@ -8643,6 +9129,41 @@ def stderr_log(level: str, message: str) -> None:
         pass  # a full disk or a closed pipe must not end the daemon
 
 
+def compile_ct(source: str, compiled: str) -> None:
+    """Write the bytecode of ``source``, unless it is there.  Raises ``OSError`` or ``py_compile.PyCompileError``."""
+    facts = os.stat(source)
+    made_of = b"".join((int(number) & 0xFFFFFFFF).to_bytes(4, "little") for number in (facts.st_mtime, facts.st_size))
+    try:
+        with open_plain(compiled) as file:
+            if file.read(16)[8:] == made_of:
+                return
+    except OSError:
+        pass
+    import py_compile
+    py_compile.compile(source, compiled, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP)
+
+
+def install_ct(config: Config, log: Callable) -> None:
+    """Write ``<data_dir>/bin/ct``, which runs the ct.py beside this file; where there is none there is no ``ct``.  It
+    runs from bytecode, because compiling it takes as long as all the rest of a call."""
+    source, command = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ct.py"), f"{config.tools_dir}/ct"
+    words = [os.path.realpath(sys.executable), "-I", "-S", f"{command}.{sys.implementation.cache_tag}.pyc"]
+    script = "#!/bin/sh\nexec " + " ".join("'" + word.replace("'", "'\\''") + "'" for word in words) + ' "$@"\n'
+    try:
+        if not os.path.exists(source):
+            if os.path.lexists(command):
+                os.unlink(command)
+            return
+        make_directory(config.tools_dir)
+        compile_ct(source, words[-1])
+        if read_head(command, QUESTION_LIMIT) != script:
+            write_private(f"{command}.new", script)
+            os.chmod(f"{command}.new", 0o700)
+            os.replace(f"{command}.new", command)
+    except Exception as error:  # a broken ct.py is no reason not to serve
+        log("warning", f"{command} cannot be made, so agents may lack it: {error}")
+
+
 class Daemon:
     """One daemon on one data directory.  ``load_config()`` reads the configuration again for a reload."""
 
@@ -8669,6 +9190,7 @@ class Daemon:
         self.core = Core(self.config, store, self.log)
         self.core.reload = self.reload
         self.pool = Pool(self.core)
+        install_ct(self.config, self.log)
         if only_new:
             self.pool.after_seq = store.last_seq()
         self.server = ControlServer(self.core)

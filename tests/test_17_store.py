@@ -1,4 +1,4 @@
-"""Section 13: the store, on real SQLite files."""
+"""Section 17: the store, on real SQLite files."""
 import asyncio
 import hashlib
 import itertools

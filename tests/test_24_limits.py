@@ -1,4 +1,4 @@
-"""Section 18: quotas, logins, cool-downs, budgets and the breaker, through a daemon in this process with a faked clock.
+"""Section 24: quotas, logins, cool-downs, budgets and the breaker, through a daemon in this process with a faked clock.
 
 The agent is a script that prints claude's lines; ``mode`` in its directory says what happens to a run.
 """
