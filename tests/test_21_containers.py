@@ -208,10 +208,13 @@ def test_a_daemon_that_dies_while_it_takes_the_work_is_followed_by_one_that_take
     with open(daemon.log_path, "ab") as log:
         process = subprocess.Popen([sys.executable, "-c", LAUNCHER.format(patch=patch)], env=daemon.env,
                                    stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    support.wait_until(lambda: os.path.exists(daemon.socket_path))
-    task_id = daemon.add("echo one > one; git add one; git commit -qm 'feat: one'; echo two > two",
-                         agent={"repository_url": str(bare)}, verify="cat one two")
-    assert process.wait(20) == -9
+    try:
+        support.wait_until(lambda: os.path.exists(daemon.socket_path))
+        task_id = daemon.add("echo one > one; git add one; git commit -qm 'feat: one'; echo two > two",
+                             agent={"repository_url": str(bare)}, verify="cat one two")
+        assert process.wait(20) == -9
+    finally:
+        process.kill()
     daemon.client.close()
     daemon._client = None
     with daemon:
