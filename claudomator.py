@@ -20,7 +20,9 @@ Contents
     09 Model streams (pure)
     10 Outcome (pure)
     11 Readable text (pure)
+    12 Redaction (pure)
     13 Control wire (pure)
+    14 HTTP wire (pure)
     16 Runners (pure)
     17 Store
     18 Processes and supervisor
@@ -30,6 +32,7 @@ Contents
     23 Operations
     24 Pool
     25 Control server
+    26 HTTP server
     27 Daemon
     28 Control client
     29 Command line
@@ -247,6 +250,11 @@ def format_json(value) -> str:
     if isinstance(value, str):
         return _encode_string(value)
     return repr(value) if type(value) is int else "".join(_encode([value], 0))[1:-1]
+
+
+def is_plain_text(value) -> bool:
+    """Whether a value is a string that can be stored: no NUL and no half of a surrogate pair."""
+    return isinstance(value, str) and "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def parse_json_or(text: str | bytes | None, default: object) -> object:
@@ -631,8 +639,7 @@ CONFIG_KEYS: tuple[Key, ...] = (
     Key("socket_path", "path", "", "the control socket; empty: <data_dir>/claudomator.sock", field="own_socket_path"),
     Key("server_addr", "address", "127.0.0.1:8484", "HTTP; ':8484' is every interface and wants webhook_secret",
         active=False),
-    Key("api_token", "string", "", "the operator's bearer token; empty: the file <data_dir>/api-token", active=False,
-        secret=True),
+    Key("api_token", "string", "", "the operator's bearer token; empty: the file <data_dir>/api-token", secret=True),
     Key("max_concurrent", "integer >= 1", 3, "how many agents may run at the same time"),
     Key("default_timeout", "duration > 0", "15m", "for tasks that name no timeout"),
     Key("stall_timeout", "duration", "20m", "an agent silent for so long is stopped; 0: never"),
@@ -738,6 +745,18 @@ class Config(KeyedRecord, keys=CONFIG_GROUPS[""]):
     sandboxes_dir = property(lambda self: f"{self.data_dir}/sandboxes")  # the clones that executions work in
     lock_path = property(lambda self: f"{self.data_dir}/daemon.lock")  # locked: a daemon runs on this data directory
     socket_path = property(lambda self: self.own_socket_path or f"{self.data_dir}/claudomator.sock")
+
+    api_token_path = property(lambda self: f"{self.data_dir}/api-token")
+    agent_key_path = property(lambda self: f"{self.data_dir}/agent-key")  # what the agents' tokens are made with
+    agent_socket_path = property(lambda self: f"{self.data_dir}/agent.sock")  # HTTP for agents
+
+    @property
+    def secrets(self) -> set[str]:
+        """The values of all keys that are marked secret."""
+        tables = [(CONFIG_GROUPS[""], self), (CONFIG_GROUPS["local_model"], self.local_model),
+                  *((CONFIG_GROUPS["agents.*"], settings) for settings in self.agents.values())]
+        values = [getattr(table, key.field) for keys, table in tables for key in keys.values() if key.secret]
+        return {text for value in values for text in (value.values() if isinstance(value, dict) else (value,)) if text}
 
     def program_key(self, kind: str) -> str:
         """The key that names an agent kind's program, for messages."""
@@ -3786,6 +3805,168 @@ def render_event(event: dict, color: bool, tz_offset_s: float = 0) -> str:
     return f"{paint(time_of_day, DIM, color)}  {(event.get('task_id') or '')[:8]:<8}  {paint(words, code, color)}"
 
 
+# ---- 12 Redaction (pure) ---------------------------------------------------------------------------------------
+# What the daemon says leaves it without its secrets: each is replaced by value, in a string, in bytes, and in a stream
+# that cuts it anywhere.  A secret also stands in JSON, and in JSON within JSON (an agent's log line in an answer), so
+# its escaped forms are looked for too.  The tokens are made here: redaction knows an agent's by its shape, whichever
+# execution it is of.
+
+REDACTED = "[redacted]"
+SHORTEST_SECRET = 8  # characters; a shorter value is too likely to be part of an ordinary word
+LONGEST_SECRET = 1 << 14  # bytes; more than that is a file, and would hold back a stream for too long
+AGENT_TOKEN_PREFIX = "clagt"
+AGENT_TOKEN_LENGTH = len(AGENT_TOKEN_PREFIX) + 32 + 64  # the execution's id and an HMAC, in hexadecimal digits
+
+
+def hmac_sha256(key: bytes, message: bytes) -> bytes:
+    """HMAC (RFC 2104) with SHA-256; the module ``hmac`` would bring OpenSSL's 3 MB into the daemon."""
+    try:
+        from _sha2 import sha256  # CPython 3.12
+    except ImportError:
+        from _sha256 import sha256
+    key = (sha256(key).digest() if len(key) > 64 else key).ljust(64, b"\0")
+    inner = sha256(bytes(byte ^ 0x36 for byte in key) + message).digest()
+    return sha256(bytes(byte ^ 0x5C for byte in key) + inner).digest()
+
+
+def agent_token(key: bytes, execution_id: str) -> str:
+    """The token of an execution's agent: nothing of it is stored, and the next daemon makes the same."""
+    return AGENT_TOKEN_PREFIX + execution_id.replace("-", "") + hmac_sha256(key, execution_id.encode()).hex()
+
+
+def execution_of_token(token: str) -> str | None:
+    """The execution that an agent's token claims to be of; ``None`` where it has not the shape of one."""
+    digits = token.removeprefix(AGENT_TOKEN_PREFIX)
+    if len(token) != AGENT_TOKEN_LENGTH or len(digits) == len(token) or digits.strip("0123456789abcdef"):
+        return None
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:32]))
+
+
+def is_same_text(given: str, wanted: str) -> bool:
+    """Whether two strings are equal, in a time that does not tell where they differ."""
+    from _operator import _compare_digest  # what ``hmac.compare_digest`` is
+    return _compare_digest(given.encode("utf-8", "surrogatepass"), wanted.encode("utf-8", "surrogatepass"))
+
+
+def escaped_forms(text: str) -> list[str]:
+    """A string as it stands inside a JSON string: with non-ASCII characters as escapes, and as they are."""
+    short = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\b": "\\b", "\f": "\\f"}
+    plain = "".join(short.get(char) or (char if char >= " " else f"\\u{ord(char):04x}") for char in text)
+    return list(dict.fromkeys((format_json(text)[1:-1], plain)))
+
+
+class Redactor:
+    """Replaces secrets by ``[redacted]``.  Where secrets overlap, all that one of them covers goes."""
+
+    def __init__(self, values=()):
+        raw = {value for value in values if len(value) >= SHORTEST_SECRET and is_plain_text(value)}
+        once = {form for value in raw for form in escaped_forms(value)}
+        twice = {form for text in once for form in escaped_forms(text)}
+        forms = sorted(form for form in raw | once | twice if len(form.encode()) <= LONGEST_SECRET)
+        encoded = {form for text in forms for form in escaped_forms(text)}  # as format_json writes a string with it
+        self._texts, self._bytes = tuple(forms), tuple(form.encode() for form in forms)
+        self._traces = tuple(sorted(form.encode() for form in {*encoded, AGENT_TOKEN_PREFIX}))
+        self.longest = max([AGENT_TOKEN_LENGTH, *map(len, self._bytes)])
+
+    def _forms(self, data: str | bytes) -> tuple:
+        """(secrets, an agent token's prefix, the mark) as strings or bytes, as ``data`` is."""
+        if isinstance(data, str):
+            return self._texts, AGENT_TOKEN_PREFIX, REDACTED
+        return self._bytes, AGENT_TOKEN_PREFIX.encode(), REDACTED.encode()
+
+    def spans(self, data: str | bytes) -> list[tuple[int, int]]:
+        """(begin, end) of what must go, in order; overlapping ones are one."""
+        forms, prefix, _ = self._forms(data)
+        found = []
+        for form in forms:
+            at = data.find(form)
+            while at >= 0:
+                found.append((at, at + len(form)))
+                at = data.find(form, at + 1)
+        at = data.find(prefix)
+        while at >= 0:
+            token = data[at:at + AGENT_TOKEN_LENGTH]
+            if len(token) == AGENT_TOKEN_LENGTH and token.isalnum():
+                found.append((at, at + AGENT_TOKEN_LENGTH))
+            at = data.find(prefix, at + 1)
+        merged: list[tuple[int, int]] = []
+        for begin, end in sorted(found):
+            if merged and begin < merged[-1][1]:
+                begin, end = merged[-1][0], max(end, merged.pop()[1])
+            merged.append((begin, end))
+        return merged
+
+    def unfinished(self, data: bytes) -> int:
+        """How many bytes at the end may be the beginning of a secret; fewer than ``longest``."""
+        most, prefix = 0, AGENT_TOKEN_PREFIX.encode()
+        for form in (*self._bytes, prefix):
+            at = data.find(form[:1], max(0, len(data) - len(form) + 1))
+            while at >= 0 and not form.startswith(data[at:]):
+                at = data.find(form[:1], at + 1)
+            most = max(most, len(data) - at if at >= 0 else 0)
+        at = data.find(prefix, max(0, len(data) - AGENT_TOKEN_LENGTH + 1))
+        while at >= 0 and not data[at:].isalnum():
+            at = data.find(prefix, at + 1)
+        return max(most, len(data) - at if at >= 0 else 0)
+
+    def clean(self, data: str | bytes, begin: int = 0, end: int | None = None) -> str | bytes:
+        """``data[begin:end]`` without secrets.  The rest of ``data`` is what surrounds it: of a secret that begins
+        before ``begin`` nothing is left, one that ends after ``end`` leaves its mark."""
+        end = len(data) if end is None else end
+        mark, pieces, at = self._forms(data)[2], [], begin
+        for start, stop in self.spans(data):
+            if stop <= begin or start >= end:
+                continue
+            pieces += [data[at:start], mark] if start >= begin else []
+            at = min(stop, end)
+        return data[:0].join((*pieces, data[at:end]))
+
+    def value(self, value: object) -> object:
+        """A JSON value without secrets; names stay, they are the program's own."""
+        if isinstance(value, str):
+            return self.clean(value)
+        if isinstance(value, (list, tuple)):
+            return [self.value(item) for item in value]
+        return {name: self.value(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+    def document(self, encoded: bytes) -> bytes:
+        """A JSON document as ``format_json`` writes it, without secrets.  Nearly always there are none, and looking for
+        their traces in the bytes costs far less than reading them."""
+        if not any(trace in encoded for trace in self._traces):
+            return encoded
+        end = encoded[len(encoded.rstrip()):]
+        return format_json(self.value(parse_json(encoded))).encode() + end
+
+
+class RedactingStream:
+    """A redactor for bytes that come in pieces; it keeps back no more than what may be the beginning of a secret."""
+
+    def __init__(self, redactor: Redactor):
+        self._redactor, self._held, self._covered = redactor, b"", 0  # the first bytes of ``_held`` that a mark covers
+
+    def feed(self, data: bytes) -> bytes:
+        """What can be said by now."""
+        data = self._held + data
+        return self._pass_on(data, len(data) - self._redactor.unfinished(data))
+
+    def finish(self) -> bytes:
+        """The rest."""
+        return self._pass_on(self._held, len(self._held))
+
+    def _pass_on(self, data: bytes, cut: int) -> bytes:
+        pieces, at = [], min(self._covered, cut)
+        covered = self._covered
+        for start, stop in self._redactor.spans(data):
+            if start >= cut:
+                break
+            if start >= covered:
+                pieces += [data[at:start], REDACTED.encode()]
+            covered = max(covered, stop)
+            at = min(covered, cut)
+        self._held, self._covered = data[cut:], max(0, covered - cut)
+        return b"".join((*pieces, data[at:cut]))
+
+
 # ---- 13 Control wire (pure) ------------------------------------------------------------------------------------
 # JSON-RPC 2.0, one object a line, UTF-8 (docs/control-protocol.md).  Batches are refused: a client that wants several
 # answers sends several lines.  A notification carries ``stream``, the id of the request that asked for it.
@@ -3889,6 +4070,53 @@ def error_from_wire(body: dict) -> ClaudomatorError:
     return error
 
 
+# ---- 14 HTTP wire (pure) ---------------------------------------------------------------------------------------
+# What the router answers with.
+
+HTTP_REASONS = {401: "Unauthorized", 404: "Not Found", 405: "Method Not Allowed", 415: "Unsupported Media Type"}
+
+
+class HttpError(ClaudomatorError):
+    """A request that is refused; ``http_status`` is the answer's, ``fields`` are more header lines of it."""
+
+    code = "http"
+
+    def __init__(self, status: int, message: str, *fields: tuple[str, str]):
+        super().__init__(message)
+        self.http_status, self.code, self.fields = status, HTTP_REASONS[status].lower().replace(" ", "_"), fields
+
+
+class HttpResponse(Record):
+    """A whole answer.  ``fields``: more header lines as (name, value)."""
+
+    body: bytes = b""
+    status: int = 200
+    content_type: str = "application/json"
+    fields: tuple[tuple[str, str], ...] = ()
+
+
+class HttpStream(Record):
+    """An answer whose ``chunks`` (an asynchronous iterator of bytes) come when they come."""
+
+    chunks: object
+    content_type: str = "text/event-stream"
+    fields: tuple[tuple[str, str], ...] = ()
+
+
+def json_response(document: object, status: int = 200, fields: tuple[tuple[str, str], ...] = ()) -> HttpResponse:
+    """A JSON document as an answer that nobody keeps."""
+    return HttpResponse(format_json(document).encode(), status, "application/json",
+                        (("Cache-Control", "no-store"), *fields))
+
+
+def error_response(error: ClaudomatorError) -> HttpResponse:
+    """``{"error": {"code": word, "message": sentence}}``, and ``problems`` where there are several."""
+    body = {"code": error.code, "message": str(error)}
+    if problems := error.data.get("problems"):
+        body["problems"] = problems
+    return json_response({"error": body}, error.http_status, getattr(error, "fields", ()))
+
+
 # ---- 16 Runners (pure) -----------------------------------------------------------------------------------------
 # A runner answers one question: which command, with which environment and which text on stdin, does this task on this
 # agent?  It starts nothing.  ``format`` names the parser of what the agent prints (section 08).  Flags and variables of
@@ -3944,6 +4172,7 @@ class Launch(Record):
 class RunContext(Record):
     """What a runner may know of the run; ``resume`` continues ``session_id`` with ``feedback`` as the prompt."""
 
+    _secret = frozenset({"api_token"})
     execution_id: str
     execution_dir: str
     cwd: str
@@ -3956,6 +4185,8 @@ class RunContext(Record):
     round: int = 1
     is_root: bool = False
     program: tuple = ()  # how to start this program itself
+    api_url: str = ""
+    api_token: str = ""
 
     @property
     def session_dir(self) -> str:
@@ -3980,8 +4211,17 @@ def agent_environment(host: dict, settings: AgentSettings, credentials: tuple[st
         "CLAUDOMATOR_PROJECT_DIR": context.project_dir, "CLAUDOMATOR_ROUND": str(context.round),
         "CLAUDOMATOR_QUESTION_FILE": f"{context.execution_dir}/question.json",
         "CLAUDOMATOR_SUMMARY_FILE": f"{context.execution_dir}/summary.txt",
+        "CLAUDOMATOR_API_URL": context.api_url, "CLAUDOMATOR_API_TOKEN": context.api_token,
     })
     return env
+
+
+def secrets_given(config: Config, host: dict) -> set[str]:
+    """The secret values that the daemon or its agents know: the configuration's, the agents' keys, and all that
+    ``pass_env`` names."""
+    names = {name for name in (*CLAUDE_CREDENTIALS, *GEMINI_CREDENTIALS) if name.endswith(("_KEY", "_TOKEN"))}
+    names.update(*(settings.pass_env for settings in config.agents.values()))
+    return config.secrets | {host[name] for name in names if name in host}
 
 
 def preamble(context: RunContext) -> str:
@@ -4879,6 +5119,13 @@ class Store(Transactions):
     def get_execution(self, execution_id: str) -> Execution:
         """The execution with this id.  Raises ``NotFound``."""
         return self._get(EXECUTIONS, execution_id)
+
+    def find_execution(self, execution_id: str) -> Execution | None:
+        """The execution, or ``None``."""
+        try:
+            return self._get(EXECUTIONS, execution_id)
+        except NotFound:
+            return None
 
     def resolve_execution(self, prefix: str) -> str:
         """The one execution id that begins with ``prefix``.  Raises ``NotFound``, also where several do."""
@@ -6549,15 +6796,48 @@ class Lifecycle(KindKeeper):
                 self.accept(parent_id)
 
 
+def own_secret(path: str) -> str:
+    """The secret in a file of its own, 256 random bits in URL-safe characters; made, for its owner alone, where there
+    is none.  Raises ``StorageError``."""
+    from binascii import b2a_base64
+    try:
+        if not os.path.exists(path):
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            partial = f"{path}.{os.getpid()}"
+            secret = b2a_base64(os.urandom(32), newline=False).rstrip(b"=").translate(bytes.maketrans(b"+/", b"-_"))
+            with open(os.open(partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(secret + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(partial, path)
+        with open_plain(path) as file:
+            secret = file.read(LOG_CHUNK).decode("ascii").strip()
+    except (OSError, ValueError) as error:
+        raise StorageError(f"cannot use the token file {path}: {error}") from error
+    if len(secret) < SHORTEST_SECRET:
+        raise StorageError(f"{path} holds no token; delete the file, and the next start makes one")
+    return secret
+
+
 class Core:
     """What the operations work on.  ``pool`` and ``reload`` are set by the daemon; without one they stay ``None``."""
 
     def __init__(self, config: Config, store: Store, log):
-        self.config, self.store, self.log = config, store, log
-        self.bus, self.life, self.started_at = Bus(store), Lifecycle(store), store.clock()
-        self.life.log = log
-        self.pool = self.reload = None
+        self.config, self.store = config, store
         self.host_env = dict(os.environ)  # copied once: os.environ decodes each name and value at every look
+        self.renew_secrets(config)
+        self.log = lambda level, message: log(level, self.redactor.clean(message))
+        self.bus, self.life, self.started_at = Bus(store), Lifecycle(store), store.clock()
+        self.life.log = self.log
+        self.pool = self.reload = None
+
+    def renew_secrets(self, config: Config) -> None:
+        """Take over a configuration's secrets.  Raises ``StorageError``."""
+        self.api_token = config.api_token or own_secret(config.api_token_path)
+        self.agent_key = own_secret(config.agent_key_path).encode()
+        given = secrets_given(config, self.host_env)
+        kept = (text for text in given if not (text[:1] == "/" and os.path.exists(text)))  # a path is no secret
+        self.redactor = Redactor({*kept, self.api_token, self.agent_key.decode()})
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -6593,13 +6873,16 @@ class Core:
 
 
 class Param(Record):
-    """A parameter of an operation.  ``kind``: a key of ``PARAM_CHECKS``."""
+    """A parameter of an operation.  ``kind``: a key of ``PARAM_CHECKS``.  ``refers`` says whose id it is: a ``task``'s or
+    an ``execution``'s; ``query`` is its name in a query string."""
 
     name: str
     kind: str
     help: str
     required: bool = False
     default: object = None
+    refers: str = ""
+    query: str = ""
 
 
 class Final(Record):
@@ -6608,22 +6891,57 @@ class Final(Record):
     result: dict
 
 
+class Route(Record):
+    """A way to an operation over HTTP.  A word in braces of ``path`` is the parameter of that name; ``id`` also the one
+    element of ``ids``, or ``execution``.  ``body`` is the parameter that the whole body is, else the body is an object
+    of parameters; a GET has a query string.  ``fixed`` parameters cannot be given.  ``form`` of the answer: ``json``,
+    ``text`` (a log as it is) or ``events`` (server-sent events)."""
+
+    method: str
+    path: str
+    status: int = 200
+    body: str = ""
+    fixed: dict = {}
+    form: str = "json"
+
+
 class Operation(Record):
     """One thing a caller can ask for.  ``handler(core, params)`` returns the result; where it has to wait it is a
     coroutine function; for a ``stream`` it is an async generator whose items are sent as notifications, and a
-    ``Final`` ends it with the result.  A ``lasting`` one only tells: it is given up when its caller leaves."""
+    ``Final`` ends it with the result.  A ``lasting`` one only tells: it is given up when its caller leaves.  ``scope``
+    is a key of ``SCOPES``; ``result`` describes the answer in words of ``RESULT_SHAPES``; one without ``routes`` says
+    why it is ``local``."""
 
     name: str
     handler: object
     help: str
     params: tuple = ()
+    result: object = "object"
     stream: bool = False
     lasting: bool = False
+    scope: str = "operator"
+    routes: tuple = ()
+    local: str = ""
 
 
-def is_plain_text(value) -> bool:
-    """Whether a value is a string that can be stored: no NUL and no half of a surrogate pair."""
-    return isinstance(value, str) and "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
+SCOPES = {  # who may call an operation; agents never those that are not here for them
+    "open": "anybody, without a token",
+    "anyone": "the operator; an agent",
+    "family": "the operator; an agent, on its own task and all tasks below it",
+    "below": "the operator; an agent, on the tasks below its own",
+    "create": "the operator; an agent, for tasks below its own, with no more rights than its own has",
+    "operator": "the operator",
+}
+
+
+class Caller(Record):
+    """Who asks: the operator, or the agent of an execution of ``task_id``."""
+
+    task_id: str = ""
+    execution_id: str = ""
+
+
+OPERATOR = Caller()
 
 
 def is_number(value, kinds) -> bool:
@@ -6662,9 +6980,102 @@ def check_params(operation: Operation, params: dict) -> dict:
     return values
 
 
+AGENT_SUBTASKS = 100  # direct subtasks that an agent may give a task
+
+
+def restricted_spec(spec: TaskSpec, own: Task, children: set[str], names: set[str]) -> TaskSpec:
+    """What an agent of the task ``own`` may create: a task below its own (``children`` are the ids there) with the
+    rights that its own has.  What says where and with which rights a task works is that task's, and is left out or
+    the same.  Raises ``InvalidInput`` with all that differs."""
+    agent, given, problems = own.agent, spec.agent, []
+
+    def same(group: object, wanted: object, fields: tuple, path: str) -> dict:
+        for name in fields:
+            if getattr(group, name) not in (getattr(wanted, name), type(wanted)._defaults[name]):
+                problems.append(f"{path}{name}: an agent's subtask has its own task's"
+                                f" {describe_value(getattr(wanted, name))}; leave it out")
+        return {name: getattr(wanted, name) for name in fields}
+
+    rights = same(given, agent, ("project_dir", "repository_url", "isolation", "additional_args", "context_files"),
+                  "agent.")
+    fields = same(spec, own, ("project", "verify", "story_id"), "")
+    if agent.permission_mode not in ("", "bypassPermissions"):  # else its own agent may use every tool anyway
+        rights.update(same(given, agent, ("type", "permission_mode", "allowed_tools"), "agent."))
+    if given.type not in ("", agent.type, "claude", "gemini", "local"):
+        problems.append("agent.type: that kind has an environment of its own; take claude, gemini or local, or leave it"
+                        " out")
+    if given.type == "local":
+        rights["isolation"] = ""  # it has no tools, and no sandbox
+    if given.max_budget_usd and agent.max_budget_usd and given.max_budget_usd > agent.max_budget_usd:
+        problems.append(f"agent.max_budget_usd: at most its own task's {agent.max_budget_usd}")
+    if spec.parent_task_id not in ("", own.id, *children):
+        problems.append("parent_task_id: an agent creates tasks below its own; give its id, or leave it out")
+    problems += [f"depends_on: there is no task {on.task!r} in this document or below the agent's own"
+                 for on in spec.depends_on if on.task not in names | children]
+    if problems:
+        raise InvalidInput(f"task {spec.name!r} goes beyond the rights of the agent that creates it", problems)
+    tools = tuple(dict.fromkeys((*agent.disallowed_tools, *given.disallowed_tools)))
+    return spec.replace(
+        **fields, auto_accept=False, parent_task_id=spec.parent_task_id or own.id,
+        idempotency_key=spec.idempotency_key and f"{own.id}/{spec.idempotency_key}",
+        agent=given.replace(**rights, disallowed_tools=tools,
+                            max_budget_usd=given.max_budget_usd or agent.max_budget_usd))
+
+
+def tasks_below(core: Core, task_id: str) -> set[str]:
+    """The ids of all tasks below a task."""
+    found: set[str] = set()
+    rest = [task_id]
+    while rest:
+        fresh = {child.id for child in core.store.subtasks(rest.pop())} - found
+        found |= fresh
+        rest += fresh
+    return found
+
+
+def is_below(core: Core, task: Task | None, task_id: str) -> bool:
+    """Whether a task has ``task_id`` among its parents."""
+    seen: set[str] = set()
+    while task is not None and task.parent_task_id and task.id not in seen:
+        if task.parent_task_id == task_id:
+            return True
+        seen.add(task.id)
+        task = core.store.find_task(task.parent_task_id)
+    return False
+
+
+def confine(core: Core, operation: Operation, params: dict, caller: Caller) -> dict:
+    """The parameters as a caller may give them: an agent reaches its own task and those below it.  What it names must
+    be a whole id there, else it is as if it did not exist.  Raises ``Forbidden`` and ``NotFound``."""
+    if caller == OPERATOR or operation.scope in ("open", "anyone"):
+        return params
+    if operation.scope == "operator":
+        raise Forbidden(f"an agent may not call {operation.name}; that is for the operator")
+    if operation.scope == "create":
+        return {**params, "caller": caller}
+    named = [param for param in operation.params if param.refers]
+    if not any(params[param.name] for param in named):
+        return {**params, named[0].name: caller.task_id}
+    for param in named:
+        for given in params[param.name] if param.kind == "ids" else filter(None, [params[param.name]]):
+            run = core.store.find_execution(given) if param.refers == "execution" else None
+            task_id = run.task_id if run else given
+            is_own = task_id == caller.task_id and operation.scope == "family"
+            if not is_own and not is_below(core, core.store.find_task(task_id), caller.task_id):
+                raise NotFound(f"there is no {param.refers} {given!r} that an agent of this task may reach")
+    return params
+
+
 def _task_create(core: Core, params: dict) -> dict:
     specs = [spec.replace(auto_accept=spec.auto_accept or params["auto_accept"])
              for spec in parse_tasks(params["tasks"], params["source"], core.store.clock())]
+    if caller := params.get("caller"):
+        own, names = core.store.get_task(caller.task_id), {spec.name for spec in specs}
+        below = tasks_below(core, own.id)
+        specs = [restricted_spec(spec, own, below, names) for spec in specs]
+        for parent in {spec.parent_task_id for spec in specs}:
+            if len(core.store.subtasks(parent)) + len(specs) > AGENT_SUBTASKS:
+                raise Forbidden(f"an agent may give a task at most {AGENT_SUBTASKS} subtasks")
     tasks = core.life.create(specs, queue=params["queue"], config=core.config, kinds=core.kinds)
     return {"tasks": [core.show(task) for task in tasks]}
 
@@ -6773,18 +7184,26 @@ def tail_offset(path: str, lines: int) -> int:
     return 0
 
 
-def read_log(path: str, offset: int, ended: bool) -> tuple[str, int]:
+def read_log(path: str, offset: int, ended: bool, redactor: Redactor, size: int = LOG_CHUNK) -> tuple[str, int]:
     """(text, next offset) of a piece of a log, cut after a line where there is one, and inside a character only where
-    the log has ``ended``.  Bytes that are no UTF-8 become lone surrogates (``surrogateescape``): none is lost."""
+    the log has ``ended``.  Bytes that are no UTF-8 become lone surrogates (``surrogateescape``): none is lost.
+
+    Offsets are the file's, also where the text is shorter for a secret that is not in it.  What surrounds the piece is
+    read too, so that a secret is found wherever a reader begins; an unfinished one waits for the rest of it.
+    """
+    around = redactor.longest - 1
+    begin = min(offset, around)
     try:
         with open_plain(path) as file:
-            file.seek(offset)
-            block = file.read(LOG_CHUNK)
+            file.seek(offset - begin)
+            block = file.read(begin + size + around)
     except OSError:
         return "", offset
-    unfinished = 0 if ended and len(block) < LOG_CHUNK else unfinished_utf8(block[-3:])
-    block = block[:block.rfind(b"\n") + 1 or len(block) - unfinished]
-    return block.decode("utf-8", "surrogateescape"), offset + len(block)
+    is_all = ended and len(block) <= begin + size
+    end = min(len(block), begin + size) if is_all else min(len(block) - redactor.unfinished(block), begin + size)
+    unfinished = 0 if is_all else unfinished_utf8(block[max(begin, end - 3):end])
+    end = block.rfind(b"\n", begin, end) + 1 or max(begin, end - unfinished)
+    return redactor.clean(block, begin, end).decode("utf-8", "surrogateescape"), offset + end - begin
 
 
 def log_path(core: Core, run: Execution, stream: str, must_exist: bool = True) -> str:
@@ -6800,17 +7219,19 @@ def log_path(core: Core, run: Execution, stream: str, must_exist: bool = True) -
         else f"the log of execution {run.id[:8]} is gone (keep_logs = {format_duration(core.config.keep_logs_s)})")
 
 
-async def _log_pieces(core: Core, run: Execution, stream: str, offset: int, follow: bool) -> object:
+async def _log_pieces(core: Core, run: Execution, offset: int, params: dict) -> object:
     """Yield one execution's log in pieces, with ``follow`` until it has ended."""
     import asyncio
-    path = log_path(core, run, stream, must_exist=not follow)
+    follow, stop = params["follow"], float("inf") if params["limit"] is None else offset + max(params["limit"], 4)
+    path = log_path(core, run, params["stream"], must_exist=not follow)
     yield {"execution_id": run.id, "agent": run.agent, "round": run.round, "offset": offset, "next": offset, "text": ""}
     while True:
         ended = core.store.get_execution(run.id).status != RUNNING
-        while (piece := read_log(path, offset, ended))[1] > offset:
+        while offset < stop and (piece := read_log(path, offset, ended, core.redactor,
+                                                   min(LOG_CHUNK, stop - offset)))[1] > offset:
             yield {"execution_id": run.id, "offset": offset, "next": piece[1], "text": piece[0]}
             offset = piece[1]
-        if ended or not follow:
+        if ended or not follow or offset >= stop:
             return
         await asyncio.sleep(LOG_POLL_S)
 
@@ -6836,7 +7257,7 @@ async def _execution_log(core: Core, params: dict) -> object:
     try:
         while True:
             if run:
-                async for piece in _log_pieces(core, run, params["stream"], offset, follow):
+                async for piece in _log_pieces(core, run, offset, params):
                     yield piece
             following = await _next_run(core, task.id, run, events) if task and follow else None
             if following is None:
@@ -6953,86 +7374,403 @@ def changes_each(change, *names: str) -> object:
     return handler
 
 
-IDS = Param("ids", "ids", "task ids or unique beginnings of them", required=True)
-ONE_ID = Param("id", "str", "a task id or a unique beginning of it", required=True)
+IDS = Param("ids", "ids", "task ids or unique beginnings of them", required=True, refers="task")
+ONE_ID = Param("id", "str", "a task id or a unique beginning of it", required=True, refers="task")
 KIND = Param("agent", "str", "the kind", required=True)
 HOLD_PARAMS = (Param("agent", "str", "only this agent kind"), Param("project", "str", "only this project"))
+TASKS_RESULT, DAEMON_RESULT, AGENTS_RESULT = {"tasks": ["Task"]}, "Daemon", {"agents": ["Agent"]}
+
+
+def on_task(method: str, end: str = "", **more) -> tuple[Route, ...]:
+    """The route of an operation on one task."""
+    return (Route(method, "/api/tasks/{id}" + end, **more),)
+
 
 OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in (
     Operation("task.create", _task_create, "create tasks from a task document", (
         Param("tasks", "any", "a task, or an object with a list under `tasks`, as in a task file", required=True),
         Param("source", "str", "what errors call the document", default="request"),
         Param("queue", "bool", "queue them at once"),
-        Param("auto_accept", "bool", "go to COMPLETED without a person's accept"))),
+        Param("auto_accept", "bool", "go to COMPLETED without a person's accept")), TASKS_RESULT, scope="create",
+              routes=(Route("POST", "/api/tasks", 201, body="tasks"),)),
     Operation("task.list", _task_list, "list tasks, newest first", (
-        Param("states", "names", "only these states"), Param("tag", "str", "only with this tag"),
+        Param("states", "names", "only these states", query="state"), Param("tag", "str", "only with this tag"),
         Param("project", "str", "only of this project"), Param("agent", "str", "only of this agent kind"),
-        Param("parent", "str", "only subtasks of this task"),
+        Param("parent", "str", "only subtasks of this task", refers="task"),
         Param("limit", "int", "at most so many, up to 1000", default=50),
-        Param("before", "int", "continue after a list: its `next`"))),
-    Operation("task.get", _task_get, "one task with its executions and subtasks", (ONE_ID,)),
+        Param("before", "int", "continue after a list: its `next`")),
+              {"tasks": ["ListedTask"], "next": "integer?"}, scope="family", routes=(Route("GET", "/api/tasks"),)),
+    Operation("task.get", _task_get, "one task with its executions and subtasks", (ONE_ID,),
+              {"task": "ExplainedTask", "executions": ["Execution"], "subtasks": ["Task"]}, scope="family",
+              routes=on_task("GET")),
     Operation("task.run", changes_each(Lifecycle.enqueue),
-              "queue PENDING tasks, or run ended ones again from the beginning", (IDS,)),
-    Operation("task.start_next", _task_start_next, "queue the oldest PENDING task"),
-    Operation("task.cancel", _task_cancel, "cancel tasks; answers when they are proven stopped", (IDS,)),
-    Operation("task.accept", changes_each(Lifecycle.accept), "accept READY work: the task is COMPLETED", (IDS,)),
+              "queue PENDING tasks, or run ended ones again from the beginning", (IDS,), TASKS_RESULT, scope="below",
+              routes=on_task("POST", "/run")),
+    Operation("task.start_next", _task_start_next, "queue the oldest PENDING task", (), {"task": "Task?"},
+              local="it is for a timer on the daemon's machine"),
+    Operation("task.cancel", _task_cancel, "cancel tasks; answers when they are proven stopped", (IDS,), TASKS_RESULT,
+              scope="below", routes=on_task("POST", "/cancel")),
+    Operation("task.accept", changes_each(Lifecycle.accept), "accept READY work: the task is COMPLETED", (IDS,),
+              TASKS_RESULT, routes=on_task("POST", "/accept")),
     Operation("task.reject", changes_each(Lifecycle.reject, "comment"), "send READY work back: the task is PENDING", (
-        IDS, Param("comment", "str", "what the next run must know", required=True))),
+        IDS, Param("comment", "str", "what the next run must know", required=True)), TASKS_RESULT,
+              routes=on_task("POST", "/reject")),
     Operation("task.answer", lambda core, params: {"task": core.show(
         core.life.answer(core.one(params).id, params["text"]))}, "answer a BLOCKED task's question", (
-            ONE_ID, Param("text", "str", "the answer", required=True))),
+            ONE_ID, Param("text", "str", "the answer", required=True)), {"task": "Task"},
+              routes=on_task("POST", "/answer")),
     Operation("task.resume", changes_each(Lifecycle.resume_session, "message"),
               "run ended tasks again in their last session and sandbox", (
-                  IDS, Param("message", "str", "what to tell the agent"))),
+                  IDS, Param("message", "str", "what to tell the agent")), TASKS_RESULT,
+              routes=on_task("POST", "/resume")),
     Operation("task.edit", lambda core, params: changes_each(lambda life, *edit: life.edit(
         *edit, config=core.config, kinds=core.kinds), "changes")(core, params), "change tasks that do not run", (
-            IDS, Param("changes", "object", "keys of a task file with their new values", required=True))),
-    Operation("task.delete", _task_delete, "delete tasks with their logs and sandboxes", (IDS,)),
+            IDS, Param("changes", "object", "keys of a task file with their new values", required=True)), TASKS_RESULT,
+              routes=on_task("PATCH", body="changes")),
+    Operation("task.delete", _task_delete, "delete tasks with their logs and sandboxes", (IDS,),
+              {"deleted": ["string"]}, routes=on_task("DELETE")),
     Operation("task.subtasks", lambda core, params: {"tasks": [
-        core.show(child) for child in core.store.subtasks(core.one(params).id)]}, "a task's subtasks", (ONE_ID,)),
+        core.show(child) for child in core.store.subtasks(core.one(params).id)]}, "a task's subtasks", (ONE_ID,),
+              TASKS_RESULT, scope="family", routes=on_task("GET", "/subtasks")),
     Operation("task.wait", _task_wait, "wait until tasks have ended, are READY or ask something", (
         IDS, Param("any", "bool", "one of them is enough"), Param("timeout_s", "number", "give up after so long"),
-        Param("parked_ends", "bool", "a task whose agent kind is parked ends the wait too")), lasting=True),
-    Operation("task.diff", _task_diff, "what a task changed", (ONE_ID,)),
+        Param("parked_ends", "bool", "a task whose agent kind is parked ends the wait too")),
+              {"tasks": ["Task"], "timed_out": "boolean"}, lasting=True, scope="family",
+              routes=on_task("GET", "/wait")),
+    Operation("task.diff", _task_diff, "what a task changed", (ONE_ID,),
+              {"task_id": "string", "execution_id": "string", "commits": ["Commit"], "diff": "string"}, scope="family",
+              routes=on_task("GET", "/diff")),
     Operation("execution.list", lambda core, params: {"executions": [
         execution_to_json(run) for run in core.store.executions_of(core.one(params).id)]},
-              "the executions of a task, newest first", (ONE_ID,)),
+              "the executions of a task, newest first", (ONE_ID,), {"executions": ["Execution"]}, scope="family",
+              routes=on_task("GET", "/executions")),
     Operation("execution.get", lambda core, params: {"execution": execution_to_json(
         core.store.get_execution(core.store.resolve_execution(params["id"])))}, "one execution", (
-            Param("id", "str", "an execution id", required=True),)),
+            Param("id", "str", "an execution id", required=True, refers="execution"),), {"execution": "Execution"},
+              scope="family", routes=(Route("GET", "/api/executions/{id}"),)),
     Operation("execution.log", _execution_log, "stream a log", (
-        Param("id", "str", "a task: its newest execution, with `follow` also those that come after it"),
-        Param("execution", "str", "an execution; beside id: where to begin"),
+        Param("id", "str", "a task: its newest execution, with `follow` also those that come after it", refers="task"),
+        Param("execution", "str", "an execution; beside id: where to begin", refers="execution"),
         Param("stream", "str", "stdout or stderr", default="stdout"),
         Param("offset", "int", "start at this byte", default=0), Param("tail", "int", "or at the last so many lines"),
-        Param("follow", "bool", "go on to the end of the execution, or of the task")), stream=True, lasting=True),
+        Param("limit", "int", "at most so many bytes of an execution's log"),
+        Param("follow", "bool", "go on to the end of the execution, or of the task")),
+              {"execution": "Execution?", "task": "Task"}, stream=True, lasting=True, scope="family", routes=(
+            *on_task("GET", "/logs/stream", fixed={"follow": True, "limit": None}, form="events"),
+            Route("GET", "/api/executions/{execution}/logs/stream", fixed={"follow": True, "limit": None, "id": ""},
+                  form="events"),
+            Route("GET", "/api/executions/{execution}/log", fixed={"follow": False, "id": ""}, form="text"))),
     Operation("events.watch", _events_watch, "stream events", (
         Param("since", "int", "all after this sequence number; absent: only new ones"),
-        Param("task", "str", "only of this task")), stream=True, lasting=True),
+        Param("task", "str", "only of this task", refers="task")), stream=True, lasting=True, scope="family",
+              routes=(Route("GET", "/api/events", form="events"),)),
     Operation("agent.status", lambda core, params: {"agents": core.pool.agents()},
-              "the agent kinds: running, bounds, parking, and whether their program is installed"),
+              "the agent kinds: running, bounds, parking, and whether their program is installed", (), AGENTS_RESULT,
+              routes=(Route("GET", "/api/agents/status"),)),
     Operation("agent.park", _agent_park, "start no agent of a kind for a while", (
-        KIND, Param("until", "str", "a time or a delay; absent: until it is unparked"))),
-    Operation("agent.unpark", _agent_unpark, "let a kind start again", (KIND,)),
+        KIND, Param("until", "str", "a time or a delay; absent: until it is unparked")), AGENTS_RESULT,
+              routes=(Route("POST", "/api/agents/{agent}/park"),)),
+    Operation("agent.unpark", _agent_unpark, "let a kind start again", (KIND,), AGENTS_RESULT,
+              routes=(Route("POST", "/api/agents/{agent}/unpark"),)),
     Operation("budget.status", lambda core, params: core.pool.budget(),
-              "what was spent today, and how much of it each cap of [budgets] allows"),
+              "what was spent today, and how much of it each cap of [budgets] allows", (),
+              {"day": "string", "resets_at": "time", "spent": "object", "caps": ["Cap"]},
+              routes=(Route("GET", "/api/budget"),)),
     Operation("pool.status", _pool_status, "daemon, agents, counts and the tasks that matter now", (
-        Param("ended", "int", "so many ended tasks", default=10),)),
+        Param("ended", "int", "so many ended tasks", default=10),),
+              {"daemon": "Daemon", "agents": ["Agent"], "counts": "object", "tasks": ["ExplainedTask"]},
+              routes=(Route("GET", "/api/pool"),)),
     Operation("pool.pause", lambda core, params: hold(core, params, True),
-              "start nothing new: at all, of one agent kind, or of one project", HOLD_PARAMS),
-    Operation("pool.resume", lambda core, params: hold(core, params, False), "end a pause or a drain", HOLD_PARAMS),
+              "start nothing new: at all, of one agent kind, or of one project", HOLD_PARAMS, DAEMON_RESULT,
+              routes=(Route("POST", "/api/pool/pause"),)),
+    Operation("pool.resume", lambda core, params: hold(core, params, False), "end a pause or a drain", HOLD_PARAMS,
+              DAEMON_RESULT, routes=(Route("POST", "/api/pool/resume"),)),
     Operation("pool.drain", _pool_drain, "start nothing new until pool.resume or a restart", (
-        Param("wait", "bool", "answer when nothing runs any more"),), lasting=True),
+        Param("wait", "bool", "answer when nothing runs any more"),), DAEMON_RESULT, lasting=True,
+              routes=(Route("POST", "/api/pool/drain", fixed={"wait": False}),)),
     Operation("project.list", lambda core, params: {"projects": [
-        dict(project.__dict__) for project in core.config.projects]}, "the configured projects"),
-    Operation("sandbox.list", _sandbox_list, "the kept sandboxes"),
-    Operation("sandbox.rm", _sandbox_rm, "delete the kept sandboxes of tasks", (IDS,)),
+        dict(project.__dict__) for project in core.config.projects]}, "the configured projects", (),
+              {"projects": ["Project"]}, routes=(Route("GET", "/api/projects"),)),
+    Operation("sandbox.list", _sandbox_list, "the kept sandboxes", (), {"sandboxes": ["Sandbox"]},
+              routes=(Route("GET", "/api/sandboxes"), Route("GET", "/api/workspaces"))),
+    Operation("sandbox.rm", _sandbox_rm, "delete the kept sandboxes of tasks", (IDS,), {"removed": ["string"]},
+              routes=(Route("DELETE", "/api/sandboxes/{id}"),)),
     Operation("daemon.status", lambda core, params: {**daemon_facts(core), "counts": core.store.counts()},
-              "the daemon's own state"),
-    Operation("daemon.reload", lambda core, params: core.reload(), "read the configuration; a bad one is refused"),
+              "the daemon's own state", (), "CountedDaemon", routes=(Route("GET", "/api/daemon"),)),
+    Operation("daemon.reload", lambda core, params: core.reload(), "read the configuration; a bad one is refused", (),
+              {"changed": ["string"], "warnings": ["string"]},
+              local="the configuration is a file on the daemon's machine"),
     Operation("daemon.backup", _daemon_backup, "copy the database to a file", (
-        Param("path", "str", "where to; absolute, on the daemon's machine", required=True),)),
+        Param("path", "str", "where to; absolute, on the daemon's machine", required=True),),
+              {"path": "string", "bytes": "integer"}, local="it writes a file on the daemon's machine"),
+    Operation("daemon.health", lambda core, params: {"status": "ok"}, "whether the daemon answers", (),
+              {"status": "string"}, scope="open", routes=(Route("GET", "/api/health"),)),
+    Operation("daemon.version", lambda core, params: {"version": __version__}, "the program's version", (),
+              {"version": "string"}, scope="anyone", routes=(Route("GET", "/api/version"),)),
+    Operation("daemon.openapi", lambda core, params: openapi_document(), "this interface as an OpenAPI 3.1 document", (),
+              "object", scope="anyone", routes=(Route("GET", "/api/openapi.json"),)),
 )}
+ROUTES: dict[str, dict[str, tuple[Operation, Route]]] = {}  # by path, with {} for its variable part, then by method
+for _operation in OPERATIONS.values():
+    for _route in _operation.routes:
+        _at = "/".join("{}" if word[:1] == "{" else word for word in _route.path.split("/"))
+        ROUTES.setdefault(_at, {})[_route.method] = _operation, _route
+
+
+# -- operations over HTTP: which route, which parameters, which OpenAPI document
+
+
+def match_route(method: str, path: str) -> tuple[Operation, Route, str]:
+    """(operation, route, the word in the path's variable part).  Raises ``HttpError``: 404 or 405."""
+    words, variable = path.split("/"), ""
+    methods = ROUTES.get(path) if "{" not in path else None
+    if methods is None and len(words) > 3 and words[3]:
+        variable, words[3] = words[3], "{}"
+        methods = ROUTES.get("/".join(words))
+    if methods is None:
+        raise HttpError(404, f"there is nothing at {path[:200]!r}; GET /api/openapi.json names what is")
+    found = methods.get("GET" if method == "HEAD" else method)
+    if found is None:
+        allowed = ", ".join((*methods, *["HEAD"][:"GET" in methods]))
+        raise HttpError(405, f"{path[:200]!r} takes {allowed}", ("Allow", allowed))
+    return *found, variable
+
+
+def path_param(operation: Operation, route: Route) -> Param | None:
+    """The parameter that a route's path names."""
+    name = route.path.partition("{")[2].partition("}")[0]
+    return next((param for param in operation.params if name and param.name in (name, name + "s")), None)
+
+
+def free_params(operation: Operation, route: Route) -> dict[str, Param]:
+    """The parameters that a request names itself, by the name that they have there."""
+    path = path_param(operation, route)
+    return {param.query or param.name: param for param in operation.params
+            if param is not path and param.name not in route.fixed and param.name != route.body}
+
+
+def decode_query(free: dict[str, Param], pairs: list) -> dict:
+    """The parameters of a query string's (name, text) pairs.  Raises ``UsageError`` naming every fault."""
+    params, problems = {}, []
+    for name, text in pairs:
+        param = free.get(name)
+        if param is None:
+            problems.append(f"{name}: unknown parameter{did_you_mean(name, free)}")
+            continue
+        expected, is_right, _ = PARAM_CHECKS[param.kind]
+        value = text if param.kind == "str" else text.split(",") if param.kind == "names" else \
+            parse_json_or(text, None) if text == text.strip() else None
+        if param.name in params and param.kind != "names":
+            problems.append(f"{name}: is given twice")
+        elif not is_right(value):
+            problems.append(f"{name}: expected {expected}, got {describe_value(text)}")
+        else:
+            params[param.name] = params.get(param.name, []) + value if param.kind == "names" else value
+    if problems:
+        raise UsageError("\n  ".join(["the query string is not right", *problems]), problems=problems)
+    return params
+
+
+def decode_body(route: Route, free: dict[str, Param], headers: dict, body: bytes) -> dict:
+    """The parameters of a body.  Raises ``UsageError`` and ``HttpError``."""
+    params: object = {}
+    if body:
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise HttpError(415, "send the body as Content-Type: application/json")
+        try:
+            params = parse_json(body)
+        except ValueError as error:
+            raise UsageError(f"the body is not JSON: {error}") from None
+    elif route.body:
+        raise UsageError("the body is empty; send a JSON document")
+    if route.body and not (isinstance(params, dict) and route.body in params):
+        return {route.body: params}
+    if not isinstance(params, dict):
+        raise UsageError(f"the body must be a JSON object, got {describe_value(params)}")
+    problems = [f"{name[:60]}: unknown parameter{did_you_mean(name, free)}" for name in params
+                if name not in free and name != route.body]
+    if problems:
+        raise UsageError("\n  ".join(["the body's parameters are not right", *problems]), problems=problems)
+    return params
+
+
+def decode_params(operation: Operation, route: Route, variable: str, request: object) -> dict:
+    """The parameters of a request (its ``query``, ``headers`` and ``body``), checked.  Raises ``ClaudomatorError``."""
+    free, headers, path = free_params(operation, route), request.headers, path_param(operation, route)
+    params = decode_query(free if route.method == "GET" else {}, request.query)
+    if route.method == "GET" and request.body:
+        raise UsageError("a GET has no body here; its parameters stand in the query string")
+    if route.method != "GET":
+        params = decode_body(route, free, headers, request.body)
+    if path:
+        params[path.name] = variable.split(",") if path.kind == "ids" else variable
+    if (key := headers.get("idempotency-key")) and operation.name == "task.create":
+        task = params["tasks"]
+        if not isinstance(task, dict) or "tasks" in task or task.get("idempotency_key", key) != key:
+            raise UsageError("Idempotency-Key is for a single task, and the same as its idempotency_key if it has one")
+        params["tasks"] = {**task, "idempotency_key": key}
+    if (last := headers.get("last-event-id")) and route.form == "events":
+        run, _, seq = last.rpartition(":")
+        params.update({"execution": run} if run else {},
+                      **decode_query({"Last-Event-ID": Param("offset" if run else "since", "int", "")},
+                                     [("Last-Event-ID", seq)]))
+    return check_params(operation, {**params, **route.fixed})
+
+
+RESULT_SHAPES: dict[str, dict] = {  # {name: {field: word}}: a JSON type, ``time``, another name; ``?``: or null
+    "Execution": {
+        **dict.fromkeys(("id", "task_id", "detail", "agent", "summary"), "string"), "status": "State", "round": "integer",
+        **dict.fromkeys(("reason", "session_id", "sandbox_dir", "pushed_branch"), "string?"), "cost_usd": "number?",
+        **dict.fromkeys(("exit_code", "tokens_in", "tokens_out"), "integer?"), "commits": ["Commit"],
+        "start_time": "time?", "end_time": "time?", "changestats": "Changestats?"},
+    "Task": {
+        **dict.fromkeys(("id", "name", "description", "detail", "summary"), "string"), "state": "State",
+        **dict.fromkeys(("reason", "parent_task_id", "project", "story_id", "rejection_comment"), "string?"),
+        **dict.fromkeys(("created_at", "updated_at"), "time"), **dict.fromkeys(("start_at", "not_before"), "time?"),
+        "agent": "object", "timeout_s": "number", "priority": "string", "tags": ["string"], "depends_on": ["any"],
+        "question": "Question?", "round": "integer", "attempts": "integer", "execution": "Execution?"},
+    "Commit": {"hash": "string", "message": "string"},
+    "Changestats": dict.fromkeys(("files_changed", "insertions", "deletions"), "integer"),
+    "Question": {"text": "string", "options": ["string"]},
+    "Agent": {"kind": "string", "running": "integer", "max_concurrent": "integer?", "installed": "boolean",
+              "parked": "boolean", "parked_until": "time?", "park_reason": "string", "park_detail": "string",
+              "failures": "integer", "failure": "string", "cooling_until": "time?"},
+    "Daemon": {"version": "string", "pid": "integer", "started_at": "time", "data_dir": "string",
+               "max_concurrent": "integer", "running": "integer", "paused": "boolean", "draining": "boolean",
+               "paused_kinds": ["string"], "paused_projects": ["string"], "last_event": "integer"},
+    "Cap": {"scope": "string", "unit": "string", "limit": "number", "spent": "number", "left": "number",
+            "unknown_runs": "integer", "state": "string"},
+    "Project": {key.field: "string" for key in CONFIG_GROUPS["projects[]"].values()},
+    "Sandbox": {**dict.fromkeys(("path", "task_id", "execution_id"), "string"), "status": "State", "reason": "string?",
+                "end_time": "time?", "branch": "string?", "ahead": "integer?", "dirty": "boolean?"},
+}
+RESULT_SHAPES["ExplainedTask"] = {**RESULT_SHAPES["Task"], "why": "string"}
+RESULT_SHAPES["ListedTask"] = {**RESULT_SHAPES["ExplainedTask"], "seq": "integer"}
+RESULT_SHAPES["CountedDaemon"] = {**RESULT_SHAPES["Daemon"], "counts": "object"}
+RESULT_SHAPES["Error"] = {"error": {"code": "string", "message": "string"}}
+
+
+def shape_schema(shape: object) -> dict:
+    """The JSON schema of a word, a list of one shape, or an object of shapes by field."""
+    if isinstance(shape, list):
+        return {"type": "array", "items": shape_schema(shape[0])}
+    if isinstance(shape, dict):
+        return {"type": "object", "required": list(shape),
+                "properties": {name: shape_schema(word) for name, word in shape.items()}}
+    word = shape.removesuffix("?")
+    if word[:1].isupper():
+        schema = {"$ref": f"#/components/schemas/{word}"}
+        return {"anyOf": [schema, {"type": "null"}]} if word != shape else schema
+    schema = {} if word == "any" else {"type": "string", "format": "date-time"} if word == "time" else {"type": word}
+    return {**schema, "type": [schema["type"], "null"]} if word != shape else schema
+
+
+def key_schema(key: Key) -> dict:
+    """The JSON schema of a task file's key; null is as good as leaving it out, but for a required one."""
+    word, _, bound = key.kind.partition(" ")
+    if word in ("bool", "integer", "number"):
+        schema: dict = {"type": "boolean" if word == "bool" else word}
+        low, dots, high = bound.partition("..")
+        sign, _, least = bound.partition(" ")
+        schema |= {"minimum": float(low), "maximum": float(high)} if dots else \
+            {"exclusiveMinimum" if sign == ">" else "minimum": int(least)} if sign else {}
+        schema |= {} if word == "bool" or "maximum" in schema else {"maximum": MAX_INTEGER}
+    elif word == "strings":
+        schema = {"type": "array", "items": {"type": "string"}}
+    elif word == "choice":
+        schema = {"enum": [*bound.split("|"), *[""][:key.default == ""]]}
+    else:
+        schema = {"type": "string", **({"pattern": "^[a-z0-9_-]*$"} if word == "word" else {})}
+    schema["description"] = key.help if word in ("bool", "choice") else f"{key.help} ({kind_words(key.kind)})"
+    if key.required:
+        return {**schema, "minLength": 1}
+    return {**schema, "enum": [*schema["enum"], None]} if "enum" in schema else \
+        {**schema, "type": [schema["type"], "null"]}
+
+
+def group_schema(group: str) -> dict:
+    """The JSON schema of a table of a task file."""
+    keys = TASK_GROUPS[group]
+    return {"type": "object", "additionalProperties": False,
+            "required": [leaf for leaf, key in keys.items() if key.required],
+            "properties": {leaf: key_schema(key) for leaf, key in keys.items()}}
+
+
+def task_schema() -> dict:
+    """The JSON schema of a task document."""
+    strings, schema = {"type": "array", "items": {"type": "string"}}, group_schema("")
+    retry = group_schema("retry")
+    retry["properties"]["backoff"] = {"anyOf": [{"enum": ["exponential", "linear", None]}, strings]}
+    schema["properties"] |= {
+        "agent": group_schema("agent"),
+        "retry": {"anyOf": [retry, {"type": "null"}]},
+        "depends_on": {"type": ["array", "null"], "items": {"anyOf": [{"type": "string"}, group_schema("depends_on[]")]}}}
+    schema["required"].append("agent")
+    return schema
+
+
+def openapi_document() -> dict:
+    """The routes as an OpenAPI 3.1 document, from the table of operations."""
+    task, paths = {"$ref": "#/components/schemas/TaskDocument"}, {}
+    for operation in OPERATIONS.values():
+        for number, route in enumerate(operation.routes):
+            paths.setdefault(route.path, {})[route.method.lower()] = {
+                "operationId": operation.name + (f".{number + 1}" if number else ""),
+                **describe_route(operation, route)}
+    shapes = {name: shape_schema(shape) for name, shape in RESULT_SHAPES.items()}
+    error = shapes["Error"]["properties"]["error"]
+    error["properties"]["problems"] = {"type": "array", "items": {"type": "string"}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Claudomator", "version": __version__, "description": "Runs coding-agent tasks unattended."},
+        "security": [{"token": []}], "paths": paths,
+        "components": {
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer", "description":
+                                          "the API token, or the token of a running agent"}},
+            "schemas": {**shapes, "State": {"enum": list(STATES)}, "TaskDocument": task_schema(),
+                        "TaskChanges": {**task_schema(), "required": []},
+                        "TaskDocuments": {"anyOf": [task, {"type": "array", "items": task, "minItems": 1}]}},
+            "responses": {"Error": {"description": "what is wrong, and what to do", "content": {
+                "application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}}}}
+
+
+PARAM_SCHEMAS = {
+    "str": {"type": "string"}, "int": {"type": "integer", "minimum": 0, "maximum": 2 ** 53 - 1},
+    "number": {"type": "number", "minimum": 0, "maximum": 2 ** 53 - 1}, "bool": {"type": "boolean"},
+    "ids": {"type": "string"}, "names": {"type": "array", "items": {"type": "string"}},
+}
+
+
+def describe_route(operation: Operation, route: Route) -> dict:
+    """A route as an OpenAPI operation."""
+    path, free = path_param(operation, route), free_params(operation, route)
+    described = {"summary": operation.help, "description": f"May be called by: {SCOPES[operation.scope]}."}
+    inner = {name: {**PARAM_SCHEMAS[param.kind], "description": param.help} for name, param in free.items()}
+    parameters = [{"name": name, "in": "query", "schema": schema} for name, schema in inner.items()] \
+        if route.method == "GET" else []
+    if path:
+        name = route.path.partition("{")[2].partition("}")[0]
+        parameters.insert(0, {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1},
+                              "description": path.help})
+    if operation.name == "task.create":
+        parameters.append({"name": "Idempotency-Key", "in": "header", "schema": {"type": "string"},
+                           "description": "a second single task with the same key is the first one"})
+    if parameters:
+        described["parameters"] = parameters
+    if route.method not in ("GET", "DELETE") and (inner or route.body):
+        schema: dict = {"type": "object", "properties": inner, "additionalProperties": False,
+                        "required": [name for name, param in free.items() if param.required]}
+        if route.body:
+            whole = {"$ref": f"#/components/schemas/Task{'Changes' if route.body == 'changes' else 'Documents'}"}
+            schema = {"anyOf": [whole, {**schema, "properties": {**inner, route.body: whole}, "required": [route.body]}]}
+        described["requestBody"] = {"required": bool(route.body or schema["required"]),
+                                    "content": {"application/json": {"schema": schema}}}
+    kinds = {"json": "application/json", "text": "text/plain", "events": "text/event-stream"}
+    shape = shape_schema(operation.result) if route.form == "json" else {"type": "string"}
+    described["responses"] = {
+        str(route.status): {"description": "done", "content": {kinds[route.form]: {"schema": shape}}},
+        "default": {"$ref": "#/components/responses/Error"}}
+    return {**described, **({"security": []} if operation.scope == "open" else {})}
 
 
 # ---- 24 Pool ---------------------------------------------------------------------------------------------------
@@ -7153,7 +7891,9 @@ class Workplace:
             project_dir=self.task.agent.project_dir, sandboxed=self.sandbox is not None,
             session_id=self.execution.session_id, resume=self.resumed, feedback=feedback,
             answer=resume.get("text", "") if resume.get("kind") == "answer" else "", round=self.execution.round,
-            is_root=os.geteuid() == 0, program=(sys.executable, "-I", os.path.abspath(__file__)))
+            is_root=os.geteuid() == 0, program=(sys.executable, "-I", os.path.abspath(__file__)),
+            api_url=f"unix://{self.core.config.agent_socket_path}",
+            api_token=agent_token(self.core.agent_key, self.execution.id))
         task = self.task
         if task.agent.type not in ("", self.execution.agent):  # it stands in for that one, and has other models
             task = task.replace(agent=task.agent.replace(model=""))
@@ -8229,7 +8969,7 @@ class ControlConnection:
 
     def _send(self, data: bytes) -> None:
         if not self._transport.is_closing():
-            self._transport.write(data)
+            self._transport.write(self._core.redactor.document(data))
 
     def close(self) -> None:
         """Drop the client; it reconnects to the next daemon."""
@@ -8325,6 +9065,145 @@ class short_socket_path:
             os.close(self._directory)
 
 
+# ---- 26 HTTP server --------------------------------------------------------------------------------------------
+# The operations over HTTP.
+
+
+# -- who asks for what: from a request to an operation, and from its result to an answer
+
+LONGEST_POLL_S = 60.0  # of one request that waits; proxies give up soon after
+LOG_PART = 1 << 20  # bytes of a log in one answer
+KEEP_ALIVE_S = 15.0  # after so long without an event a comment is sent, so that a client that left is noticed
+FIRST_EVENT_S = 0.1  # how long an answer waits to find out that its stream begins with an error
+
+
+def authenticate(core: Core, operation: Operation, headers: dict) -> Caller:
+    """Who sends a request.  Raises ``HttpError`` 401 where it is nobody that is known; an agent's token is good for as
+    long as its execution runs."""
+    if operation.scope == "open":
+        return OPERATOR
+    scheme, _, token = headers.get("authorization", "").strip().partition(" ")
+    token = token.strip()
+    if scheme.lower() != "bearer" or not token:
+        raise HttpError(401, "this needs a token: send Authorization: Bearer TOKEN, with the token from"
+                        " <data_dir>/api-token", ("WWW-Authenticate", 'Bearer realm="claudomator"'))
+    if is_same_text(token, core.api_token):
+        return OPERATOR
+    execution_id = execution_of_token(token)
+    run = core.store.find_execution(execution_id) if execution_id else None
+    if run and run.status == RUNNING and is_same_text(token, agent_token(core.agent_key, run.id)):
+        return Caller(run.task_id, run.id)
+    raise HttpError(401, "the token is not valid: it is not the one in <data_dir>/api-token, nor that of an agent at work",
+                    ("WWW-Authenticate", 'Bearer realm="claudomator", error="invalid_token"'))
+
+
+async def handle_api(core: Core, request: object) -> HttpResponse | HttpStream:
+    """The answer to a request below ``/api/``; errors are answers too."""
+    try:
+        operation, route, variable = match_route(request.method, request.path)
+        caller = authenticate(core, operation, request.headers)
+        params = confine(core, operation, decode_params(operation, route, variable, request), caller)
+        if operation.name == "task.wait":
+            params["timeout_s"] = min(LONGEST_POLL_S if params["timeout_s"] is None else params["timeout_s"], LONGEST_POLL_S)
+        if route.form == "events":
+            stream = EventChunks(core, operation, request, operation.handler(core, params))
+            if request.method == "HEAD":
+                return HttpResponse(content_type="text/event-stream")
+            await stream.begin()
+            return HttpStream(stream)
+        if route.form == "text":
+            return await log_response(core, operation.handler(core, {**params, "limit": min(
+                LOG_PART if params["limit"] is None else params["limit"], LOG_PART)}))
+        result = await call(core, operation, params)
+        authenticate(core, operation, request.headers)  # an agent may have ended while it waited
+        response = json_response(result, route.status)
+    except ClaudomatorError as error:
+        response = error_response(error)
+    except Exception as error:
+        import traceback
+        core.log("error", f"{request.method} {request.path}: {''.join(traceback.format_exception(error))}")
+        response = error_response(ClaudomatorError("internal error; the daemon's log has more"))
+    return response.replace(body=core.redactor.document(response.body))
+
+
+async def call(core: Core, operation: Operation, params: dict) -> dict:
+    """The result of an operation, once what it changed is on disk; what changes something goes on if its caller goes."""
+    import asyncio
+    result = operation.handler(core, params)
+    if not isinstance(result, dict):
+        result = await (result if operation.lasting else asyncio.shield(result))
+    await core.store.durable()
+    return result
+
+
+async def log_response(core: Core, items: object) -> HttpResponse:
+    """A part of a log as it is; the field ``Claudomator-Next-Offset`` says where the next one begins."""
+    texts, offset = [], 0
+    async for item in items:
+        if not isinstance(item, Final):
+            texts.append(item["text"])
+            offset = item["next"]
+    return HttpResponse("".join(texts).encode("utf-8", "surrogateescape"), content_type="text/plain; charset=utf-8",
+                        fields=(("Cache-Control", "no-store"), ("Claudomator-Next-Offset", str(offset))))
+
+
+class EventChunks:
+    """A stream as server-sent events: its items, comments where nothing comes, and ``end`` or ``error`` as the last."""
+
+    def __init__(self, core: Core, operation: Operation, request: object, items: object):
+        self._core, self._operation, self._request, self._items = core, operation, request, items
+        self._ahead, self._execution_id = None, ""
+
+    def _ask(self) -> None:
+        import asyncio
+        self._ahead = asyncio.ensure_future(anext(self._items))
+
+    async def begin(self) -> None:
+        """Start, and raise what is wrong from the beginning."""
+        import asyncio
+        self._ask()
+        await asyncio.wait({self._ahead}, timeout=FIRST_EVENT_S)
+        if self._ahead.done() and isinstance(self._ahead.exception(), ClaudomatorError):
+            raise self._ahead.exception()
+
+    def __aiter__(self) -> EventChunks:
+        return self
+
+    async def __anext__(self) -> bytes:
+        """The next bytes; the client's right to them is looked at each time."""
+        import asyncio
+        if self._ahead is None:
+            raise StopAsyncIteration
+        done, _ = await asyncio.wait({self._ahead}, timeout=KEEP_ALIVE_S)
+        try:
+            authenticate(self._core, self._operation, self._request.headers)
+            if not done:
+                return b": \n\n"
+            item = self._ahead.result()
+        except ClaudomatorError as error:
+            await self.aclose()
+            return b"event: error\n" + self._data(parse_json(error_response(error).body))
+        if isinstance(item, Final):
+            self._ahead = None
+            return b"event: end\n" + self._data(item.result)
+        self._ask()
+        if "text" not in item:
+            return f"id: {item['seq']}\n".encode() + self._data(item)
+        return f"id: {item['execution_id']}:{item['next']}\n".encode() + self._data(item)
+
+    def _data(self, document: object) -> bytes:
+        return b"data: " + self._core.redactor.document(format_json(document).encode()) + b"\n\n"
+
+    async def aclose(self) -> None:
+        """End it; what it waits for is given up."""
+        import asyncio
+        if self._ahead is not None:
+            self._ahead.cancel()
+            await asyncio.wait({self._ahead})
+            self._ahead = None
+        await self._items.aclose()
+
+
 # ---- 27 Daemon -------------------------------------------------------------------------------------------------
 # Puts the parts together and owns the process: the data directory's lock, signals, reload, the way down.
 
@@ -8398,6 +9277,7 @@ class Daemon:
         store = Store(self.config.db_path, self._clock)
         store.attach(loop)
         self.core = Core(self.config, store, self.log)
+        self.log = self.core.log
         self.core.reload = self.reload
         self.pool = Pool(self.core)
         if only_new:
@@ -8462,6 +9342,7 @@ class Daemon:
         if new.data_dir != self.config.data_dir or new.socket_path != self.config.socket_path:
             self.log("warning", "data_dir or socket_path changed: that needs a restart of the daemon")
             new = new.replace(data_dir=self.config.data_dir, own_socket_path=self.config.own_socket_path)
+        self.core.renew_secrets(new)
         self.config = self.core.config = new
         self.core.store.append_event("daemon.reloaded", changed=changed)
         for warning in new.warnings:
@@ -8973,6 +9854,8 @@ def cmd_init(cli: Cli) -> int:
     config = cli.load_config()
     os.makedirs(config.data_dir, mode=0o700, exist_ok=True)
     Store(config.db_path).close()
+    if not config.api_token:
+        own_secret(config.api_token_path)
     found = {"python": sys.version.split()[0], "git": program_version("git"),
              **{kind: program_version(runner_binary(kind, config)) for kind in known_kinds(config)
                 if kind not in ("shell", "local")},
