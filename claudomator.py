@@ -4010,20 +4010,21 @@ def parse_query(text: str) -> list[tuple[str, str]]:
 
 def parse_target(target: bytes) -> tuple[str, list[tuple[str, str]], str]:
     """(path, query, host) of origin-form and absolute-form; host is ``""`` in the first.  Raises ``HttpError``."""
-    # RFC 9112 section 3: "Recipients of an invalid request-line SHOULD respond with either a 400 (Bad Request) error"
-    path, mark, query = target.partition(b"?")
-    if not target or path.translate(None, _PCHAR) or query.translate(None, _PCHAR + b"?"):
+    # RFC 9112 section 3.2: "Recipients of an invalid request-line SHOULD respond with either a 400 (Bad Request)"
+    if target.translate(None, _PCHAR + b"?[]"):
         raise HttpError(400, "the request's target holds characters that no URI may hold; percent-encode them")
-    text, host = path.decode("ascii"), ""
-    if not text.startswith("/"):
+    (path, _, query), host = target.decode("ascii").partition("?"), ""
+    if not path.startswith("/"):
         # RFC 9112 section 3.2.2: "a server MUST accept the absolute-form in requests"
-        scheme, found, rest = text.partition("://")
+        scheme, found, rest = path.partition("://")
         if not found or scheme.lower() not in ("http", "https"):
             raise HttpError(400, "the request's target must be a path or an http URL")
-        host, slash, rest = rest.partition("/")
+        host, _, path = rest.partition("/")
         split_host(host)
-        text = "/" + rest
-    return parse_path(text), parse_query(query.decode("ascii")) if mark else [], host
+        path = "/" + path
+    if "[" in path + query or "]" in path + query:  # only an address may hold them
+        raise HttpError(400, "the request's target holds characters that no URI may hold; percent-encode them")
+    return parse_path(path), parse_query(query), host
 
 
 def parse_fields(lines: list[bytes]) -> dict[str, str]:
@@ -4089,10 +4090,10 @@ def body_length(request: HttpRequest) -> int | None:
     if coding is not None:
         # RFC 9112 section 6.3: a message with both "ought to be handled as an error"; section 6.1: of HTTP/1.0 "the
         # framing is faulty"; section 6.3: not chunked at last, "the server MUST respond with the 400 (Bad Request)"
-        codings = tokens_of(coding)
+        codings = [name.strip(" \t").lower() for name in coding.split(",")]
         if length is not None or request.minor == 0:
             raise HttpError(400, "Transfer-Encoding must not come with Content-Length, nor in HTTP/1.0")
-        if not codings or codings[-1] != "chunked" or codings.count("chunked") > 1:
+        if codings[-1] != "chunked" or codings.count("chunked") > 1:
             raise HttpError(400, "the last transfer coding must be chunked, once")
         if len(codings) > 1:  # RFC 9112 section 6.1: one "it does not understand SHOULD respond with 501"
             raise HttpError(501, "the only transfer coding that is understood here is chunked")
