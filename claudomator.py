@@ -8961,6 +8961,8 @@ class HttpConnection:
         client closes or the time is over.
         """
         self._enter("lingering", LINGER_S)
+        self._release()
+        self._decoder = None
         try:
             self._writer.write(self._encode(error_response(error), "close"))
             self._writer.write_eof()

@@ -67,7 +67,7 @@ class DaemonProcess:
     @property
     def http_address(self):
         """HOST:PORT of the HTTP port of a daemon that was given one (by CLAUDOMATOR_SERVER_ADDR)."""
-        wait_until(lambda: " serves " in self.log(), 20, "listening")
+        wait_until(lambda: "http://" in self.log(), 20, "listening")
         return self.log().rpartition("http://")[2].partition(",")[0]
 
     @property
