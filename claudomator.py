@@ -637,8 +637,10 @@ class Checker:
 CONFIG_KEYS: tuple[Key, ...] = (
     Key("data_dir", "path", "~/.claudomator", "database, executions/, sandboxes/ and the control socket live here"),
     Key("socket_path", "path", "", "the control socket; empty: <data_dir>/claudomator.sock", field="own_socket_path"),
-    Key("server_addr", "address", "127.0.0.1:8484", "HTTP; ':8484' is every interface and wants webhook_secret",
-        active=False),
+    Key("server_addr", "address", "127.0.0.1:8484", "HTTP; empty: no port; ':8484' is every interface and wants"
+        " webhook_secret"),
+    Key("server_names", "strings", (), "more host names under which the HTTP port is reached",
+        example=("ci.example.org",)),
     Key("api_token", "string", "", "the operator's bearer token; empty: the file <data_dir>/api-token", secret=True),
     Key("max_concurrent", "integer >= 1", 3, "how many agents may run at the same time"),
     Key("default_timeout", "duration > 0", "15m", "for tasks that name no timeout"),
@@ -708,7 +710,7 @@ CONFIG_KEYS: tuple[Key, ...] = (
 )
 CONFIG_GROUPS = key_groups(CONFIG_KEYS)
 CONFIG_TOP_NAMES = tuple(dict.fromkeys(_top_name(key.name) for key in CONFIG_KEYS))
-RESTART_KEYS = ("data_dir", "socket_path")  # what a running daemon cannot take over on a reload
+RESTART_KEYS = ("data_dir", "socket_path", "server_addr")  # what a running daemon cannot take over on a reload
 
 
 class AgentSettings(KeyedRecord, keys=CONFIG_GROUPS["agents.*"]):
@@ -745,10 +747,10 @@ class Config(KeyedRecord, keys=CONFIG_GROUPS[""]):
     sandboxes_dir = property(lambda self: f"{self.data_dir}/sandboxes")  # the clones that executions work in
     lock_path = property(lambda self: f"{self.data_dir}/daemon.lock")  # locked: a daemon runs on this data directory
     socket_path = property(lambda self: self.own_socket_path or f"{self.data_dir}/claudomator.sock")
+    agent_socket_path = property(lambda self: f"{self.data_dir}/agent.sock")  # HTTP for sandboxes and containers
 
     api_token_path = property(lambda self: f"{self.data_dir}/api-token")
     agent_key_path = property(lambda self: f"{self.data_dir}/agent-key")  # what the agents' tokens are made with
-    agent_socket_path = property(lambda self: f"{self.data_dir}/agent.sock")  # HTTP for agents
 
     @property
     def secrets(self) -> set[str]:
@@ -906,15 +908,16 @@ def parse_config(document: dict, source: str, home: str) -> Config:
         warnings=tuple(f"{source}: {name} is set, but this version does not use it yet" for name in unused))
 
 
-def parse_config_text(text: str, source: str, home: str) -> Config:
-    """``parse_config`` of a TOML text.  Raises ``InvalidInput`` naming ``source`` and the line of a syntax error."""
+def parse_config_text(text: str, source: str, home: str, told: dict | None = None) -> Config:
+    """``parse_config`` of a TOML text, in which ``told`` overrides keys.  Raises ``InvalidInput`` naming ``source`` and
+    the line of a syntax error."""
     import tomllib
     try:
         document = tomllib.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, a ValueError, says "(at line 3, column 5)"
         words = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise InvalidInput(f"{source}: not TOML: {words}") from None
-    return parse_config(document, source, home)
+    return parse_config({**document, **(told or {})}, source, home)
 
 
 _SAMPLE_NAMES = {"agents.*": "claude", "budgets.project.*": "myrepo", "budgets.agent.*": "claude",
@@ -4071,9 +4074,34 @@ def error_from_wire(body: dict) -> ClaudomatorError:
 
 
 # ---- 14 HTTP wire (pure) ---------------------------------------------------------------------------------------
-# What the router answers with.
+# HTTP/1.1 as bytes (RFC 9110 semantics, RFC 9112 framing), for a server that would rather refuse a request than guess
+# where it ends: two programs that guess differently is what request smuggling is.  Whatever is wrong with a message is
+# an ``HttpError`` with the status to answer; after it the connection is closed, as nobody knows where the next request
+# begins.  docs/http.md lists the rules and where they are stricter than others'.
 
-HTTP_REASONS = {401: "Unauthorized", 404: "Not Found", 405: "Method Not Allowed", 415: "Unsupported Media Type"}
+MAX_HEAD_BYTES = 1 << 14  # request line and fields; a browser sends 1 KB, a proxy's cookies and tokens 8 KB
+MAX_TARGET_BYTES = 8000  # RFC 9112 section 3: support "request-line lengths of 8000 octets" at least
+MAX_FIELDS = 100  # a browser sends 20
+MAX_BODY_BYTES = 8 << 20  # a task file of that size is accepted, as on the control socket (section 13)
+MAX_CHUNK_LINE = 256  # a chunk's size and extensions; nobody sends extensions
+
+HTTP_REASONS: dict[int, str] = {
+    100: "Continue", 101: "Switching Protocols", 200: "OK", 201: "Created", 202: "Accepted", 204: "No Content",
+    304: "Not Modified", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
+    405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 413: "Content Too Large", 414: "URI Too Long",
+    415: "Unsupported Media Type", 417: "Expectation Failed", 422: "Unprocessable Content", 426: "Upgrade Required",
+    429: "Too Many Requests", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
+    501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported", 507: "Insufficient Storage",
+}
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+_LETTERS, _DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
+_ALNUM = (_LETTERS + _LETTERS.upper() + _DIGITS).encode()
+_TCHAR = b"!#$%&'*+-.^_`|~" + _ALNUM  # RFC 9110 section 5.6.2
+_FIELD_TEXT = b"\t" + bytes(range(0x20, 0x7F)) + bytes(range(0x80, 0x100))  # RFC 9110 section 5.5, with SP and HTAB
+_PCHAR = b"-._~!$&'()*+,;=:@%/" + _ALNUM  # RFC 3986 section 3.3, with "/"
+_HEX = b"0123456789abcdefABCDEF"
+_ONLY_ONCE = ("host", "content-length", "transfer-encoding", "authorization", "origin", "content-type", "expect")
 
 
 class HttpError(ClaudomatorError):
@@ -4084,6 +4112,306 @@ class HttpError(ClaudomatorError):
     def __init__(self, status: int, message: str, *fields: tuple[str, str]):
         super().__init__(message)
         self.http_status, self.code, self.fields = status, HTTP_REASONS[status].lower().replace(" ", "_"), fields
+
+
+class HttpRequest(Record):
+    """A whole request.  ``path`` is decoded and has no ``.``, ``..`` or control character; ``headers`` have lower-case
+    names, values of repeated fields joined by commas; ``minor`` is 1 or 0, of HTTP/1.1 or 1.0; ``host`` is who was
+    asked, ``""`` where a client of HTTP/1.0 does not say; ``keep_alive``: whether the client wants to ask more."""
+
+    method: str
+    target: str
+    path: str
+    query: list[tuple[str, str]]
+    minor: int
+    headers: dict[str, str]
+    host: str
+    keep_alive: bool
+    body: bytes = b""
+
+
+def tokens_of(value: str) -> list[str]:
+    """The elements of a comma-separated field, in lower case, without empty ones (RFC 9110 section 5.6.1)."""
+    return [token for token in (part.strip(" \t").lower() for part in value.split(",")) if token]
+
+
+def split_host(text: str) -> tuple[str, str]:
+    """(name, port) of ``uri-host [":" port]`` in lower case, an IPv6 address without brackets.  Raises ``HttpError``.
+
+    Source: RFC 9110 section 7.2; of the names of RFC 3986 only those that DNS can hold.
+    """
+    text = text.lower()
+    if text.startswith("["):
+        name, end, rest = text[1:].partition("]")
+        sound = end and name and not name.strip(_DIGITS + "abcdef:.") and rest[:1] in ("", ":")
+        port = rest[1:]
+    else:
+        name, _, port = text.partition(":")
+        sound = name and not name.strip(_LETTERS + _DIGITS + "-._~")
+    if not sound or port.strip(_DIGITS) or len(port) > 5:
+        raise HttpError(400, "the Host field must be a host name or address and maybe a port")
+    return name, port
+
+
+def unquote(text: str, plus: str = "+") -> str:
+    """Percent-decoded text (RFC 3986 section 2.1), strictly: two hexadecimal digits, UTF-8, no control character.
+
+    ``plus`` is what a ``+`` means.  Raises ``HttpError``.
+    """
+    text = text.replace("+", plus)
+    if "%" not in text:
+        return text
+    first, *others = text.encode("ascii").split(b"%")
+    try:
+        if any(len(part) < 2 or part[:2].translate(None, _HEX) for part in others):
+            raise ValueError
+        decoded = (first + b"".join(bytes.fromhex(part[:2].decode()) + part[2:] for part in others)).decode("utf-8")
+    except ValueError:
+        raise HttpError(400, "a % in the target must be followed by two hexadecimal digits, and make UTF-8") from None
+    if any(char < " " or char == "\x7f" for char in decoded):
+        raise HttpError(400, "the target must not hold control characters, not even encoded ones")
+    return decoded
+
+
+def parse_path(text: str) -> str:
+    """The decoded path.  A dot segment is refused and not resolved: no client of good will sends one, and who checked
+    the path before us may have resolved it otherwise.  Raises ``HttpError``."""
+    segments = [unquote(segment) for segment in text.split("/")]
+    if any(segment in (".", "..") or "/" in segment or "\\" in segment for segment in segments):
+        raise HttpError(400, "the path must not hold . or .. segments, nor an encoded slash, nor a backslash")
+    return "/".join(segments)
+
+
+def parse_query(text: str) -> list[tuple[str, str]]:
+    """The pairs of a query in their order, as HTML forms write them (``+`` is a space).  Raises ``HttpError``."""
+    pairs = (piece.partition("=") for piece in text.split("&") if piece)
+    return [(unquote(name, " "), unquote(value, " ")) for name, _, value in pairs]
+
+
+def parse_target(target: bytes) -> tuple[str, list[tuple[str, str]], str]:
+    """(path, query, host) of origin-form and absolute-form; host is ``""`` in the first.  Raises ``HttpError``."""
+    # RFC 9112 section 3.2: "Recipients of an invalid request-line SHOULD respond with either a 400 (Bad Request)"
+    if target.translate(None, _PCHAR + b"?[]"):
+        raise HttpError(400, "the request's target holds characters that no URI may hold; percent-encode them")
+    (path, _, query), host = target.decode("ascii").partition("?"), ""
+    if not path.startswith("/"):
+        # RFC 9112 section 3.2.2: "a server MUST accept the absolute-form in requests"
+        scheme, found, rest = path.partition("://")
+        if not found or scheme.lower() not in ("http", "https"):
+            raise HttpError(400, "the request's target must be a path or an http URL")
+        host, _, path = rest.partition("/")
+        split_host(host)
+        path = "/" + path
+    if "[" in path + query or "]" in path + query:  # only an address may hold them
+        raise HttpError(400, "the request's target holds characters that no URI may hold; percent-encode them")
+    return parse_path(path), parse_query(query), host
+
+
+def parse_fields(lines: list[bytes]) -> dict[str, str]:
+    """The fields of header or trailer lines, names in lower case.  Raises ``HttpError``."""
+    if len(lines) > MAX_FIELDS:
+        raise HttpError(431, f"a request may have {MAX_FIELDS} fields at most")
+    fields: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        # RFC 9112 section 5.1: "No whitespace is allowed between the field name and colon ... A server MUST reject,
+        # with a response status code of 400 (Bad Request), any received request message that contains" such; section
+        # 5.2: "A server that receives an obs-fold in a request message ... MUST either reject the message by sending a
+        # 400": a folded line begins with a space, which is no tchar.
+        if not colon or not name or name.translate(None, _TCHAR):
+            raise HttpError(400, "each header line must be NAME: VALUE, without a space before the colon or a fold")
+        key, text = name.decode("ascii").lower(), value.strip(b" \t").decode("latin-1")
+        if key in fields:
+            if key in _ONLY_ONCE:
+                raise HttpError(400, f"the field {key} may stand in a request only once")
+            text = f"{fields[key]}, {text}"  # RFC 9110 section 5.3
+        fields[key] = text
+    return fields
+
+
+def parse_head(head: bytes) -> HttpRequest:
+    """The request without its body, of a head without its last empty line.  Raises ``HttpError``."""
+    lines = head.split(b"\r\n")
+    # RFC 9112 section 2.2: "A recipient of such a bare CR MUST consider that element to be invalid"; a bare LF MAY end
+    # a line, and is refused here like every other control character (RFC 9110 section 5.5).
+    if b"".join(lines).translate(None, _FIELD_TEXT):
+        raise HttpError(400, "the head holds a control character, or a CR or LF that is no line's end")
+    method, target, version, *more = (*lines[0].split(b" "), b"", b"")
+    if len(more) != 2 or not method or method.translate(None, _TCHAR):
+        raise HttpError(400, "the request line must be METHOD TARGET HTTP/1.1, with single spaces")
+    if len(target) > MAX_TARGET_BYTES:
+        raise HttpError(414, f"a target may have {MAX_TARGET_BYTES} bytes at most")
+    if version not in (b"HTTP/1.1", b"HTTP/1.0"):
+        digits = version[5:8:2]
+        known = version.startswith(b"HTTP/") and len(version) == 8 and version[6:7] == b"." and digits.isdigit()
+        raise HttpError(505 if known else 400, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+    path, query, host = parse_target(target)
+    headers, minor = parse_fields(lines[1:]), int(version == b"HTTP/1.1")
+    # RFC 9112 section 3.2: "A server MUST respond with a 400 (Bad Request) status code to any HTTP/1.1 request message
+    # that lacks a Host header field and to any request message that contains more than one Host header field line or a
+    # Host header field with an invalid field value."
+    if "host" in headers:
+        split_host(headers["host"])
+    elif minor:
+        raise HttpError(400, "a request of HTTP/1.1 must have a Host field")
+    # RFC 9112 section 9.3: close wins; persistent by default in HTTP/1.1, by "keep-alive" in HTTP/1.0
+    wishes = tokens_of(headers["connection"]) if "connection" in headers else ()
+    keep_alive = "close" not in wishes and (minor == 1 or "keep-alive" in wishes)
+    # RFC 9112 section 3.2.2: an absolute-form's host counts, "the server MUST ignore the received Host header field"
+    return HttpRequest(method.decode("ascii"), target.decode("ascii"), path, query, minor, headers,
+                       host or headers.get("host", ""), keep_alive, b"")
+
+
+def body_length(request: HttpRequest) -> int | None:
+    """How many bytes of body follow a head, ``None`` where they come in chunks.  Raises ``HttpError``."""
+    length, coding = request.headers.get("content-length"), request.headers.get("transfer-encoding")
+    if "expect" in request.headers and request.headers["expect"].lower() != "100-continue":
+        raise HttpError(417, "the only expectation that is met here is 100-continue")  # RFC 9110 section 10.1.1
+    if coding is not None:
+        # RFC 9112 section 6.3: a message with both "ought to be handled as an error"; section 6.1: of HTTP/1.0 "the
+        # framing is faulty"; section 6.3: not chunked at last, "the server MUST respond with the 400 (Bad Request)"
+        codings = [name.strip(" \t").lower() for name in coding.split(",")]
+        if length is not None or request.minor == 0:
+            raise HttpError(400, "Transfer-Encoding must not come with Content-Length, nor in HTTP/1.0")
+        if codings[-1] != "chunked" or codings.count("chunked") > 1:
+            raise HttpError(400, "the last transfer coding must be chunked, once")
+        if len(codings) > 1:  # RFC 9112 section 6.1: one "it does not understand SHOULD respond with 501"
+            raise HttpError(501, "the only transfer coding that is understood here is chunked")
+        return None
+    if length is None:
+        return 0  # RFC 9112 section 6.3, number 7
+    if not (length.isascii() and length.isdigit()):  # ``int`` would take +5, 1_0 and other scripts' digits
+        raise HttpError(400, "Content-Length must be a decimal number")
+    if len(length) > 19 or int(length) > MAX_BODY_BYTES:
+        raise HttpError(413, f"a request's body may have {MAX_BODY_BYTES} bytes at most")
+    return int(length)
+
+
+class RequestDecoder:
+    """Cuts one connection's bytes into requests.
+
+    ``feed`` bytes, then ``take``: a whole ``HttpRequest``, or ``None`` for need more, or ``HttpError``; after an error
+    the rest of the stream means nothing.  What follows a request stays for the next ``take``.
+    """
+
+    def __init__(self) -> None:
+        self._buffer, self._scanned = bytearray(), 0  # so many bytes of it hold no head's end
+        self._head: HttpRequest | None = None
+        self._body, self._left = bytearray(), 0  # ``_left``: bytes to come, or allowed
+        self._step = self._read_head
+
+    def feed(self, data: bytes) -> None:
+        """Add what came."""
+        self._buffer += data
+
+    def take(self) -> HttpRequest | None:
+        """The next request if it is whole.  Raises ``HttpError``."""
+        while self._step():
+            if self._step == self._read_head:
+                request, self._head, body, self._body = self._head, None, self._body, bytearray()
+                return request.replace(body=bytes(body)) if body else request
+        return None
+
+    @property
+    def wanted(self) -> int:
+        """How many bytes can be read without reading beyond the request whose head was taken: at least 1."""
+        held = len(self._buffer)
+        if self._step == self._read_sized:
+            return self._left
+        if self._step == self._read_chunk:
+            return self._left + len("\r\n0\r\n\r\n") - held
+        return max(1, (len("0\r\n\r\n") if self._step == self._read_chunk_size else len("\r\n")) - held)
+
+    @property
+    def expects_continue(self) -> bool:
+        """Whether the client waits for ``CONTINUE`` before it sends the body (RFC 9110 section 10.1.1: of a client of
+        HTTP/1.0 it is ignored, and it may be omitted where some of the body has come)."""
+        return bool(self._head and self._head.minor and "expect" in self._head.headers
+                    and not self._body and not self._buffer)
+
+    def _read_head(self) -> bool:
+        buffer = self._buffer
+        # RFC 9112 section 2.2: "ignore at least one empty line (CRLF) received prior to the request-line"
+        start = 2 if buffer.startswith(b"\r\n") else 0
+        end = buffer.find(b"\r\n\r\n", max(start, self._scanned))
+        if (end if end >= 0 else len(buffer) - 4) - start > MAX_HEAD_BYTES - 4:
+            line_ends = buffer.find(b"\r\n", start, start + MAX_TARGET_BYTES + 100) >= 0
+            raise HttpError(431, f"a request's head may have {MAX_HEAD_BYTES} bytes at most") if line_ends else \
+                HttpError(414, f"a target may have {MAX_TARGET_BYTES} bytes at most")
+        if end < 0:
+            self._scanned = max(start, len(buffer) - 3)
+            return False
+        head = parse_head(bytes(buffer[start:end]))
+        del buffer[:end + 4]
+        self._head, self._scanned, length = head, 0, body_length(head)
+        if length != 0:
+            self._left, self._step = length or 0, self._read_chunk_size if length is None else self._read_sized
+        return True
+
+    def _read_sized(self) -> bool:
+        self._move()
+        if self._left:
+            return False
+        self._step = self._read_head
+        return True
+
+    def _move(self) -> None:
+        """Bytes from the buffer into the body, as many as belong there."""
+        piece = self._buffer[:self._left]
+        del self._buffer[:self._left]
+        self._body += piece
+        self._left -= len(piece)
+
+    def _line(self, limit: int) -> bytes | None:
+        """The next line of the buffer without its end, ``None`` if it is not whole."""
+        end = self._buffer.find(b"\r\n", 0, limit + 2)
+        if end < 0:
+            if len(self._buffer) >= limit + 2:
+                raise HttpError(400, "a line between the chunks of the body is too long")
+            return None
+        line = bytes(self._buffer[:end])
+        del self._buffer[:end + 2]
+        if line.translate(None, _FIELD_TEXT):
+            raise HttpError(400, "a line between the chunks of the body holds a control character")
+        return line
+
+    def _read_chunk_size(self) -> bool:
+        line = self._line(MAX_CHUNK_LINE)
+        if line is None:
+            return False
+        # RFC 9112 section 7.1: chunk-size is 1*HEXDIG, and "recipients MUST anticipate potentially large hexadecimal
+        # numerals"; section 7.1.1: "A recipient MUST ignore unrecognized chunk extensions"
+        digits = line.partition(b";")[0]
+        if not digits or digits.translate(None, _HEX):
+            raise HttpError(400, "a chunk must begin with its size in hexadecimal digits")
+        if len(digits) > 8 or len(self._body) + int(digits, 16) > MAX_BODY_BYTES:
+            raise HttpError(413, f"a request's body may have {MAX_BODY_BYTES} bytes at most")
+        self._left = int(digits, 16)
+        self._step = self._read_chunk
+        if not self._left:
+            self._left, self._step = MAX_HEAD_BYTES, self._read_trailer
+        return True
+
+    def _read_chunk(self) -> bool:
+        self._move()
+        if self._left or len(self._buffer) < 2:
+            return False
+        if not self._buffer.startswith(b"\r\n"):
+            raise HttpError(400, "a chunk is longer than it said")
+        del self._buffer[:2]
+        self._step = self._read_chunk_size
+        return True
+
+    def _read_trailer(self) -> bool:
+        line = self._line(self._left)
+        if line is None:
+            return False
+        if line:
+            parse_fields([line])  # RFC 9110 section 6.5.1: trailer fields may be discarded
+            self._left = max(0, self._left - len(line) - 2)
+        else:
+            self._step = self._read_head
+        return True
 
 
 class HttpResponse(Record):
@@ -4103,6 +4431,53 @@ class HttpStream(Record):
     fields: tuple[tuple[str, str], ...] = ()
 
 
+class HttpUpgrade(Record):
+    """``await run(reader, writer)`` takes the connection over: it answers with ``encode_head(101, ...)`` and speaks
+    another protocol.  It is cancelled when the server stops; the connection is closed after it."""
+
+    run: object
+
+
+# What every answer says: its type is its type, no other site may embed it, nothing of it is to be kept.
+COMMON_FIELDS = (("X-Content-Type-Options", "nosniff"), ("Cross-Origin-Resource-Policy", "same-origin"),
+                 ("Referrer-Policy", "no-referrer"))
+
+
+def encode_head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
+    """A status line and header lines.  Raises ``ValueError`` where a field would break out of its line."""
+    lines = [f"HTTP/1.1 {status} {HTTP_REASONS[status]}"]
+    for name, value in fields:
+        if not (value.isascii() and value.isprintable() and name.isascii() and name.replace("-", "").isalnum()):
+            raise ValueError(f"the header field {name!r} holds what none may hold: {value!r}")
+        lines.append(f"{name}: {value}")
+    lines.append("\r\n")
+    return "\r\n".join(lines).encode("ascii")
+
+
+def encode_response(response: HttpResponse, date: str, head_only: bool = False, connection: str = "") -> bytes:
+    """The bytes of an answer.  ``connection``: ``close``, ``keep-alive`` (to a client of HTTP/1.0) or nothing."""
+    fields = [("Date", date), *COMMON_FIELDS, *response.fields]
+    # RFC 9110 section 8.6: no Content-Length in an answer of 1xx or 204; one of 304 needs none
+    if response.status not in (204, 304):
+        fields += [("Content-Type", response.content_type), ("Content-Length", str(len(response.body)))]
+    if connection:
+        fields.append(("Connection", connection))
+    head = encode_head(response.status, fields)
+    return head if head_only or response.status in (204, 304) else head + response.body
+
+
+def encode_stream_head(stream: HttpStream, date: str, chunked: bool) -> bytes:
+    """The head of an answer without a length; ``chunked`` shows a client of HTTP/1.1 whether it saw all of it."""
+    framing = [("Transfer-Encoding", "chunked")] * chunked + [("Connection", "close")]
+    return encode_head(200, [("Date", date), *COMMON_FIELDS, ("Cache-Control", "no-store"), *stream.fields,
+                             ("Content-Type", stream.content_type), *framing])
+
+
+def encode_chunk(piece: bytes) -> bytes:
+    """A chunk (RFC 9112 section 7.1); an empty one ends the body."""
+    return b"%x\r\n%b\r\n" % (len(piece), piece)
+
+
 def json_response(document: object, status: int = 200, fields: tuple[tuple[str, str], ...] = ()) -> HttpResponse:
     """A JSON document as an answer that nobody keeps."""
     return HttpResponse(format_json(document).encode(), status, "application/json",
@@ -4115,6 +4490,46 @@ def error_response(error: ClaudomatorError) -> HttpResponse:
     if problems := error.data.get("problems"):
         body["problems"] = problems
     return json_response({"error": body}, error.http_status, getattr(error, "fields", ()))
+
+
+def http_date(unix_s: float) -> str:
+    """``Sun, 06 Nov 1994 08:49:37 GMT`` (RFC 9110 section 5.6.7)."""
+    days, rest = divmod(int(unix_s), 86400)
+    year, month, day = civil_from_days(days)
+    week_day = ("Thu", "Fri", "Sat", "Sun", "Mon", "Tue", "Wed")[days % 7]
+    name = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()[month - 1]
+    return f"{week_day}, {day:02} {name} {year:04} {rest // 3600:02}:{rest // 60 % 60:02}:{rest % 60:02} GMT"
+
+
+def etag_matches(if_none_match: str, etag: str) -> bool:
+    """Whether a client has this version (RFC 9110 section 13.1.2: weak comparison; ``*`` is any)."""
+    held = [tag.strip(" \t").removeprefix("W/") for tag in if_none_match.split(",")]
+    return held == ["*"] or etag.removeprefix("W/") in held
+
+
+def host_allowed(host: str, names: Iterable[str]) -> bool:
+    """Whether a request for this host was meant for this server: loopback, or one of ``names``.
+
+    A page of another site can make its own name lead to 127.0.0.1 (DNS rebinding), and is then "same origin" to the
+    browser; but its name stands in Host.
+    """
+    name, parts = split_host(host)[0], split_host(host)[0].split(".")
+    loopback = len(parts) == 4 and parts[0] == "127" and all(map(str.isdigit, parts))
+    return loopback or name in ("localhost", "::1") or name.endswith(".localhost") or name in names
+
+
+def origin_allowed(origin: str | None, host: str) -> bool:
+    """Whether a browser's page of ``origin`` may change something or open a WebSocket here: only a page of this very
+    host and port.  Who sends no Origin is no page of another site (RFC 6454 section 7.3)."""
+    if not origin:
+        return True
+    scheme, _, authority = origin.partition("://")
+    default = {"http": "80", "https": "443"}.get(scheme.lower())
+    try:
+        (theirs, their_port), (ours, our_port) = split_host(authority), split_host(host)
+    except HttpError:
+        return False
+    return default is not None and (theirs, their_port or default) == (ours, our_port or default)
 
 
 # ---- 16 Runners (pure) -----------------------------------------------------------------------------------------
@@ -9003,33 +9418,10 @@ class ControlServer:
         return True
 
     async def listen(self, path: str) -> None:
-        """Bind and listen; the socket is 0600 in a 0700 directory, and what a dead daemon left is taken over.
-
-        Raises ``StorageError`` where it cannot, ``WrongState`` where somebody listens there.
-        """
+        """Bind and listen.  Raises as ``bind_unix_socket``."""
         import asyncio
-        import errno
-        import socket
-        import stat
         self.loop = asyncio.get_running_loop()
-        try:
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            listener.setblocking(False)
-            with short_socket_path(path) as address:
-                if os.path.lexists(path):
-                    if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                        raise StorageError(f"{path} is no socket; move it away, or set another socket_path")
-                    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                        probe.setblocking(False)
-                        if probe.connect_ex(address) != errno.ECONNREFUSED:
-                            raise WrongState(f"another program listens on {path}; set another socket_path")
-                    os.unlink(path)
-                listener.bind(address)
-            os.chmod(path, 0o600)
-        except OSError as error:
-            raise StorageError(f"cannot listen on the control socket {path}: {error}") from error
-        self._path = path
+        listener, self._path = bind_unix_socket(path, "control socket", "socket_path"), path
         kind = type("Connection", (ControlConnection, asyncio.BufferedProtocol), {})  # not above: asyncio comes late
         self._server = await self.loop.create_unix_server(lambda: kind(self), sock=listener, backlog=MAX_CONNECTIONS)
 
@@ -9043,6 +9435,32 @@ class ControlServer:
                 os.unlink(self._path)
             except OSError:
                 pass
+
+
+def bind_unix_socket(path: str, what: str, setting: str) -> Any:
+    """A socket bound to ``path``, 0600 in a 0700 directory; what a dead daemon left is taken over.  ``setting`` is the
+    key to change.  Raises ``StorageError`` where it cannot, ``WrongState`` where somebody listens there."""
+    import errno
+    import socket
+    import stat
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.setblocking(False)
+        with short_socket_path(path) as address:
+            if os.path.lexists(path):
+                if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                    raise StorageError(f"{path} is no socket; move it away, or set another {setting}")
+                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                    probe.setblocking(False)
+                    if probe.connect_ex(address) != errno.ECONNREFUSED:
+                        raise WrongState(f"another program listens on {path}; set another {setting}")
+                os.unlink(path)
+            listener.bind(address)
+        os.chmod(path, 0o600)
+    except OSError as error:
+        raise StorageError(f"cannot listen on the {what} {path}: {error}") from error
+    return listener
 
 
 class short_socket_path:
@@ -9066,7 +9484,408 @@ class short_socket_path:
 
 
 # ---- 26 HTTP server --------------------------------------------------------------------------------------------
-# The operations over HTTP.
+# The thin shell round section 14, on asyncio's streams: it reads no more than one request at a time, so that what a
+# client sends beyond it waits in bounded buffers, and writes each answer at once.  A client can only hurt itself: each
+# phase of an exchange has its time, kept by one timer per connection that is moved only when it fires.
+
+MAX_HTTP_CONNECTIONS = 2048  # beyond that, or half of the descriptors, the longest idle one is closed
+MAX_HELD_BODIES = 64 << 20  # bytes of request bodies held for all connections together
+HTTP_BACKLOG = 128  # connections that the kernel holds until they are accepted
+IDLE_S = 75.0  # between requests; browsers keep a connection for one to five minutes
+HEAD_S = 10.0  # from the first byte of a request to the end of its head
+BODY_S = 60.0  # for a body
+WRITE_S = 30.0  # for the client to take an answer, or a piece of a stream
+LINGER_S = 2.0  # how long a refused client is listened to (RFC 9112 section 9.6)
+CLOSE_S = 5.0  # how long the answers under way may take when the server stops
+
+
+class HttpConnection:
+    """One client.  ``names``: the address it reached, or ``None`` on a Unix socket."""
+
+    def __init__(self, server: HttpServer, reader, writer):
+        import asyncio
+        import socket
+        self._server, self._reader, self._writer = server, reader, writer
+        self._transport, self._loop, self.task = writer.transport, server.loop, asyncio.current_task()
+        is_unix, nowhere = writer.get_extra_info("socket").family == socket.AF_UNIX, ("",)
+        self.names = None if is_unix else (writer.get_extra_info("sockname") or nowhere)[:1]
+        self.peer = "unix" if is_unix else (writer.get_extra_info("peername") or nowhere)[0]
+        self._decoder, self._held = RequestDecoder(), 0  # bytes of a body
+        self.phase, self.since, self._deadline, self._timer = "", 0.0, 0.0, None
+        self._turn_ends = self._loop.time() + TURN_S
+        self._transport.max_size = READ_SIZE  # asyncio's own, 256 KiB, are allocated anew for each read
+        self._transport.set_write_buffer_limits(high=0)  # ``drain`` waits until all has left
+
+    def _enter(self, phase: str, limit_s: float | None) -> None:
+        """Begin a phase of the exchange, which may take so long."""
+        self.phase, self.since = phase, self._loop.time()
+        self._deadline = None if limit_s is None else self.since + limit_s
+        if limit_s is not None and (self._timer is None or self._deadline < self._timer.when()):
+            self._arm()
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(self._deadline, self._expire)
+
+    def _expire(self) -> None:
+        """The timer's hour: the phase's time is over, or has been prolonged meanwhile."""
+        self._timer = None
+        if self._deadline is None or self._transport.is_closing() and self.phase != "closing":
+            return
+        if self._loop.time() < self._deadline:
+            self._arm()
+        elif self.phase == "reading":
+            late = HttpError(408, "the request took too long to come")
+            self._writer.write(self._encode(error_response(late), "close"))
+            self.close()
+        elif self.phase == "idle":
+            self._transport.close()
+        else:
+            self._transport.abort()
+
+    def close(self) -> None:
+        """Close it; what is written may still leave."""
+        self._transport.close()
+        self._enter("closing", WRITE_S)
+
+    def stop(self) -> None:
+        """The server stops: nothing more is read, what has no end of its own ends now."""
+        if self.phase in ("idle", "reading"):
+            self.close()
+        elif self.phase == "lasting":
+            self.task.cancel()
+
+    def abort(self) -> None:
+        """Drop it at once."""
+        self._transport.abort()
+        self.task.cancel()
+
+    async def serve(self) -> None:
+        """Exchange after exchange, until one side has enough."""
+        import asyncio
+        try:
+            while await self._exchange():
+                if self._loop.time() > self._turn_ends:  # a client that sends ahead must not hold up the others
+                    await asyncio.sleep(0)
+                    self._turn_ends = self._loop.time() + TURN_S
+        except HttpError as error:
+            await self._refuse(error)
+        except (OSError, asyncio.CancelledError):
+            pass  # the client has left, or the server stops
+        except Exception as error:
+            self._server.log_fault(f"HTTP client {self.peer}", error)
+        finally:
+            self._release()
+            if self._transport.get_write_buffer_size():
+                self.close()
+            else:
+                self._transport.close()
+                self._deadline = None
+                if self._timer is not None:
+                    self._timer.cancel()
+
+    async def _exchange(self) -> bool:
+        """One request and its answer.  Returns whether another may come."""
+        request = await self._read()
+        if request is None:
+            return False
+        self._enter("working", None)
+        answer = await self._server.answer(request, self)
+        if isinstance(answer, HttpUpgrade):
+            self._enter("lasting", None)
+            await answer.run(self._reader, self._writer)
+            return False
+        if isinstance(answer, HttpStream):
+            await self._stream(request, answer)
+            return False
+        keep = request.keep_alive and not self._server.closing
+        connection = ("" if request.minor else "keep-alive") if keep else "close"
+        self._enter("writing", WRITE_S)
+        self._writer.write(self._encode(answer, connection, request.method == "HEAD"))
+        await self._writer.drain()
+        self._release()
+        return keep and not self._server.closing
+
+    async def _read(self) -> HttpRequest | None:
+        """The next request, ``None`` where the client has left or was silent for too long.  Raises ``HttpError``."""
+        import asyncio
+        decoder, reader = self._decoder, self._reader
+        self._enter("idle", IDLE_S)
+        first = await reader.read(1)
+        if not first:
+            return None
+        self._enter("reading", HEAD_S)
+        try:
+            decoder.feed(first + await reader.readuntil(b"\r\n\r\n"))
+        except asyncio.IncompleteReadError:
+            raise HttpError(400, "the request ended before its head did; header lines end with CR LF") from None
+        except asyncio.LimitOverrunError:
+            decoder.feed(first + await reader.read(MAX_HEAD_BYTES))  # enough for the decoder to say what is too long
+        request = decoder.take()
+        if request is None:
+            self._enter("reading", BODY_S)
+            if decoder.expects_continue:
+                self._writer.write(CONTINUE)
+        while request is None:
+            data = await reader.read(min(decoder.wanted, READ_SIZE))
+            if not data:
+                return None
+            self._held += len(data)
+            self._server.held += len(data)
+            if self._server.held > MAX_HELD_BODIES:
+                raise HttpError(503, "too many large requests at the same time; try again soon")
+            decoder.feed(data)
+            request = decoder.take()
+        return request
+
+    def _release(self) -> None:
+        self._server.held -= self._held
+        self._held = 0
+
+    def _encode(self, answer: HttpResponse, connection: str = "", head_only: bool = False) -> bytes:
+        return encode_response(answer, self._server.date(), head_only, connection)
+
+    async def _refuse(self, error: HttpError) -> None:
+        """Answer a request that cannot be read, and close.
+
+        Who closes with unread bytes resets the connection, and the client may never see the answer; so RFC 9112 section
+        9.6: a server first closes "only the write side", and "then continues to read from the connection until" the
+        client closes or the time is over.
+        """
+        self._enter("lingering", LINGER_S)
+        self._release()
+        self._decoder = None
+        try:
+            self._writer.write(self._encode(error_response(error), "close"))
+            self._writer.write_eof()
+            while await self._reader.read(READ_SIZE):
+                pass
+        except OSError:
+            pass
+
+    async def _stream(self, request: HttpRequest, stream: HttpStream) -> None:
+        """Send pieces as they come, until they end or the client leaves."""
+        chunked, ended = request.minor == 1, False
+        self._enter("lasting", None)
+        watch = self._loop.create_task(self._until_left())
+        try:
+            self._writer.write(encode_stream_head(stream, self._server.date(), chunked))
+            if request.method != "HEAD":
+                async for piece in stream.chunks:
+                    if piece:
+                        self._writer.write(encode_chunk(piece) if chunked else piece)
+                        self._enter("lasting", WRITE_S)
+                        await self._writer.drain()
+                        self._enter("lasting", None)
+                if chunked:
+                    self._writer.write(encode_chunk(b""))
+            ended = True
+        except OSError:
+            pass
+        except Exception as error:
+            self._server.log_fault(f"{request.method} {request.path}", error)
+        finally:
+            watch.cancel()
+            await stream.chunks.aclose()
+            if not ended:
+                self._transport.abort()  # a client must not take a part for the whole
+
+    async def _until_left(self) -> None:
+        """Read on for as long as a stream lasts, to see the client leave; what it still says counts for nothing."""
+        try:
+            while await self._reader.read(READ_SIZE):
+                pass
+        except OSError:
+            pass
+        self.task.cancel()
+
+
+class HttpServer:
+    """Listens on TCP and on a Unix socket.
+
+    ``handle(request, peer)`` returns, or is a coroutine that returns, an ``HttpResponse``, ``HttpStream`` or
+    ``HttpUpgrade``, or raises a ``ClaudomatorError``; ``peer`` is the client's address, or ``unix``.  ``names`` are
+    host names under which the server may be asked for beside its own address and those of the loopback.
+    """
+
+    def __init__(self, log, names: Iterable[str] = ()):
+        self.log, self._bound = log, ()  # the host of ``server_addr``, which may be a name
+        self.set_names(names)
+        self.loop = self.handle = None
+        self.connections: set[HttpConnection] = set()
+        self.addresses: list[str] = []  # "127.0.0.1:8484", as bound
+        self.closing, self.held = False, 0
+        self._most = max(16, min(MAX_HTTP_CONNECTIONS, os.sysconf("SC_OPEN_MAX") // 2))
+        self._listeners, self._servers, self._path = [], [], None
+        self._date = (0, "")
+
+    def set_names(self, names: Iterable[str]) -> None:
+        """Further host names under which the server may be asked for."""
+        self.names = (*(name.lower() for name in names), *self._bound)
+
+    def bind_tcp(self, address: str) -> None:
+        """Listen on the addresses of ``HOST:PORT``; clients wait until ``start``.  Raises ``WrongState`` where the
+        port is in use, ``StorageError`` where it cannot be had."""
+        import errno
+        import socket
+        host, port = split_address(address)
+        fault = None
+        try:
+            places = socket.getaddrinfo(host.encode() or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        except OSError as error:  # ``encode``: of a str, Python would import the codec of foreign names
+            places, fault = [], error
+        for family, kind, protocol, _, place in places:
+            try:
+                listener = socket.socket(family, kind, protocol)
+                self._listeners.append(listener)
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                listener.bind((place[0], port, *place[2:]))
+                listener.listen(HTTP_BACKLOG)
+            except OSError as error:
+                self._listeners.pop().close()
+                if error.errno == errno.EADDRINUSE:
+                    raise WrongState(f"server_addr {address!r}: another program listens on this port; set another "
+                                     'server_addr, or server_addr = "" for no HTTP port') from None
+                fault = error  # such as ::1 of localhost on a machine without IPv6
+                continue
+            port = listener.getsockname()[1]
+            self.addresses.append(f"[{place[0]}]:{port}" if ":" in place[0] else f"{place[0]}:{port}")
+        if not self.addresses:
+            raise StorageError(f"cannot listen on server_addr {address!r}: {fault}; set another server_addr")
+        self._bound = (host.lower(),)
+        self.set_names(self.names)
+
+    def bind_unix(self, path: str) -> None:
+        """Listen on a Unix socket, 0600; what a dead daemon left is taken over.  Raises as ``bind_unix_socket``."""
+        self._listeners.append(bind_unix_socket(path, "agents' socket", "data_dir"))
+        self._path = path
+
+    async def start(self, handle) -> None:
+        """Begin to serve."""
+        import asyncio
+        import socket
+        self.loop, self.handle = asyncio.get_running_loop(), handle
+        for listener in self._listeners:
+            start = asyncio.start_unix_server if listener.family == socket.AF_UNIX else asyncio.start_server
+            server = await start(self._connected, sock=listener, limit=MAX_HEAD_BYTES, backlog=HTTP_BACKLOG)
+            self._servers.append(server)
+
+    async def _connected(self, reader, writer) -> None:
+        connection = HttpConnection(self, reader, writer)
+        if len(self.connections) >= self._most:
+            idle = [other for other in self.connections if other.phase == "idle"]
+            if not idle:
+                writer.write(encode_response(error_response(HttpError(503, "too many connections; close some")),
+                                             self.date(), connection="close"))
+                return connection.close()
+            silent = min(idle, key=lambda other: other.since)
+            self.connections.discard(silent)
+            silent.close()
+        self.connections.add(connection)
+        try:
+            await connection.serve()
+        finally:
+            self.connections.discard(connection)
+
+    async def answer(self, request: HttpRequest, connection: HttpConnection) -> object:
+        """What ``handle`` answers; every error becomes an answer."""
+        try:
+            if connection.names is not None and request.host \
+                    and not host_allowed(request.host, (*connection.names, *self.names)):
+                raise Forbidden(f"this server is not {split_host(request.host)[0]!r}; if it shall be, add the name to "
+                                "server_names in the configuration")
+            changing = request.method not in ("GET", "HEAD") or "upgrade" in request.headers
+            if changing and not origin_allowed(request.headers.get("origin"), request.host):
+                raise Forbidden("pages of other sites may not do this")
+            answer = self.handle(request, connection.peer)
+            return await answer if hasattr(answer, "__await__") else answer
+        except ClaudomatorError as error:
+            return error_response(error)
+        except Exception as error:
+            self.log_fault(f"{request.method} {request.path}", error)
+            return error_response(ClaudomatorError(f"internal error: {error!r}; the daemon's log has more"))
+
+    def log_fault(self, what: str, error: Exception) -> None:
+        """A fault of the program itself, with its traceback."""
+        import traceback
+        self.log("error", f"{what}: {''.join(traceback.format_exception(error))}")
+
+    def date(self) -> str:
+        """The time as HTTP writes it."""
+        now = int(time.time())
+        if now != self._date[0]:
+            self._date = now, http_date(now)
+        return self._date[1]
+
+    async def close(self, grace_s: float = CLOSE_S) -> None:
+        """Take no more clients, close the idle ones, let answers under way be written within ``grace_s``."""
+        import asyncio
+        self.closing = True
+        for listener in (*self._servers, *self._listeners):
+            listener.close()
+        if self._path is not None:
+            try:
+                os.unlink(self._path)
+            except OSError:
+                pass
+        for connection in tuple(self.connections):
+            connection.stop()
+        for last_s in (grace_s, 1.0):
+            if tasks := [connection.task for connection in self.connections]:
+                await asyncio.wait(tasks, timeout=last_s)
+            for connection in tuple(self.connections):
+                connection.abort()
+
+
+WEB_ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "web")
+MAX_FILE_BYTES = 16 << 20  # of a file of the page; it is read at once
+CONTENT_TYPES: dict[str, str] = {
+    "html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8",
+    "json": "application/json", "webmanifest": "application/manifest+json", "svg": "image/svg+xml", "png": "image/png",
+    "ico": "image/x-icon", "woff2": "font/woff2", "txt": "text/plain; charset=utf-8",
+}
+# The page runs its own files and nothing else: no inline script, no other site's, in nobody's frame.
+PAGE_FIELDS = (
+    ("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+     "font-src 'self'; connect-src 'self'; manifest-src 'self'; worker-src 'self'; base-uri 'none'; "
+     "form-action 'none'; frame-ancestors 'none'"),
+    ("X-Frame-Options", "DENY"), ("Cross-Origin-Opener-Policy", "same-origin"),
+    ("Cache-Control", "no-cache"),  # ask each time, by ETag: a new version of the daemon has a new page
+)
+
+
+def serve_file(root: str, request: HttpRequest) -> HttpResponse:
+    """A file below ``root``; ``/`` is ``index.html``.  Hidden files, and links that lead out, are not there.
+
+    Raises ``NotFound``, ``HttpError``.
+    """
+    import stat
+    if request.method not in ("GET", "HEAD"):
+        raise HttpError(405, f"{request.path} can only be read", ("Allow", "GET, HEAD"))
+    name = request.path[1:] or "index.html"
+    missing = NotFound(f"there is no {request.path} here")
+    if any(part.startswith(".") or not part for part in name.split("/")):
+        raise missing
+    root = os.path.realpath(root)
+    path = os.path.realpath(os.path.join(root, name))
+    if not path.startswith(root + "/"):
+        raise missing
+    try:
+        with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+            facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_FILE_BYTES:
+                raise missing
+            etag = f'"{facts.st_mtime_ns:x}-{facts.st_size:x}-{facts.st_ino:x}"'
+            fields = (*PAGE_FIELDS, ("ETag", etag))
+            if etag_matches(request.headers.get("if-none-match", ""), etag):
+                return HttpResponse(status=304, fields=fields)
+            content_type = CONTENT_TYPES.get(name.rpartition(".")[2], "application/octet-stream")
+            return HttpResponse(file.read(MAX_FILE_BYTES), 200, content_type, fields)
+    except (OSError, ValueError):
+        raise missing from None
 
 
 # -- who asks for what: from a request to an operation, and from its result to an answer
@@ -9204,6 +10023,11 @@ class EventChunks:
         await self._items.aclose()
 
 
+async def answer_http(core: Core, request: HttpRequest) -> HttpResponse | HttpStream:
+    """What the daemon serves: the operations below ``/api/``, and the page."""
+    return await handle_api(core, request) if request.path.startswith("/api/") else serve_file(WEB_ROOT, request)
+
+
 # ---- 27 Daemon -------------------------------------------------------------------------------------------------
 # Puts the parts together and owns the process: the data directory's lock, signals, reload, the way down.
 
@@ -9258,7 +10082,7 @@ class Daemon:
 
     def __init__(self, config: Config, load_config=None, log=stderr_log, clock=time.time):
         self.config, self._load_config, self.log, self._clock = config, load_config, log, clock
-        self.core = self.pool = self.server = None
+        self.core = self.pool = self.server = self.http = None
         self._lock = -1
         self._stop = None
 
@@ -9274,10 +10098,14 @@ class Daemon:
         loop = asyncio.get_running_loop()
         self._stop = loop.create_future()
         self._lock = lock_data_dir(self.config)
+        self.http = HttpServer(self.log, self.config.server_names)
+        if self.config.server_addr:
+            self.http.bind_tcp(self.config.server_addr)  # before anything is dispatched: the port may be in use
+        self.http.bind_unix(self.config.agent_socket_path)
         store = Store(self.config.db_path, self._clock)
         store.attach(loop)
         self.core = Core(self.config, store, self.log)
-        self.log = self.core.log
+        self.log = self.http.log = self.core.log
         self.core.reload = self.reload
         self.pool = Pool(self.core)
         if only_new:
@@ -9287,6 +10115,7 @@ class Daemon:
             self.log("warning", warning)
         self.pool.start(loop)
         store.append_event("daemon.started", version=__version__, pid=os.getpid())
+        await self.http.start(lambda request, peer: answer_http(self.core, request))
         await self.server.listen(self.config.socket_path)
 
     def stop(self) -> None:
@@ -9309,7 +10138,9 @@ class Daemon:
             gc.freeze()
             gc.enable()
             self.log("info", f"claudomator {__version__} serves {self.config.data_dir}"
-                             f" (socket {self.config.socket_path}, pid {os.getpid()})")
+                             f" (socket {self.config.socket_path},"
+                             f" {', '.join(f'http://{place}' for place in self.http.addresses) or 'no HTTP port'},"
+                             f" pid {os.getpid()})")
             await self._stop
         finally:
             await self.close()
@@ -9318,6 +10149,8 @@ class Daemon:
         """Stop in order: no new clients, no new starts, drain if configured, leave agents running, close the store."""
         if self.server is not None:
             self.server.close()
+        if self.http is not None:
+            await self.http.close()
         if self.pool is not None:
             drain_s = self.config.shutdown_timeout_s if self.config.on_shutdown == "drain" else 0
             await self.pool.shut_down(drain_s)
@@ -9339,11 +10172,14 @@ class Daemon:
             raise WrongState("this daemon was started without a configuration file")
         new = self._load_config()
         changed = config_differences(self.config, new)
-        if new.data_dir != self.config.data_dir or new.socket_path != self.config.socket_path:
-            self.log("warning", "data_dir or socket_path changed: that needs a restart of the daemon")
-            new = new.replace(data_dir=self.config.data_dir, own_socket_path=self.config.own_socket_path)
+        fields = [CONFIG_GROUPS[""][name].field for name in RESTART_KEYS]
+        kept = {field: getattr(self.config, field) for field in fields}
+        if kept != {field: getattr(new, field) for field in fields}:
+            self.log("warning", f"{' or '.join(RESTART_KEYS)} changed: that needs a restart of the daemon")
+            new = new.replace(**kept)
         self.core.renew_secrets(new)
         self.config = self.core.config = new
+        self.http.set_names(new.server_names)
         self.core.store.append_event("daemon.reloaded", changed=changed)
         for warning in new.warnings:
             self.log("warning", warning)
@@ -9629,7 +10465,9 @@ class Cli:
     def load_config(self) -> Config:
         """The configuration with what the command line overrides."""
         text, path = self.config_text(), self.config_path()
-        config = parse_config_text(text, path, self.home) if text.strip() else parse_config({}, path, self.home)
+        name = "CLAUDOMATOR_SERVER_ADDR"  # empty means no port, so it counts where it is set at all
+        told = {"server_addr": self.environ[name]} if name in self.environ else {}
+        config = parse_config_text(text, path, self.home, told) if text.strip() else parse_config(told, path, self.home)
         return config.replace(**self._path_overrides())
 
     def _path_overrides(self) -> dict:
@@ -9933,7 +10771,7 @@ def start_pool_here(cli: Cli) -> object:
     import threading
     asyncio = import_asyncio()
     config = cli.load_config()
-    config = config.replace(max_concurrent=cli.options.get("parallel") or config.max_concurrent)
+    config = config.replace(max_concurrent=cli.options.get("parallel") or config.max_concurrent, server_addr="")
     daemon = Daemon(config, None, lambda level, message: cli.say(f"{level}: {message}"))
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)

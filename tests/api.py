@@ -13,7 +13,7 @@ class ApiDaemon:
     def __init__(self, home, config_text="", ends_agents=True):
         self.ends_agents = ends_agents
         self.data_dir = home / "data"
-        self.config = c.parse_config_text(f'data_dir = "{self.data_dir}"\n{config_text}', "config.toml", str(home))
+        self.config = c.parse_config_text(f'data_dir = "{self.data_dir}"\nserver_addr = ""\n{config_text}', "config.toml", str(home))
         self.log: list[str] = []
         self.daemon = c.Daemon(self.config, lambda: self.config, lambda level, text: self.log.append(text))
         self.loop = asyncio.new_event_loop()

@@ -3,6 +3,7 @@ leaves the daemon."""
 import json
 import os
 import re
+import socket
 import stat
 
 import pytest
@@ -116,6 +117,39 @@ def test_an_agent_cancels_only_below_its_own_task(daemon):
     status, body = daemon.ask("POST", f"/api/tasks/{child}/cancel", token)
     assert status == 200 and body["tasks"][0]["state"] == c.CANCELLED
     assert daemon.ask("GET", f"/api/tasks/{child}", child_token)[0] == 401, "its token died with it"
+
+
+def raw_answer(daemon, path, token):
+    """The bytes of an answer that came over the agents' socket."""
+    with socket.socket(socket.AF_UNIX) as raw:
+        raw.settimeout(20)
+        raw.connect(daemon.config.agent_socket_path)
+        raw.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {token}\r\nConnection: close\r\n\r\n".encode())
+        return b"".join(iter(lambda: raw.recv(65536), b""))
+
+
+def test_an_agent_asks_over_its_socket_with_what_its_environment_says(daemon):
+    script = """exec python3 -I -S -c '
+import os, socket
+raw = socket.socket(socket.AF_UNIX)
+raw.connect(os.environ["CLAUDOMATOR_API_URL"].removeprefix("unix://"))
+path, token = "/api/tasks/" + os.environ["CLAUDOMATOR_TASK_ID"], os.environ["CLAUDOMATOR_API_TOKEN"]
+raw.sendall(f"GET {path} HTTP/1.0\\r\\nAuthorization: Bearer {token}\\r\\n\\r\\n".encode())
+text = b"".join(iter(lambda: raw.recv(65536), b"")).decode()
+print(text.partition("\\r\\n")[0], "asked for myself" in text)'"""
+    task_id = daemon.add(script, name="asked for myself")
+    daemon.wait(task_id)
+    assert "".join(item["text"] for item in daemon.client.stream("execution.log", id=task_id)) == "HTTP/1.1 200 OK True\n"
+
+
+def test_the_page_and_the_api_are_told_apart(daemon):
+    assert raw_answer(daemon, "/api/nothing", daemon.token).startswith(b"HTTP/1.1 404 ")
+    assert b'"code":"not_found"' in raw_answer(daemon, "/nothing", "")
+    assert b" 401 " in raw_answer(daemon, "/api/tasks", "").partition(b"\r\n")[0]
+    task_id = daemon.add("echo said")
+    daemon.wait(task_id)
+    said = raw_answer(daemon, f"/api/tasks/{task_id}/logs/stream", daemon.token)
+    assert b"text/event-stream" in said and b'"text":"said\\n"' in said and b"event: end\n" in said
 
 
 def test_an_agents_stream_ends_with_its_execution(daemon):
