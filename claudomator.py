@@ -6875,6 +6875,7 @@ LOG_CHUNK = 1 << 16  # bytes of a log in one notification
 LOG_POLL_S = 0.2
 EVENT_TEXT = 2000  # characters of a comment or an answer in an event; the whole of it is with the task
 EDITABLE_STATES = frozenset({PENDING, QUEUED, READY, BLOCKED}) | FAILURE_STATES
+SETTLED_KEYS = ("idempotency_key", "parent_task_id")  # of a task file: they cannot be edited
 FRESH_TRIES = {"reason": "", "detail": "", "attempts": 0, "free_tries": 0, "idle_runs": 0,
                "not_before": None}
 
@@ -7026,7 +7027,7 @@ class Lifecycle(KindKeeper):
         task = self.store.get_task(task_id)
         if task.state not in EDITABLE_STATES:
             raise wrong_state(task, f"is {task.state} and cannot be edited")
-        for fixed in ("idempotency_key", "parent_task_id"):
+        for fixed in SETTLED_KEYS:
             if fixed in changes:
                 raise InvalidInput(f"{fixed}: is settled when a task is created and cannot be changed")
         document, agent = {**spec_to_json(task), **changes}, changes.get("agent", {})
@@ -7289,7 +7290,7 @@ class Core:
 
 class Param(Record):
     """A parameter of an operation.  ``kind``: a key of ``PARAM_CHECKS``.  ``refers`` says whose id it is: a ``task``'s or
-    an ``execution``'s; ``query`` is its name in a query string."""
+    an ``execution``'s; ``query`` is its name in a query string, ``choices`` are the words that it may be."""
 
     name: str
     kind: str
@@ -7298,6 +7299,7 @@ class Param(Record):
     default: object = None
     refers: str = ""
     query: str = ""
+    choices: tuple = ()
 
 
 class Final(Record):
@@ -7809,7 +7811,7 @@ OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in (
         Param("auto_accept", "bool", "go to COMPLETED without a person's accept")), TASKS_RESULT, scope="create",
               routes=(Route("POST", "/api/tasks", 201, body="tasks"),)),
     Operation("task.list", _task_list, "list tasks, newest first", (
-        Param("states", "names", "only these states", query="state"), Param("tag", "str", "only with this tag"),
+        Param("states", "names", "only these states", query="state", choices=STATES), Param("tag", "str", "only with this tag"),
         Param("project", "str", "only of this project"), Param("agent", "str", "only of this agent kind"),
         Param("parent", "str", "only subtasks of this task", refers="task"),
         Param("limit", "int", "at most so many, up to 1000", default=50),
@@ -7866,7 +7868,7 @@ OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in (
     Operation("execution.log", _execution_log, "stream a log", (
         Param("id", "str", "a task: its newest execution, with `follow` also those that come after it", refers="task"),
         Param("execution", "str", "an execution; beside id: where to begin", refers="execution"),
-        Param("stream", "str", "stdout or stderr", default="stdout"),
+        Param("stream", "str", "stdout or stderr", default="stdout", choices=("stdout", "stderr")),
         Param("offset", "int", "start at this byte", default=0), Param("tail", "int", "or at the last so many lines"),
         Param("limit", "int", "at most so many bytes of an execution's log"),
         Param("follow", "bool", "go on to the end of the execution, or of the task")),
@@ -8080,25 +8082,36 @@ def shape_schema(shape: object) -> dict:
     return {**schema, "type": [schema["type"], "null"]} if word != shape else schema
 
 
+TEXT_PATTERN = r"^[^\u0000]*$"
+NAME_PATTERN = (r"^[^\u0000-\u001f\u007f-\u009f\u2028\u2029]*[^\s\u0000-\u001f\u007f-\u009f]"
+                r"[^\u0000-\u001f\u007f-\u009f\u2028\u2029]*$")
+QUERY_PATTERN = r"^[^\u0000-\u001f\u007f]*$"  # the HTTP server takes no control characters
+DURATION_PATTERN = r"([1-9][0-9]{0,3}(\.[0-9]{1,3})?(ms|s|m|h)|[1-9][0-9]{0,2}d){1,3}"
+TIME_PATTERN = r"2[0-9]{3}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]Z"
+
+
 def key_schema(key: Key) -> dict:
     """The JSON schema of a task file's key; null is as good as leaving it out, but for a required one."""
     word, _, bound = key.kind.partition(" ")
-    if word in ("bool", "integer", "number"):
-        schema: dict = {"type": "boolean" if word == "bool" else word}
-        low, dots, high = bound.partition("..")
-        sign, _, least = bound.partition(" ")
-        schema |= {"minimum": float(low), "maximum": float(high)} if dots else \
-            {"exclusiveMinimum" if sign == ">" else "minimum": int(least)} if sign else {}
-        schema |= {} if word == "bool" or "maximum" in schema else {"maximum": MAX_INTEGER}
-    elif word == "strings":
-        schema = {"type": "array", "items": {"type": "string"}}
+    low, dots, high = bound.partition("..")
+    sign, _, least = bound.partition(" ")
+    text = {"type": "string", "pattern": TEXT_PATTERN}
+    if word in ("integer", "number"):
+        bounds = {"minimum": float(low), "maximum": float(high)} if dots else \
+            {"exclusiveMinimum" if sign == ">" else "minimum": int(least), "maximum": MAX_INTEGER}
+        schema: dict = {"type": word, **bounds}
     elif word == "choice":
         schema = {"enum": [*bound.split("|"), *[""][:key.default == ""]]}
     else:
-        schema = {"type": "string", **({"pattern": "^[a-z0-9_-]*$"} if word == "word" else {})}
-    schema["description"] = key.help if word in ("bool", "choice") else f"{key.help} ({kind_words(key.kind)})"
+        schema = {"bool": {"type": "boolean"}, "strings": {"type": "array", "items": text},
+                  "word": {"type": "string", "pattern": "^[a-z0-9_-]*$"},
+                  "duration": {"type": "string", "pattern": f"^{DURATION_PATTERN}$"},
+                  "time": {"type": "string", "pattern": f"^({TIME_PATTERN}|{DURATION_PATTERN})$"}}.get(word, text)
+    schema = {**schema, "description": f"{key.help} ({kind_words(key.kind)})"}
     if key.required:
-        return {**schema, "minLength": 1}
+        return {**schema, **({"maxLength": MAX_NAME, "pattern": NAME_PATTERN} if key.name == "name" else
+                             {"pattern": r"^[^\u0000]*[^\s\u0000][^\u0000]*$"} if "type" in schema and key.kind == "string"
+                             else {})}
     return {**schema, "enum": [*schema["enum"], None]} if "enum" in schema else \
         {**schema, "type": [schema["type"], "null"]}
 
@@ -8113,13 +8126,18 @@ def group_schema(group: str) -> dict:
 
 def task_schema() -> dict:
     """The JSON schema of a task document."""
-    strings, schema = {"type": "array", "items": {"type": "string"}}, group_schema("")
-    retry = group_schema("retry")
-    retry["properties"]["backoff"] = {"anyOf": [{"enum": ["exponential", "linear", None]}, strings]}
+    schema, retry, delays = group_schema(""), group_schema("retry"), group_schema("retry")
+    retry["properties"]["backoff"] = {"enum": ["exponential", "linear", None]}
+    delays["properties"]["backoff"] = {"type": "array", "minItems": 1,
+                                       "items": {"type": "string", "pattern": f"^{DURATION_PATTERN}$"}}
+    retry |= {"required": ["max_attempts"]}
+    retry["properties"]["max_attempts"] = {"type": "integer", "minimum": 1, "maximum": MAX_INTEGER}
+    delays |= {"required": ["backoff"]}
     schema["properties"] |= {
         "agent": group_schema("agent"),
-        "retry": {"anyOf": [retry, {"type": "null"}]},
-        "depends_on": {"type": ["array", "null"], "items": {"anyOf": [{"type": "string"}, group_schema("depends_on[]")]}}}
+        "retry": {"anyOf": [retry, delays, {"type": "null"}]},
+        "depends_on": {"type": ["array", "null"], "items": {"anyOf": [
+            {"type": "string", "pattern": TEXT_PATTERN, "minLength": 1}, group_schema("depends_on[]")]}}}
     schema["required"].append("agent")
     return schema
 
@@ -8133,7 +8151,10 @@ def openapi_document() -> dict:
                 "operationId": operation.name + (f".{number + 1}" if number else ""),
                 **describe_route(operation, route)}
     shapes = {name: shape_schema(shape) for name, shape in RESULT_SHAPES.items()}
-    error = shapes["Error"]["properties"]["error"]
+    error, changes = shapes["Error"]["properties"]["error"], {**task_schema(), "required": []}
+    changes["properties"]["agent"] = {**changes["properties"]["agent"], "required": []}
+    for fixed in SETTLED_KEYS:
+        del changes["properties"][fixed]
     error["properties"]["problems"] = {"type": "array", "items": {"type": "string"}}
     return {
         "openapi": "3.1.0",
@@ -8143,30 +8164,42 @@ def openapi_document() -> dict:
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer", "description":
                                           "the API token, or the token of a running agent"}},
             "schemas": {**shapes, "State": {"enum": list(STATES)}, "TaskDocument": task_schema(),
-                        "TaskChanges": {**task_schema(), "required": []},
+                        "TaskChanges": changes,
                         "TaskDocuments": {"anyOf": [task, {"type": "array", "items": task, "minItems": 1}]}},
             "responses": {"Error": {"description": "what is wrong, and what to do", "content": {
                 "application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}}}}
 
 
 PARAM_SCHEMAS = {
-    "str": {"type": "string"}, "int": {"type": "integer", "minimum": 0, "maximum": 2 ** 53 - 1},
+    "str": {"type": "string", "pattern": QUERY_PATTERN}, "int": {"type": "integer", "minimum": 0, "maximum": 2 ** 53 - 1},
     "number": {"type": "number", "minimum": 0, "maximum": 2 ** 53 - 1}, "bool": {"type": "boolean"},
-    "ids": {"type": "string"}, "names": {"type": "array", "items": {"type": "string"}},
+    "names": {"type": "array", "items": {"type": "string", "pattern": QUERY_PATTERN}},
 }
+
+
+def param_schema(param: Param, in_body: bool) -> dict:
+    """The JSON schema of a parameter; in a body null is as good as leaving it out, but for a required one."""
+    schema = {**PARAM_SCHEMAS[param.kind], "description": param.help}
+    if param.choices:
+        schema |= {"enum": list(param.choices)} if param.kind == "str" else {"items": {"enum": list(param.choices)}}
+    if in_body:
+        schema |= {"pattern": TEXT_PATTERN} if param.kind == "str" else {}
+        schema |= {} if param.required else {"type": [schema["type"], "null"]}
+    return schema
 
 
 def describe_route(operation: Operation, route: Route) -> dict:
     """A route as an OpenAPI operation."""
     path, free = path_param(operation, route), free_params(operation, route)
     described = {"summary": operation.help, "description": f"May be called by: {SCOPES[operation.scope]}."}
-    inner = {name: {**PARAM_SCHEMAS[param.kind], "description": param.help} for name, param in free.items()}
+    inner = {name: param_schema(param, route.method != "GET") for name, param in free.items()}
     parameters = [{"name": name, "in": "query", "schema": schema} for name, schema in inner.items()] \
         if route.method == "GET" else []
     if path:
         name = route.path.partition("{")[2].partition("}")[0]
-        parameters.insert(0, {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1},
-                              "description": path.help})
+        word = "[a-z0-9_-]+" if path is KIND else "[0-9a-f-]+(,[0-9a-f-]+)*" if path.kind == "ids" else "[0-9a-f-]+"
+        parameters.insert(0, {"name": name, "in": "path", "required": True, "description": path.help,
+                              "schema": {"type": "string", "pattern": f"^{word}$"}})
     if operation.name == "task.create":
         parameters.append({"name": "Idempotency-Key", "in": "header", "schema": {"type": "string"},
                            "description": "a second single task with the same key is the first one"})
