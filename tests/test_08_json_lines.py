@@ -1,4 +1,4 @@
-"""Sections 08 and 09 for ``format = "jsonl"``: codex and opencode by the examples of docs/agents/runners.md."""
+"""Sections 08 and 10 for ``format = "jsonl"``: codex and opencode by the examples of docs/agents/runners.md."""
 import json
 import pathlib
 import re

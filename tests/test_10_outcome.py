@@ -1,4 +1,4 @@
-"""Section 09: the verdict on every recorded run, and the rules one by one."""
+"""Section 10: the verdict on every recorded run, and the rules one by one."""
 import glob
 import json
 import os

@@ -1,4 +1,4 @@
-"""Section 17: every move of a task, and every operation of the table, against a real daemon with shell agents."""
+"""Section 23: every move of a task, and every operation of the table, against a real daemon with shell agents."""
 import os
 import sqlite3
 

@@ -1,4 +1,4 @@
-"""Section 18: dispatch, the phases of a run, and what happens when anything dies or fails between two of them."""
+"""Section 24: dispatch, the phases of a run, and what happens when anything dies or fails between two of them."""
 import asyncio
 import contextlib
 import os

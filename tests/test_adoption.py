@@ -1,4 +1,4 @@
-"""Sections 14, 18 and 20 together: agents survive the daemon, nothing runs twice, and a stop is a stop.
+"""Sections 18, 24 and 27 together: agents survive the daemon, nothing runs twice, and a stop is a stop.
 
 Real daemon processes, killed with SIGKILL; the agents are shell scripts that note each of their starts in a file outside.
 """

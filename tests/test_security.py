@@ -142,6 +142,14 @@ print(text.partition("\\r\\n")[0], "asked for myself" in text)'"""
     assert "".join(item["text"] for item in daemon.client.stream("execution.log", id=task_id)) == "HTTP/1.1 200 OK True\n"
 
 
+def test_an_agent_makes_a_subtask_with_ct_and_waits_for_it(daemon):
+    task_id = daemon.add("ct task submit --name below --agent shell --instructions 'echo deep' --wait --timeout 20s", name="with ct")
+    daemon.wait(task_id)
+    said = "".join(item["text"] for item in daemon.client.stream("execution.log", id=task_id))
+    below, = daemon.client.call("task.subtasks", id=task_id)["tasks"]
+    assert (below["name"], below["state"]) == ("below", c.COMPLETED) and c.COMPLETED in said
+
+
 def test_the_page_and_the_api_are_told_apart(daemon):
     assert raw_answer(daemon, "/api/nothing", daemon.token).startswith(b"HTTP/1.1 404 ")
     assert b'"code":"not_found"' in raw_answer(daemon, "/nothing", "")
@@ -179,6 +187,8 @@ def test_a_subtask_has_its_creators_task_as_parent_and_its_rights(daemon, tmp_pa
     assert (agent["project_dir"], agent["isolation"], agent["max_budget_usd"]) == (str(tmp_path), "none", 2)
     assert agent["disallowed_tools"] == ["WebFetch", "Bash"] and agent["additional_args"] == ["a"]
     assert daemon.here(daemon.core.store.get_task, made["id"]).auto_accept is False
+    for asked, given in ((5, 2), (1.5, 1.5)):
+        assert make(daemon, token, agent={"max_budget_usd": asked})[1]["tasks"][0]["agent"]["max_budget_usd"] == given
     assert make(daemon, token, idempotency_key="once")[1]["tasks"][0]["id"] == made["id"]
     below = make(daemon, token, parent_task_id=made["id"], depends_on=[made["id"]], agent={"type": "local"})
     assert below[1]["tasks"][0]["parent_task_id"] == made["id"] and below[1]["tasks"][0]["agent"]["isolation"] == ""
@@ -188,14 +198,14 @@ def test_a_subtask_has_its_creators_task_as_parent_and_its_rights(daemon, tmp_pa
     ({"agent": {"project_dir": "/"}}, "agent.project_dir"), ({"agent": {"additional_args": ["--x"]}}, "agent.additional_args"),
     ({"agent": {"context_files": ["/etc"]}}, "agent.context_files"), ({"verify": "env"}, "verify"),
     ({"project": "other"}, "project"), ({"agent": {"isolation": "none"}}, "agent.isolation"),
-    ({"agent": {"repository_url": "x:y"}}, "agent.repository_url"), ({"agent": {"max_budget_usd": 3}}, "max_budget_usd"),
+    ({"agent": {"repository_url": "x:y"}}, "agent.repository_url"),
     ({"parent_task_id": "{other}"}, "parent_task_id"), ({"parent_task_id": "{below_prefix}"}, "parent_task_id"),
     ({"depends_on": ["{other}"]}, "depends_on"), ({"story_id": "s"}, "story_id"),
 ])
 def test_an_agent_cannot_widen_its_rights_by_a_subtask(daemon, family, change, named):
-    if "own" not in family.setdefault("budgeted", {}):
-        family["budgeted"]["own"] = daemon.running(agent={"max_budget_usd": 2})
-    token = family["budgeted"]["own"][2]
+    if "own" not in family.setdefault("creator", {}):
+        family["creator"]["own"] = daemon.running()
+    token = family["creator"]["own"][2]
     text = json.dumps(change).replace("{other}", family["other"][0]).replace("{below_prefix}", family["own"][0][:8])
     status, body = make(daemon, token, **json.loads(text))
     assert (status, body["error"]["code"]) == (422, "invalid")
