@@ -168,6 +168,11 @@ def test_an_agents_stream_ends_with_its_execution(daemon):
     assert daemon.wait(task_id)["state"] == c.READY
 
 
+def test_what_an_agent_waited_for_is_not_told_once_it_has_ended(daemon):
+    task_id, _, token = daemon.running("sleep 0.5")
+    assert daemon.ask("GET", f"/api/tasks/{task_id}/wait", token)[0] == 401
+
+
 # -- what an agent creates
 
 
@@ -190,6 +195,8 @@ def test_a_subtask_has_its_creators_task_as_parent_and_its_rights(daemon, tmp_pa
     for asked, given in ((5, 2), (1.5, 1.5)):
         assert make(daemon, token, agent={"max_budget_usd": asked})[1]["tasks"][0]["agent"]["max_budget_usd"] == given
     assert make(daemon, token, idempotency_key="once")[1]["tasks"][0]["id"] == made["id"]
+    hidden = daemon.add("true", queue=False, idempotency_key="of the operator")
+    assert make(daemon, token, idempotency_key="of the operator")[1]["tasks"][0]["id"] != hidden
     below = make(daemon, token, parent_task_id=made["id"], depends_on=[made["id"]], agent={"type": "local"})
     assert below[1]["tasks"][0]["parent_task_id"] == made["id"] and below[1]["tasks"][0]["agent"]["isolation"] == ""
 
