@@ -471,3 +471,4 @@ def test_the_kinds_are_the_built_in_ones_and_the_configured_ones():
     assert c.runner_binary("codex", config(CODEX)) == "codex" and c.runner_binary("gemini", config()) == "gemini"
     assert config(CODEX).program_key("codex") == "runners.codex.command"
     assert config(CODEX).program_key("gemini") == "gemini_binary_path"
+    assert config(CODEX).program_key("local") == config(CODEX).program_key("shell") == ""
