@@ -3996,6 +3996,8 @@ def unquote(text: str, plus: str = "+") -> str:
 def parse_path(text: str) -> str:
     """The decoded path.  A dot segment is refused and not resolved: no client of good will sends one, and who checked
     the path before us may have resolved it otherwise.  Raises ``HttpError``."""
+    if "%" not in text and "/." not in text:
+        return text  # nearly every one; a backslash is no character of a target
     segments = [unquote(segment) for segment in text.split("/")]
     if any(segment in (".", "..") or "/" in segment or "\\" in segment for segment in segments):
         raise HttpError(400, "the path must not hold . or .. segments, nor an encoded slash, nor a backslash")
@@ -4261,12 +4263,18 @@ class HttpUpgrade(Record):
 # What every answer says: its type is its type, no other site may embed it, nothing of it is to be kept.
 COMMON_FIELDS = (("X-Content-Type-Options", "nosniff"), ("Cross-Origin-Resource-Policy", "same-origin"),
                  ("Referrer-Policy", "no-referrer"))
+NO_STORE = ("Cache-Control", "no-store")
+_SOUND_LINES = {field: "%s: %s" % field for field in (*COMMON_FIELDS, NO_STORE, ("Content-Type", "application/json"))}
 
 
 def encode_head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
     """A status line and header lines.  Raises ``ValueError`` where a field would break out of its line."""
     lines = [f"HTTP/1.1 {status} {HTTP_REASONS[status]}"]
-    for name, value in fields:
+    for field in fields:
+        if field in _SOUND_LINES:
+            lines.append(_SOUND_LINES[field])
+            continue
+        name, value = field
         if not (value.isascii() and value.isprintable() and name.isascii() and name.replace("-", "").isalnum()):
             raise ValueError(f"the header field {name!r} holds what none may hold: {value!r}")
         lines.append(f"{name}: {value}")
@@ -4289,7 +4297,7 @@ def encode_response(response: HttpResponse, date: str, head_only: bool = False, 
 def encode_stream_head(stream: HttpStream, date: str, chunked: bool) -> bytes:
     """The head of an answer without a length; ``chunked`` shows a client of HTTP/1.1 whether it saw all of it."""
     framing = [("Transfer-Encoding", "chunked")] * chunked + [("Connection", "close")]
-    return encode_head(200, [("Date", date), *COMMON_FIELDS, ("Cache-Control", "no-store"), *stream.fields,
+    return encode_head(200, [("Date", date), *COMMON_FIELDS, NO_STORE, *stream.fields,
                              ("Content-Type", stream.content_type), *framing])
 
 
@@ -4301,7 +4309,7 @@ def encode_chunk(piece: bytes) -> bytes:
 def json_response(document: object, status: int = 200, fields: tuple[tuple[str, str], ...] = ()) -> HttpResponse:
     """A JSON document as an answer that nobody keeps."""
     return HttpResponse(format_json(document).encode(), status, "application/json",
-                        (("Cache-Control", "no-store"), *fields))
+                        (NO_STORE, *fields))
 
 
 def error_response(error: ClaudomatorError) -> HttpResponse:
@@ -4332,9 +4340,12 @@ def host_allowed(host: str, names: Iterable[str]) -> bool:
     A page of another site can make its own name lead to 127.0.0.1 (DNS rebinding), and is then "same origin" to the
     browser; but its name stands in Host.
     """
-    name, parts = split_host(host)[0], split_host(host)[0].split(".")
+    name = split_host(host)[0]
+    if name in ("localhost", "::1") or name in names:
+        return True
+    parts = name.split(".")
     loopback = len(parts) == 4 and parts[0] == "127" and all(map(str.isdigit, parts))
-    return loopback or name in ("localhost", "::1") or name.endswith(".localhost") or name in names
+    return loopback or name.endswith(".localhost")
 
 
 def origin_allowed(origin: str | None, host: str) -> bool:
@@ -8824,11 +8835,13 @@ class HttpConnection:
         self._transport.set_write_buffer_limits(high=0)  # ``drain`` waits until all has left
 
     def _enter(self, phase: str, limit_s: float | None) -> None:
-        """Begin a phase of the exchange, which may take so long."""
-        self.phase, self.since = phase, self._loop.time()
-        self._deadline = None if limit_s is None else self.since + limit_s
-        if limit_s is not None and (self._timer is None or self._deadline < self._timer.when()):
-            self._arm()
+        """Begin a phase of the exchange, which may take so long; ``None``: without end."""
+        self.phase, self._deadline = phase, None
+        if limit_s is not None:
+            self.since = self._loop.time()
+            self._deadline = self.since + limit_s
+            if self._timer is None or self._deadline < self._timer.when():
+                self._arm()
 
     def _arm(self) -> None:
         if self._timer is not None:
