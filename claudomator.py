@@ -3929,6 +3929,8 @@ _ONLY_ONCE = ("host", "content-length", "transfer-encoding", "authorization", "o
 class HttpError(ClaudomatorError):
     """A request that is refused; ``http_status`` is the answer's, ``fields`` are more header lines of it."""
 
+    code, http_status = "bad_request", 400
+
     def __init__(self, status: int, message: str, *fields: tuple[str, str]):
         super().__init__(message)
         self.http_status, self.code, self.fields = status, HTTP_REASONS[status].lower().replace(" ", "_"), fields
@@ -4119,6 +4121,7 @@ class RequestDecoder:
     def __init__(self) -> None:
         self._buffer, self._scanned = bytearray(), 0  # so many bytes of it hold no head's end
         self._head: HttpRequest | None = None
+        self._known: tuple = (None, None, None)  # a kept connection repeats itself
         self._body, self._left = bytearray(), 0  # ``_left``: bytes to come, or allowed
         self._step = self._read_head
 
@@ -4163,9 +4166,13 @@ class RequestDecoder:
         if end < 0:
             self._scanned = max(start, len(buffer) - 3)
             return False
-        head = parse_head(bytes(buffer[start:end]))
+        text = bytes(buffer[start:end])
         del buffer[:end + 4]
-        self._head, self._scanned, length = head, 0, body_length(head)
+        if text != self._known[0]:
+            head = parse_head(text)
+            self._known = text, head, body_length(head)
+        _, self._head, length = self._known
+        self._scanned = 0
         if length != 0:
             self._left, self._step = length or 0, self._read_chunk_size if length is None else self._read_sized
         return True
