@@ -4271,17 +4271,13 @@ class HttpUpgrade(Record):
 COMMON_FIELDS = (("X-Content-Type-Options", "nosniff"), ("Cross-Origin-Resource-Policy", "same-origin"),
                  ("Referrer-Policy", "no-referrer"))
 NO_STORE = ("Cache-Control", "no-store")
-_SOUND_LINES = {field: "%s: %s" % field for field in (*COMMON_FIELDS, NO_STORE, ("Content-Type", "application/json"))}
+_HEADS: dict[tuple, bytes] = {}  # encoded heads without Date and Content-Length; a server's answers have few of them
 
 
 def encode_head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
     """A status line and header lines.  Raises ``ValueError`` where a field would break out of its line."""
     lines = [f"HTTP/1.1 {status} {HTTP_REASONS[status]}"]
-    for field in fields:
-        if field in _SOUND_LINES:
-            lines.append(_SOUND_LINES[field])
-            continue
-        name, value = field
+    for name, value in fields:
         if not (value.isascii() and value.isprintable() and name.isascii() and name.replace("-", "").isalnum()):
             raise ValueError(f"the header field {name!r} holds what none may hold: {value!r}")
         lines.append(f"{name}: {value}")
@@ -4291,14 +4287,21 @@ def encode_head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
 
 def encode_response(response: HttpResponse, date: str, head_only: bool = False, connection: str = "") -> bytes:
     """The bytes of an answer.  ``connection``: ``close``, ``keep-alive`` (to a client of HTTP/1.0) or nothing."""
-    fields = [("Date", date), *COMMON_FIELDS, *response.fields]
+    bodiless = response.status in (204, 304)
+    key = response.status, response.content_type, response.fields, connection
+    head = _HEADS.get(key)
+    if head is None:
+        fields = [*COMMON_FIELDS, *response.fields]
+        fields += [("Content-Type", response.content_type)] * (not bodiless)
+        fields += [("Connection", connection)] * bool(connection)
+        if len(_HEADS) > 200:
+            _HEADS.clear()
+        head = _HEADS[key] = encode_head(response.status, fields)[:-2]
     # RFC 9110 section 8.6: no Content-Length in an answer of 1xx or 204; one of 304 needs none
-    if response.status not in (204, 304):
-        fields += [("Content-Type", response.content_type), ("Content-Length", str(len(response.body)))]
-    if connection:
-        fields.append(("Connection", connection))
-    head = encode_head(response.status, fields)
-    return head if head_only or response.status in (204, 304) else head + response.body
+    if bodiless:
+        return b"%bDate: %b\r\n\r\n" % (head, date.encode("ascii"))
+    return b"%bDate: %b\r\nContent-Length: %d\r\n\r\n%b" % (
+        head, date.encode("ascii"), len(response.body), b"" if head_only else response.body)
 
 
 def encode_stream_head(stream: HttpStream, date: str, chunked: bool) -> bytes:
@@ -8834,6 +8837,7 @@ class HttpConnection:
         self._transport, self._loop, self.task = writer.transport, server.loop, asyncio.current_task()
         is_unix, nowhere = writer.get_extra_info("socket").family == socket.AF_UNIX, ("",)
         self.names = None if is_unix else (writer.get_extra_info("sockname") or nowhere)[:1]
+        self.welcome = ""  # the last Host that was checked
         self.peer = "unix" if is_unix else (writer.get_extra_info("peername") or nowhere)[0]
         self._decoder, self._held = RequestDecoder(), 0  # bytes of a body
         self.phase, self.since, self._deadline, self._timer = "", 0.0, 0.0, None
@@ -8976,9 +8980,9 @@ class HttpConnection:
     async def _refuse(self, error: HttpError) -> None:
         """Answer a request that cannot be read, and close.
 
-        Who closes with unread bytes resets the connection, and the client may never see the answer; so RFC 9112 section
-        9.6: a server first closes "only the write side", and "then continues to read from the connection until" the
-        client closes or the time is over.
+        Who closes with unread bytes resets the connection, and the client may never see the answer; so RFC 9112
+        section 9.6: a server first closes "only the write side", and "then continues to read from the connection until"
+        the client closes or the time is over.
         """
         self._enter("lingering", LINGER_S)
         self._release()
@@ -9120,10 +9124,13 @@ class HttpServer:
     async def answer(self, request: HttpRequest, connection: HttpConnection) -> object:
         """What ``handle`` answers; every error becomes an answer."""
         try:
-            if connection.names is not None and request.host \
-                    and not host_allowed(request.host, (*connection.names, *self.names)):
-                raise Forbidden(f"this server is not {split_host(request.host)[0]!r}; if it shall be, add the name to "
-                                "server_names in the configuration")
+            host = request.host
+            if connection.names is not None and host and host != connection.welcome:
+                if host_allowed(host, (*connection.names, *self.names)):
+                    connection.welcome = host
+                else:
+                    raise Forbidden(f"this server is not {split_host(host)[0]!r}; if it shall be, add the name to "
+                                    "server_names in the configuration")
             changing = request.method not in ("GET", "HEAD") or "upgrade" in request.headers
             if changing and not origin_allowed(request.headers.get("origin"), request.host):
                 raise Forbidden("pages of other sites may not do this")
