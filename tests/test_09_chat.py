@@ -1,4 +1,4 @@
-"""Section 08, its second half: server-sent events and chat completions, recorded ones and hostile bytes."""
+"""Section 09: server-sent events and chat completions, recorded ones and hostile bytes."""
 import http.client
 import io
 import json

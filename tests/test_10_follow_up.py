@@ -1,4 +1,4 @@
-"""Section 09, its end: what becomes of a task after an execution, for every reason and retry policy."""
+"""Section 10, its end: what becomes of a task after an execution, for every reason and retry policy."""
 import claudomator as c
 import pytest
 

@@ -1,4 +1,4 @@
-"""Section 09 for gemini: the verdict, cost, tokens and summary of every recorded run, and the rules one by one."""
+"""Section 10 for gemini: the verdict, cost, tokens and summary of every recorded run, and the rules one by one."""
 import glob
 import json
 import os

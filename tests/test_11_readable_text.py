@@ -1,4 +1,4 @@
-"""Section 10: what people see; nothing that an agent wrote may reach the terminal as a command."""
+"""Section 11: what people see; nothing that an agent wrote may reach the terminal as a command."""
 import glob
 import json
 import os

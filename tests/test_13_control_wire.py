@@ -1,4 +1,4 @@
-"""Section 11: JSON-RPC lines, taken apart and put together."""
+"""Section 13: JSON-RPC lines, taken apart and put together."""
 import json
 import random
 

@@ -1,4 +1,6 @@
-"""Section 12: the command, environment and stdin of every agent kind.  Nothing is started here."""
+"""Section 16: the command, environment and stdin of every agent kind.  Nothing is started here."""
+import re
+
 import claudomator as c
 import pytest
 
@@ -124,6 +126,23 @@ def test_the_preamble_says_where_how_to_ask_and_how_to_report():
                  "/data/executions/run-1/summary.txt"):
         assert word in text
     assert text.endswith("Your task:\nMend it.")
+
+
+def test_ct_is_first_on_the_path_and_in_the_preamble_only_where_it_is_installed():
+    tools = {"tools_dir": "/data/bin"}
+    assert claude(where=tools).env["PATH"] == "/data/bin:/usr/bin:/bin" and claude().env["PATH"] == "/usr/bin:/bin"
+    assert shell('[agents.shell]\nenv = {PATH = "/mine"}', where=tools).env["PATH"] == "/data/bin:/mine"
+    assert not re.search(r"\bct\b", claude().stdin) and "ct ask" in claude(where=tools).stdin
+    assert "ct summary" in claude(where=tools).stdin and "ct task" not in claude(where=tools).stdin
+
+
+def test_subtasks_are_promised_and_possible_only_where_the_api_and_ct_are_there():
+    api = {"api_url": "unix:///data/agent.sock", "api_token": "agent-1"}
+    both = claude(where={**api, "tools_dir": "/data/bin"})
+    assert "ct task submit --name NAME" in both.stdin and "without your commits" in both.stdin
+    assert (both.env["CLAUDOMATOR_API_URL"], both.env["CLAUDOMATOR_API_TOKEN"]) == ("unix:///data/agent.sock", "agent-1")
+    assert "ct task" not in claude(where=api).stdin and "agent-1" not in both.stdin
+    assert "agent-1" not in repr(context(**api)) and "CLAUDOMATOR_API_URL" not in claude(where=dict(tools_dir="/d")).env
 
 
 def test_the_preamble_promises_no_commit_where_there_is_no_sandbox():
@@ -438,3 +457,4 @@ def test_the_kinds_are_the_built_in_ones_and_the_configured_ones():
     assert c.runner_binary("codex", config(CODEX)) == "codex" and c.runner_binary("gemini", config()) == "gemini"
     assert config(CODEX).program_key("codex") == "runners.codex.command"
     assert config(CODEX).program_key("gemini") == "gemini_binary_path"
+    assert config(CODEX).program_key("local") == config(CODEX).program_key("shell") == ""

@@ -1,4 +1,4 @@
-"""Section 13: the store, on real SQLite files."""
+"""Section 17: the store, on real SQLite files."""
 import asyncio
 import hashlib
 import itertools
@@ -336,6 +336,38 @@ def test_a_statement_that_a_constraint_refuses_leaves_the_rest_of_the_tick(path)
     assert in_loop(path, body) == (["a"], [])
 
 
+def test_an_operation_that_fails_as_the_first_of_its_tick_leaves_the_rest_of_the_tick(path):
+    async def body(store):
+        with pytest.raises(KeyError):
+            with store.atomic():
+                store.insert_task(task("undone"))
+                store.append_event("undone")
+                raise KeyError
+        store.append_event("first")
+        with pytest.raises(KeyError):
+            with store.atomic():
+                store.insert_task(task("undone too"))
+                store.append_event("undone too")
+                raise KeyError
+        with store.atomic():
+            store.insert_task(task("stays"))
+            store.append_event("second")
+        await store.durable()
+        return [found.id for found in store.list_tasks()], [(event["seq"], event["kind"]) for event in store.events_since(0)]
+    assert in_loop(path, body) == (["stays"], [(1, "first"), (2, "second")])
+
+
+def test_log_events_are_counted_before_and_after_their_commit(path):
+    async def body(store):
+        run = store.insert_execution(run_of("t", "e"))
+        for kind, execution_id in (("agent.limit", "e"), ("agent.limit", "other"), ("task.state", "e"), ("agent.x", "e")):
+            store.append_event(kind, "t", execution_id)
+        before = store.count_log_events(run)
+        await store.durable()
+        return before, store.count_log_events(run)
+    assert in_loop(path, body) == (2, 2)
+
+
 def test_events_are_paged_by_sequence_number_and_by_task(store):
     for number in range(1, 31):
         store.append_event("k", f"t{number % 3}", number=number)
@@ -574,7 +606,7 @@ def test_what_is_remembered_of_records_is_what_is_stored(path):
                     if not store._rows(f"SELECT 1 FROM {table} WHERE id = ?", (key,)):
                         with pytest.raises(c.NotFound):
                             get(key)
-        return store.last_seq("tasks")
+        return store.last_seq()
     assert in_loop(path, body) > 0
 
 
@@ -1359,7 +1391,7 @@ def test_small_look_ups(store):
     for name, parent in (("a", ""), ("b", "a"), ("c", "a"), ("d", "b")):
         store.insert_task(task(name, parent_task_id=parent))
     assert [found.id for found in store.subtasks("a")] == ["b", "c"] and store.subtasks("d") == []
-    assert store.task_states(["a", "nix"]) == {"a": "PENDING"} and store.last_seq("tasks") == 4
+    assert store.task_states(["a", "nix"]) == {"a": "PENDING"} and store.last_seq() == 4
     store.insert_execution(run_of("a", "e1"))
     store.insert_execution(run_of("a", "e2", status="FAILED"))
     assert [execution.id for execution in store.running_executions()] == ["e1"]

@@ -1,4 +1,4 @@
-"""Section 14: the supervisor, identity of processes, the mark, and the sweep, on real processes."""
+"""Section 18: the supervisor, identity of processes, the mark, and the sweep, on real processes."""
 import asyncio
 import os
 import pathlib
@@ -356,6 +356,19 @@ def test_marked_processes_are_found_by_the_whole_mark_and_nothing_else(marked):
         finally:
             stranger.kill()
             other.kill()
+
+
+def test_a_process_that_carries_another_mark_is_looked_at_once_and_found_when_its_own_is_wanted(marked):
+    marked.append("e-later")
+    with subprocess.Popen(["sleep", "60"], env={c.MARK: "e-later"}) as process:
+        assert c.marked_processes(["e-other"]) == {}
+        known = [marks for (pid, _), marks in c._MARKED.items() if pid == str(process.pid)]
+        assert known == [{f"{c.MARK}=e-later".encode()}]
+        assert c.marked_processes(["e-other", "e-later"]) == {process.pid: "e-later"}
+        process.kill()
+        process.wait()
+        c.marked_processes(["e-other"])
+        assert str(process.pid) not in {pid for pid, _ in c._MARKED}
 
 
 def test_a_mark_behind_a_large_environment_is_found(marked):

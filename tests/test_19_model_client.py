@@ -1,4 +1,4 @@
-"""Section 14, the model server's client: against a real HTTP server on loopback that misbehaves as told."""
+"""Section 19, the model server's client: against a real HTTP server on loopback that misbehaves as told."""
 import io
 import os
 import socket

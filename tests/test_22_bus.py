@@ -1,4 +1,4 @@
-"""Section 16: events reach watchers once they are on disk, each once and in order."""
+"""Section 22: events reach watchers once they are on disk, each once and in order."""
 import asyncio
 import random
 

@@ -1,4 +1,4 @@
-"""Section 18: quotas, logins, cool-downs, budgets and the breaker, through a daemon in this process with a faked clock.
+"""Section 24: quotas, logins, cool-downs, budgets and the breaker, through a daemon in this process with a faked clock.
 
 The agent is a script that prints claude's lines; ``mode`` in its directory says what happens to a run.
 """
@@ -104,7 +104,7 @@ class World:
         return [event for event in self.store.events_since(0, 10_000) if event["kind"] in kinds]
 
     def why(self, task_id):
-        return self.core.pool.explain(self.task(task_id))
+        return self.core.pool.outlook().explain(self.task(task_id))
 
     def look(self, seconds=0.0):
         """Let time pass, and have the pool look at it."""
@@ -262,7 +262,7 @@ def test_a_task_without_a_type_avoids_what_is_parked_and_waits_for_it_where_ther
         c.OPERATIONS["agent.park"].handler(world.core, {"agent": "claude", "until": "20m"})
         one, = world.add(1, kind="")
         await world.settled()
-        assert world.why(one) == "claude is parked until 14:20" and world.core.pool.is_parked(world.task(one))
+        assert world.why(one) == "claude is parked until 14:20" and world.core.pool.outlook().is_parked(world.task(one))
         world.look(1200)
         await world.ended([one])
     play(tmp_path, body)
@@ -322,7 +322,7 @@ def test_a_budget_warns_once_refuses_at_its_cap_and_begins_anew_at_midnight(tmp_
         await world.until(lambda: world.store.counts().get("COMPLETED") == 5)
         await world.settled()
         assert world.why(ids[-1]) == "budget: 2.50 of 2.50 USD today for everything; resets 00:00"
-        assert world.core.pool.is_parked(world.task(ids[-1]))
+        assert world.core.pool.outlook().is_parked(world.task(ids[-1]))
         await world.restart()
         await world.settled()
         assert [event["kind"] for event in world.events("budget.warning", "budget.reached")] == \
@@ -479,7 +479,7 @@ def test_a_day_ends_at_local_midnight_also_where_it_has_23_hours(monkeypatch):
     time.tzset()
     try:
         noon = c.parse_time("2026-03-28T23:30:00Z")  # half past midnight on the day on which summer time begins
-        day, midnight = c.local_day(noon)
+        day, _, midnight = c.local_day(noon)
         assert (day, midnight) == ("2026-03-29", c.parse_time("2026-03-29T22:00:00Z"))
         assert c.local_day(midnight)[0] == "2026-03-30" and c.local_day(midnight - 1)[0] == "2026-03-29"
     finally:

@@ -1,4 +1,4 @@
-"""Section 19: the control socket of a real daemon, and what hostile clients can do to others (nothing)."""
+"""Section 25: the control socket of a real daemon, and what hostile clients can do to others (nothing)."""
 import asyncio
 import json
 import os
@@ -272,6 +272,59 @@ def test_a_busy_client_does_not_starve_the_others(daemon):
         stop.set()
         for thread in threads:
             thread.join()
+
+
+class PingPong:
+    """A transport whose client sends its next request as soon as it is answered, ``count`` times."""
+
+    def __init__(self, server, count):
+        self.near, self.far = socket.socketpair()
+        self.answers, self._left = 0, count
+        self.connection = c.ControlConnection(server)
+        self.connection.connection_made(self)
+
+    def get_extra_info(self, name):
+        return self.near
+
+    def set_write_buffer_limits(self, high):
+        pass
+
+    def is_closing(self):
+        return False
+
+    def write(self, data):
+        self.answers += 1
+        self._left -= 1
+        if self._left > 0:
+            self.far.sendall(line("project.list", self.answers))
+
+    def take(self, silence_s):
+        """What one turn of the loop serves; returns how many answers there were."""
+        before, request = self.answers, line("project.list", 0)
+        self.connection.heard_at = time.monotonic() - silence_s
+        self.connection._server.buffer[:len(request)] = request
+        self.connection.buffer_updated(len(request))
+        return self.answers - before
+
+    def close(self):
+        self.near.close()
+        self.far.close()
+        self.connection._server.connections.discard(self.connection)
+
+
+def test_a_client_that_asks_again_at_once_is_served_without_a_turn_of_the_loop_but_not_for_ever(inside):
+    wait_until(inside.core.store.is_durable)
+    client = PingPong(inside.server, 3)
+    assert client.take(silence_s=0) == 3  # and then nothing more came
+    client.close()
+    client = PingPong(inside.server, 3)
+    assert client.take(silence_s=60) == 1
+    client.close()
+    client = PingPong(inside.server, 10 ** 9)
+    start = time.monotonic()
+    assert client.take(silence_s=0) > 3 and time.monotonic() - start < 1
+    client.far.close()
+    client.close()
 
 
 def test_an_end_of_the_connection_ends_what_only_tells(inside):

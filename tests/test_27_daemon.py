@@ -1,4 +1,4 @@
-"""Section 20: what a daemon inherits, how it stops, reloads and comes back, with real daemon processes."""
+"""Section 27: what a daemon inherits, how it stops, reloads and comes back, with real daemon processes."""
 import os
 import resource
 import signal
@@ -11,24 +11,11 @@ import claudomator as c
 from tests.support import COMMAND, DaemonProcess, shell_task, wait_until
 
 
-def state(daemon, task_id):
-    return daemon.call("task.get", id=task_id)["task"]["state"]
-
-
-def row(daemon, task_id):
-    """The newest execution as the database has it (read beside the daemon)."""
-    store = c.Store(str(daemon.data_dir / "claudomator.db"), readonly=True)
-    try:
-        return store.last_execution(store.get_task(task_id))
-    finally:
-        store.close()
-
-
 def at_work(daemon, tmp_path):
     """(task id, execution) of an agent that works until ``go`` is there."""
     task_id = daemon.add(f": > {tmp_path}/up; while [ ! -e {tmp_path}/go ]; do sleep 0.02; done")
     wait_until((tmp_path / "up").exists)
-    return task_id, row(daemon, task_id)
+    return task_id, daemon.row(task_id)
 
 
 def test_descriptors_that_the_daemon_inherited_do_not_reach_its_agents(tmp_path):
@@ -114,9 +101,63 @@ def test_start_at_a_retry_delay_a_pause_and_a_park_outlive_the_daemon_and_end_in
         daemon.kill9()
         daemon.start()
         facts = daemon.call("daemon.status")
-        assert facts["paused_kinds"] == ["claude"] and state(daemon, later) == state(daemon, again) == c.QUEUED
+        assert facts["paused_kinds"] == ["claude"] and daemon.state(later) == daemon.state(again) == c.QUEUED
         assert [agent["kind"] for agent in daemon.call("agent.status")["agents"] if agent["parked"]] == ["claude"]
         assert daemon.wait(later)["state"] == c.READY and daemon.wait(again)["attempts"] == 2
         assert 1.9 < float((tmp_path / "later").read_text()) - began < 6
         first, second = map(float, (tmp_path / "again").read_text().split())
         assert 1.7 < second - first < 6
+
+
+# ct
+
+
+@pytest.fixture
+def tools(tmp_path):
+    """A configuration on a new data directory, and what ``install_ct`` logs."""
+    (tmp_path / "it's data").mkdir()
+    return c.parse_config_text(f'data_dir = "{tmp_path}/it\'s data"', "config.toml", "/home/ann"), []
+
+
+def install(tools):
+    c.install_ct(tools[0], lambda level, message: tools[1].append(message))
+
+
+def test_ct_is_installed_once_and_anew_when_it_changes(tools, tmp_path, monkeypatch):
+    (tmp_path / "ct.py").write_text("print('one')\n")
+    monkeypatch.setattr(c, "__file__", str(tmp_path / "claudomator.py"))
+    command = os.path.join(tools[0].tools_dir, "ct")
+    for word in ("one", "one", "another"):
+        (tmp_path / "ct.py").write_text(f"import sys; print('{word}', *sys.argv[1:])\n")
+        os.utime(tmp_path / "ct.py", (1e9, 1e9))
+        before = [os.stat(entry).st_ino for entry in os.scandir(tools[0].tools_dir)] if os.path.exists(command) else []
+        install(tools)
+        result = subprocess.run([command, "a b", "$HOME"], env={}, capture_output=True, text=True)
+        assert (result.stdout, result.stderr) == (f"{word} a b $HOME\n", "")
+        same = before == [os.stat(entry).st_ino for entry in os.scandir(tools[0].tools_dir)]
+        assert os.stat(command).st_mode & 0o777 == 0o700 and len(os.listdir(tools[0].tools_dir)) == 2
+        assert same == (bool(before) and word == "one") and tools[1] == []
+
+
+def test_without_a_ct_beside_the_program_agents_have_none(tools, tmp_path, monkeypatch):
+    install(tools)
+    assert os.listdir(tools[0].tools_dir)
+    monkeypatch.setattr(c, "__file__", str(tmp_path / "claudomator.py"))
+    install(tools)
+    assert not os.path.exists(f"{tools[0].tools_dir}/ct") and tools[1] == []
+
+
+def test_a_ct_that_cannot_be_made_is_logged_and_stops_nothing(tools, tmp_path, monkeypatch):
+    (tmp_path / "ct.py").write_text("def\n")
+    monkeypatch.setattr(c, "__file__", str(tmp_path / "claudomator.py"))
+    install(tools)
+    assert "agents may lack it" in tools[1][0] and not os.path.exists(f"{tools[0].tools_dir}/ct")
+
+
+def test_an_agent_asks_and_reports_by_ct(tmp_path):
+    with DaemonProcess(tmp_path) as daemon:
+        asks = daemon.add("ct ask 'Which licence' --option MIT --option Apache-2.0")
+        reports = daemon.add("ct summary 'Mended the divisor.'; ct task list; [ $? = 64 ]")
+        assert daemon.wait(asks)["question"] == {"text": "Which licence", "options": ["MIT", "Apache-2.0"]}
+        done = daemon.wait(reports)
+        assert (done["state"], done["summary"]) == ("READY", "Mended the divisor."), done

@@ -1,4 +1,4 @@
-"""Sections 21, 22 and 24: the command line as a person or a script uses it, against real daemons."""
+"""Sections 28, 29 and 32: the command line as a person or a script uses it, against real daemons."""
 import contextlib
 import io
 import json

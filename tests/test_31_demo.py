@@ -1,4 +1,4 @@
-"""Section 23: the demo, on a bare interpreter, in a pipe and on a terminal; three at once, as nothing is shared."""
+"""Section 31: the demo, on a bare interpreter, in a pipe and on a terminal; three at once, as nothing is shared."""
 import json
 import os
 import pathlib

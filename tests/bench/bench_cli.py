@@ -24,7 +24,7 @@ def install(home: str) -> str:
     subprocess.run([sys.executable, "-m", "venv", f"{home}/venv"], check=True, capture_output=True)
     source = f"{home}/source"  # pip leaves build/ and an egg-info behind where it builds
     os.makedirs(source)
-    for name in ("claudomator.py", "pyproject.toml", "README.md"):
+    for name in ("claudomator.py", "ct.py", "pyproject.toml", "README.md"):
         if (ROOT / name).exists():
             (pathlib.Path(source) / name).write_bytes((ROOT / name).read_bytes())
     subprocess.run([f"{home}/venv/bin/pip", "install", "-q", "--no-deps", source], check=True, capture_output=True)
