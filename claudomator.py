@@ -4178,7 +4178,7 @@ _ONLY_ONCE = ("host", "content-length", "transfer-encoding", "authorization", "o
 class HttpError(ClaudomatorError):
     """A request that is refused; ``http_status`` is the answer's, ``fields`` are more header lines of it."""
 
-    code = "http"
+    code, http_status = "bad_request", 400
 
     def __init__(self, status: int, message: str, *fields: tuple[str, str]):
         super().__init__(message)
@@ -4188,7 +4188,8 @@ class HttpError(ClaudomatorError):
 class HttpRequest(Record):
     """A whole request.  ``path`` is decoded and has no ``.``, ``..`` or control character; ``headers`` have lower-case
     names, values of repeated fields joined by commas; ``minor`` is 1 or 0, of HTTP/1.1 or 1.0; ``host`` is who was
-    asked, ``""`` where a client of HTTP/1.0 does not say; ``keep_alive``: whether the client wants to ask more."""
+    asked, ``""`` where a client of HTTP/1.0 does not say; ``keep_alive``: whether the client wants to ask more.
+    Requests that repeat each other share ``query`` and ``headers``: do not change them."""
 
     method: str
     target: str
@@ -4247,6 +4248,8 @@ def unquote(text: str, plus: str = "+") -> str:
 def parse_path(text: str) -> str:
     """The decoded path.  A dot segment is refused and not resolved: no client of good will sends one, and who checked
     the path before us may have resolved it otherwise.  Raises ``HttpError``."""
+    if "%" not in text and "/." not in text:
+        return text  # nearly every one; a backslash is no character of a target
     segments = [unquote(segment) for segment in text.split("/")]
     if any(segment in (".", "..") or "/" in segment or "\\" in segment for segment in segments):
         raise HttpError(400, "the path must not hold . or .. segments, nor an encoded slash, nor a backslash")
@@ -4368,6 +4371,7 @@ class RequestDecoder:
     def __init__(self) -> None:
         self._buffer, self._scanned = bytearray(), 0  # so many bytes of it hold no head's end
         self._head: HttpRequest | None = None
+        self._known: tuple = (None, None, None)  # a kept connection repeats itself
         self._body, self._left = bytearray(), 0  # ``_left``: bytes to come, or allowed
         self._step = self._read_head
 
@@ -4412,9 +4416,13 @@ class RequestDecoder:
         if end < 0:
             self._scanned = max(start, len(buffer) - 3)
             return False
-        head = parse_head(bytes(buffer[start:end]))
+        text = bytes(buffer[start:end])
         del buffer[:end + 4]
-        self._head, self._scanned, length = head, 0, body_length(head)
+        if text != self._known[0]:
+            head = parse_head(text)
+            self._known = text, head, body_length(head)
+        _, self._head, length = self._known
+        self._scanned = 0
         if length != 0:
             self._left, self._step = length or 0, self._read_chunk_size if length is None else self._read_sized
         return True
@@ -4512,6 +4520,8 @@ class HttpUpgrade(Record):
 # What every answer says: its type is its type, no other site may embed it, nothing of it is to be kept.
 COMMON_FIELDS = (("X-Content-Type-Options", "nosniff"), ("Cross-Origin-Resource-Policy", "same-origin"),
                  ("Referrer-Policy", "no-referrer"))
+NO_STORE = ("Cache-Control", "no-store")
+_HEADS: dict[tuple, bytes] = {}  # encoded heads without Date and Content-Length; a server's answers have few of them
 
 
 def encode_head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
@@ -4527,20 +4537,27 @@ def encode_head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
 
 def encode_response(response: HttpResponse, date: str, head_only: bool = False, connection: str = "") -> bytes:
     """The bytes of an answer.  ``connection``: ``close``, ``keep-alive`` (to a client of HTTP/1.0) or nothing."""
-    fields = [("Date", date), *COMMON_FIELDS, *response.fields]
+    bodiless = response.status in (204, 304)
+    key = response.status, response.content_type, response.fields, connection
+    head = _HEADS.get(key)
+    if head is None:
+        fields = [*COMMON_FIELDS, *response.fields]
+        fields += [("Content-Type", response.content_type)] * (not bodiless)
+        fields += [("Connection", connection)] * bool(connection)
+        if len(_HEADS) > 200:
+            _HEADS.clear()
+        head = _HEADS[key] = encode_head(response.status, fields)[:-2]
     # RFC 9110 section 8.6: no Content-Length in an answer of 1xx or 204; one of 304 needs none
-    if response.status not in (204, 304):
-        fields += [("Content-Type", response.content_type), ("Content-Length", str(len(response.body)))]
-    if connection:
-        fields.append(("Connection", connection))
-    head = encode_head(response.status, fields)
-    return head if head_only or response.status in (204, 304) else head + response.body
+    if bodiless:
+        return b"%bDate: %b\r\n\r\n" % (head, date.encode("ascii"))
+    return b"%bDate: %b\r\nContent-Length: %d\r\n\r\n%b" % (
+        head, date.encode("ascii"), len(response.body), b"" if head_only else response.body)
 
 
 def encode_stream_head(stream: HttpStream, date: str, chunked: bool) -> bytes:
     """The head of an answer without a length; ``chunked`` shows a client of HTTP/1.1 whether it saw all of it."""
     framing = [("Transfer-Encoding", "chunked")] * chunked + [("Connection", "close")]
-    return encode_head(200, [("Date", date), *COMMON_FIELDS, ("Cache-Control", "no-store"), *stream.fields,
+    return encode_head(200, [("Date", date), *COMMON_FIELDS, NO_STORE, *stream.fields,
                              ("Content-Type", stream.content_type), *framing])
 
 
@@ -4552,7 +4569,7 @@ def encode_chunk(piece: bytes) -> bytes:
 def json_response(document: object, status: int = 200, fields: tuple[tuple[str, str], ...] = ()) -> HttpResponse:
     """A JSON document as an answer that nobody keeps."""
     return HttpResponse(format_json(document).encode(), status, "application/json",
-                        (("Cache-Control", "no-store"), *fields))
+                        (NO_STORE, *fields))
 
 
 def error_response(error: ClaudomatorError) -> HttpResponse:
@@ -4584,9 +4601,12 @@ def host_allowed(host: str, names: Iterable[str]) -> bool:
     A page of another site can make its own name lead to 127.0.0.1 (DNS rebinding), and is then "same origin" to the
     browser; but its name stands in Host.
     """
-    name, parts = split_host(host)[0], split_host(host)[0].split(".")
+    name = split_host(host)[0]
+    if name in ("localhost", "::1") or name in names:
+        return True
+    parts = name.split(".")
     loopback = len(parts) == 4 and parts[0] == "127" and all(map(str.isdigit, parts))
-    return loopback or name in ("localhost", "::1") or name.endswith(".localhost") or name in names
+    return loopback or name.endswith(".localhost")
 
 
 def origin_allowed(origin: str | None, host: str) -> bool:
@@ -10111,7 +10131,7 @@ IDLE_S = 75.0  # between requests; browsers keep a connection for one to five mi
 HEAD_S = 10.0  # from the first byte of a request to the end of its head
 BODY_S = 60.0  # for a body
 WRITE_S = 30.0  # for the client to take an answer, or a piece of a stream
-LINGER_S = 2.0  # how long a refused client is listened to (RFC 9112 section 9.6)
+REFUSED_S = 2.0  # how long a refused client is listened to (RFC 9112 section 9.6)
 CLOSE_S = 5.0  # how long the answers under way may take when the server stops
 
 
@@ -10125,6 +10145,7 @@ class HttpConnection:
         self._transport, self._loop, self.task = writer.transport, server.loop, asyncio.current_task()
         is_unix, nowhere = writer.get_extra_info("socket").family == socket.AF_UNIX, ("",)
         self.names = None if is_unix else (writer.get_extra_info("sockname") or nowhere)[:1]
+        self.welcome = ""  # the last Host that was checked
         self.peer = "unix" if is_unix else (writer.get_extra_info("peername") or nowhere)[0]
         self._decoder, self._held = RequestDecoder(), 0  # bytes of a body
         self.phase, self.since, self._deadline, self._timer = "", 0.0, 0.0, None
@@ -10133,11 +10154,13 @@ class HttpConnection:
         self._transport.set_write_buffer_limits(high=0)  # ``drain`` waits until all has left
 
     def _enter(self, phase: str, limit_s: float | None) -> None:
-        """Begin a phase of the exchange, which may take so long."""
-        self.phase, self.since = phase, self._loop.time()
-        self._deadline = None if limit_s is None else self.since + limit_s
-        if limit_s is not None and (self._timer is None or self._deadline < self._timer.when()):
-            self._arm()
+        """Begin a phase of the exchange, which may take so long; ``None``: without end."""
+        self.phase, self._deadline = phase, None
+        if limit_s is not None:
+            self.since = self._loop.time()
+            self._deadline = self.since + limit_s
+            if self._timer is None or self._deadline < self._timer.when():
+                self._arm()
 
     def _arm(self) -> None:
         if self._timer is not None:
@@ -10265,11 +10288,11 @@ class HttpConnection:
     async def _refuse(self, error: HttpError) -> None:
         """Answer a request that cannot be read, and close.
 
-        Who closes with unread bytes resets the connection, and the client may never see the answer; so RFC 9112 section
-        9.6: a server first closes "only the write side", and "then continues to read from the connection until" the
-        client closes or the time is over.
+        Who closes with unread bytes resets the connection, and the client may never see the answer; so RFC 9112
+        section 9.6: a server first closes "only the write side", and "then continues to read from the connection until"
+        the client closes or the time is over.
         """
-        self._enter("lingering", LINGER_S)
+        self._enter("lingering", REFUSED_S)
         self._release()
         self._decoder = None
         try:
@@ -10409,10 +10432,13 @@ class HttpServer:
     async def answer(self, request: HttpRequest, connection: HttpConnection) -> object:
         """What ``handle`` answers; every error becomes an answer."""
         try:
-            if connection.names is not None and request.host \
-                    and not host_allowed(request.host, (*connection.names, *self.names)):
-                raise Forbidden(f"this server is not {split_host(request.host)[0]!r}; if it shall be, add the name to "
-                                "server_names in the configuration")
+            host = request.host
+            if connection.names is not None and host and host != connection.welcome:
+                if host_allowed(host, (*connection.names, *self.names)):
+                    connection.welcome = host
+                else:
+                    raise Forbidden(f"this server is not {split_host(host)[0]!r}; if it shall be, add the name to "
+                                    "server_names in the configuration")
             changing = request.method not in ("GET", "HEAD") or "upgrade" in request.headers
             if changing and not origin_allowed(request.headers.get("origin"), request.host):
                 raise Forbidden("pages of other sites may not do this")
@@ -10587,7 +10613,7 @@ class EventChunks:
 
     def __init__(self, core: Core, operation: Operation, request: object, items: object):
         self._core, self._operation, self._request, self._items = core, operation, request, items
-        self._ahead, self._execution_id = None, ""
+        self._ahead = None
 
     def _ask(self) -> None:
         import asyncio
