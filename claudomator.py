@@ -20,7 +20,9 @@ Contents
     09 Model streams (pure)
     10 Outcome (pure)
     11 Readable text (pure)
+    12 Redaction (pure)
     13 Control wire (pure)
+    14 HTTP wire (pure)
     15 WebSocket wire (pure)
     16 Runners (pure)
     17 Store
@@ -248,6 +250,11 @@ def format_json(value) -> str:
     if isinstance(value, str):
         return _encode_string(value)
     return repr(value) if type(value) is int else "".join(_encode([value], 0))[1:-1]
+
+
+def is_plain_text(value) -> bool:
+    """Whether a value is a string that can be stored: no NUL and no half of a surrogate pair."""
+    return isinstance(value, str) and "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def parse_json_or(text: str | bytes | None, default: object) -> object:
@@ -631,10 +638,11 @@ class Checker:
 CONFIG_KEYS: tuple[Key, ...] = (
     Key("data_dir", "path", "~/.claudomator", "database, executions/, sandboxes/ and the control socket live here"),
     Key("socket_path", "path", "", "the control socket; empty: <data_dir>/claudomator.sock", field="own_socket_path"),
-    Key("server_addr", "address", "127.0.0.1:8484", "HTTP; ':8484' is every interface and wants webhook_secret",
-        active=False),
-    Key("api_token", "string", "", "the operator's bearer token; empty: the file <data_dir>/api-token", active=False,
-        secret=True),
+    Key("server_addr", "address", "127.0.0.1:8484", "HTTP; empty: no port; ':8484' is every interface and wants"
+        " webhook_secret"),
+    Key("server_names", "strings", (), "more host names under which the HTTP port is reached",
+        example=("ci.example.org",)),
+    Key("api_token", "string", "", "the operator's bearer token; empty: the file <data_dir>/api-token", secret=True),
     Key("max_concurrent", "integer >= 1", 3, "how many agents may run at the same time"),
     Key("default_timeout", "duration > 0", "15m", "for tasks that name no timeout"),
     Key("stall_timeout", "duration", "20m", "an agent silent for so long is stopped; 0: never"),
@@ -712,7 +720,7 @@ CONFIG_KEYS: tuple[Key, ...] = (
 )
 CONFIG_GROUPS = key_groups(CONFIG_KEYS)
 CONFIG_TOP_NAMES = tuple(dict.fromkeys(_top_name(key.name) for key in CONFIG_KEYS))
-RESTART_KEYS = ("data_dir", "socket_path")  # what a running daemon cannot take over on a reload
+RESTART_KEYS = ("data_dir", "socket_path", "server_addr")  # what a running daemon cannot take over on a reload
 
 
 class AgentSettings(KeyedRecord, keys=CONFIG_GROUPS["agents.*"]):
@@ -758,6 +766,17 @@ class Config(KeyedRecord, keys=CONFIG_GROUPS[""]):
     sandboxes_dir = property(lambda self: f"{self.data_dir}/sandboxes")  # the clones that executions work in
     lock_path = property(lambda self: f"{self.data_dir}/daemon.lock")  # locked: a daemon runs on this data directory
     socket_path = property(lambda self: self.own_socket_path or f"{self.data_dir}/claudomator.sock")
+    agent_socket_path = property(lambda self: f"{self.data_dir}/agent.sock")  # HTTP for sandboxes and containers
+    api_token_path = property(lambda self: f"{self.data_dir}/api-token")
+    agent_key_path = property(lambda self: f"{self.data_dir}/agent-key")  # what the agents' tokens are made with
+
+    @property
+    def secrets(self) -> set[str]:
+        """The values of all keys that are marked secret."""
+        tables = [(CONFIG_GROUPS[""], self), (CONFIG_GROUPS["local_model"], self.local_model),
+                  *((CONFIG_GROUPS["agents.*"], settings) for settings in self.agents.values())]
+        values = [getattr(table, key.field) for keys, table in tables for key in keys.values() if key.secret]
+        return {text for value in values for text in (value.values() if isinstance(value, dict) else (value,)) if text}
 
     def program_key(self, kind: str) -> str:
         """The key that names an agent kind's program, for messages; empty where there is none."""
@@ -916,15 +935,16 @@ def parse_config(document: dict, source: str, home: str) -> Config:
         warnings=tuple(f"{source}: {name} is set, but this version does not use it yet" for name in unused))
 
 
-def parse_config_text(text: str, source: str, home: str) -> Config:
-    """``parse_config`` of a TOML text.  Raises ``InvalidInput`` naming ``source`` and the line of a syntax error."""
+def parse_config_text(text: str, source: str, home: str, told: dict | None = None) -> Config:
+    """``parse_config`` of a TOML text, in which ``told`` overrides keys.  Raises ``InvalidInput`` naming ``source`` and
+    the line of a syntax error."""
     import tomllib
     try:
         document = tomllib.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, a ValueError, says "(at line 3, column 5)"
         words = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise InvalidInput(f"{source}: not TOML: {words}") from None
-    return parse_config(document, source, home)
+    return parse_config({**document, **(told or {})}, source, home)
 
 
 _SAMPLE_NAMES = {"agents.*": "claude", "budgets.project.*": "myrepo", "budgets.agent.*": "claude",
@@ -3874,6 +3894,168 @@ def render_event(event: dict, color: bool, tz_offset_s: float = 0) -> str:
     return f"{paint(time_of_day, DIM, color)}  {(event.get('task_id') or '')[:8]:<8}  {paint(words, code, color)}"
 
 
+# ---- 12 Redaction (pure) ---------------------------------------------------------------------------------------
+# What the daemon says leaves it without its secrets: each is replaced by value, in a string, in bytes, and in a stream
+# that cuts it anywhere.  A secret also stands in JSON, and in JSON within JSON (an agent's log line in an answer), so
+# its escaped forms are looked for too.  The tokens are made here: redaction knows an agent's by its shape, whichever
+# execution it is of.
+
+REDACTED = "[redacted]"
+SHORTEST_SECRET = 8  # characters; a shorter value is too likely to be part of an ordinary word
+LONGEST_SECRET = 1 << 14  # bytes; more than that is a file, and would hold back a stream for too long
+AGENT_TOKEN_PREFIX = "clagt"
+AGENT_TOKEN_LENGTH = len(AGENT_TOKEN_PREFIX) + 32 + 64  # the execution's id and an HMAC, in hexadecimal digits
+
+
+def hmac_sha256(key: bytes, message: bytes) -> bytes:
+    """HMAC (RFC 2104) with SHA-256; the module ``hmac`` would bring OpenSSL's 3 MB into the daemon."""
+    try:
+        from _sha2 import sha256  # CPython 3.12
+    except ImportError:
+        from _sha256 import sha256
+    key = (sha256(key).digest() if len(key) > 64 else key).ljust(64, b"\0")
+    inner = sha256(bytes(byte ^ 0x36 for byte in key) + message).digest()
+    return sha256(bytes(byte ^ 0x5C for byte in key) + inner).digest()
+
+
+def agent_token(key: bytes, execution_id: str) -> str:
+    """The token of an execution's agent: nothing of it is stored, and the next daemon makes the same."""
+    return AGENT_TOKEN_PREFIX + execution_id.replace("-", "") + hmac_sha256(key, execution_id.encode()).hex()
+
+
+def execution_of_token(token: str) -> str | None:
+    """The execution that an agent's token claims to be of; ``None`` where it has not the shape of one."""
+    digits = token.removeprefix(AGENT_TOKEN_PREFIX)
+    if len(token) != AGENT_TOKEN_LENGTH or len(digits) == len(token) or digits.strip("0123456789abcdef"):
+        return None
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:32]))
+
+
+def is_same_text(given: str, wanted: str) -> bool:
+    """Whether two strings are equal, in a time that does not tell where they differ."""
+    from _operator import _compare_digest  # what ``hmac.compare_digest`` is
+    return _compare_digest(given.encode("utf-8", "surrogatepass"), wanted.encode("utf-8", "surrogatepass"))
+
+
+def escaped_forms(text: str) -> list[str]:
+    """A string as it stands inside a JSON string: with non-ASCII characters as escapes, and as they are."""
+    short = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\b": "\\b", "\f": "\\f"}
+    plain = "".join(short.get(char) or (char if char >= " " else f"\\u{ord(char):04x}") for char in text)
+    return list(dict.fromkeys((format_json(text)[1:-1], plain)))
+
+
+class Redactor:
+    """Replaces secrets by ``[redacted]``.  Where secrets overlap, all that one of them covers goes."""
+
+    def __init__(self, values=()):
+        raw = {value for value in values if len(value) >= SHORTEST_SECRET and is_plain_text(value)}
+        once = {form for value in raw for form in escaped_forms(value)}
+        twice = {form for text in once for form in escaped_forms(text)}
+        forms = sorted(form for form in raw | once | twice if len(form.encode()) <= LONGEST_SECRET)
+        encoded = {form for text in forms for form in escaped_forms(text)}  # as format_json writes a string with it
+        self._texts, self._bytes = tuple(forms), tuple(form.encode() for form in forms)
+        self._traces = tuple(sorted(form.encode() for form in {*encoded, AGENT_TOKEN_PREFIX}))
+        self.longest = max([AGENT_TOKEN_LENGTH, *map(len, self._bytes)])
+
+    def _forms(self, data: str | bytes) -> tuple:
+        """(secrets, an agent token's prefix, the mark) as strings or bytes, as ``data`` is."""
+        if isinstance(data, str):
+            return self._texts, AGENT_TOKEN_PREFIX, REDACTED
+        return self._bytes, AGENT_TOKEN_PREFIX.encode(), REDACTED.encode()
+
+    def spans(self, data: str | bytes) -> list[tuple[int, int]]:
+        """(begin, end) of what must go, in order; overlapping ones are one."""
+        forms, prefix, _ = self._forms(data)
+        found = []
+        for form in forms:
+            at = data.find(form)
+            while at >= 0:
+                found.append((at, at + len(form)))
+                at = data.find(form, at + 1)
+        at = data.find(prefix)
+        while at >= 0:
+            token = data[at:at + AGENT_TOKEN_LENGTH]
+            if len(token) == AGENT_TOKEN_LENGTH and token.isalnum():
+                found.append((at, at + AGENT_TOKEN_LENGTH))
+            at = data.find(prefix, at + 1)
+        merged: list[tuple[int, int]] = []
+        for begin, end in sorted(found):
+            if merged and begin < merged[-1][1]:
+                begin, end = merged[-1][0], max(end, merged.pop()[1])
+            merged.append((begin, end))
+        return merged
+
+    def unfinished(self, data: bytes) -> int:
+        """How many bytes at the end may be the beginning of a secret; fewer than ``longest``."""
+        most, prefix = 0, AGENT_TOKEN_PREFIX.encode()
+        for form in (*self._bytes, prefix):
+            at = data.find(form[:1], max(0, len(data) - len(form) + 1))
+            while at >= 0 and not form.startswith(data[at:]):
+                at = data.find(form[:1], at + 1)
+            most = max(most, len(data) - at if at >= 0 else 0)
+        at = data.find(prefix, max(0, len(data) - AGENT_TOKEN_LENGTH + 1))
+        while at >= 0 and not data[at:].isalnum():
+            at = data.find(prefix, at + 1)
+        return max(most, len(data) - at if at >= 0 else 0)
+
+    def clean(self, data: str | bytes, begin: int = 0, end: int | None = None) -> str | bytes:
+        """``data[begin:end]`` without secrets.  The rest of ``data`` is what surrounds it: of a secret that begins
+        before ``begin`` nothing is left, one that ends after ``end`` leaves its mark."""
+        end = len(data) if end is None else end
+        mark, pieces, at = self._forms(data)[2], [], begin
+        for start, stop in self.spans(data):
+            if stop <= begin or start >= end:
+                continue
+            pieces += [data[at:start], mark] if start >= begin else []
+            at = min(stop, end)
+        return data[:0].join((*pieces, data[at:end]))
+
+    def value(self, value: object) -> object:
+        """A JSON value without secrets; names stay, they are the program's own."""
+        if isinstance(value, str):
+            return self.clean(value)
+        if isinstance(value, (list, tuple)):
+            return [self.value(item) for item in value]
+        return {name: self.value(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+    def document(self, encoded: bytes) -> bytes:
+        """A JSON document as ``format_json`` writes it, without secrets.  Nearly always there are none, and looking for
+        their traces in the bytes costs far less than reading them."""
+        if not any(trace in encoded for trace in self._traces):
+            return encoded
+        end = encoded[len(encoded.rstrip()):]
+        return format_json(self.value(parse_json(encoded))).encode() + end
+
+
+class RedactingStream:
+    """A redactor for bytes that come in pieces; it keeps back no more than what may be the beginning of a secret."""
+
+    def __init__(self, redactor: Redactor):
+        self._redactor, self._held, self._covered = redactor, b"", 0  # the first bytes of ``_held`` that a mark covers
+
+    def feed(self, data: bytes) -> bytes:
+        """What can be said by now."""
+        data = self._held + data
+        return self._pass_on(data, len(data) - self._redactor.unfinished(data))
+
+    def finish(self) -> bytes:
+        """The rest."""
+        return self._pass_on(self._held, len(self._held))
+
+    def _pass_on(self, data: bytes, cut: int) -> bytes:
+        pieces, at = [], min(self._covered, cut)
+        covered = self._covered
+        for start, stop in self._redactor.spans(data):
+            if start >= cut:
+                break
+            if start >= covered:
+                pieces += [data[at:start], REDACTED.encode()]
+            covered = max(covered, stop)
+            at = min(covered, cut)
+        self._held, self._covered = data[cut:], max(0, covered - cut)
+        return b"".join((*pieces, data[at:cut]))
+
+
 # ---- 13 Control wire (pure) ------------------------------------------------------------------------------------
 # JSON-RPC 2.0, one object a line, UTF-8 (docs/control-protocol.md).  Batches are refused: a client that wants several
 # answers sends several lines.  A notification carries ``stream``, the id of the request that asked for it.
@@ -3975,6 +4157,485 @@ def error_from_wire(body: dict) -> ClaudomatorError:
     error.code = str(data.get("code", "internal"))
     error.exit_code = data["exit_code"] if isinstance(data.get("exit_code"), int) else 1
     return error
+
+
+# ---- 14 HTTP wire (pure) ---------------------------------------------------------------------------------------
+# HTTP/1.1 as bytes (RFC 9110 semantics, RFC 9112 framing), for a server that would rather refuse a request than guess
+# where it ends: two programs that guess differently is what request smuggling is.  Whatever is wrong with a message is
+# an ``HttpError`` with the status to answer; after it the connection is closed, as nobody knows where the next request
+# begins.  docs/http.md lists the rules and where they are stricter than others'.
+
+MAX_HEAD_BYTES = 1 << 14  # request line and fields; a browser sends 1 KB, a proxy's cookies and tokens 8 KB
+MAX_TARGET_BYTES = 8000  # RFC 9112 section 3: support "request-line lengths of 8000 octets" at least
+MAX_FIELDS = 100  # a browser sends 20
+MAX_BODY_BYTES = 8 << 20  # a task file of that size is accepted, as on the control socket (section 13)
+MAX_CHUNK_LINE = 256  # a chunk's size and extensions; nobody sends extensions
+
+HTTP_REASONS: dict[int, str] = {
+    100: "Continue", 101: "Switching Protocols", 200: "OK", 201: "Created", 202: "Accepted", 204: "No Content",
+    304: "Not Modified", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
+    405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 413: "Content Too Large", 414: "URI Too Long",
+    415: "Unsupported Media Type", 417: "Expectation Failed", 422: "Unprocessable Content", 426: "Upgrade Required",
+    429: "Too Many Requests", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
+    501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported", 507: "Insufficient Storage",
+}
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+_LETTERS, _DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
+_ALNUM = (_LETTERS + _LETTERS.upper() + _DIGITS).encode()
+_TCHAR = b"!#$%&'*+-.^_`|~" + _ALNUM  # RFC 9110 section 5.6.2
+_FIELD_TEXT = b"\t" + bytes(range(0x20, 0x7F)) + bytes(range(0x80, 0x100))  # RFC 9110 section 5.5, with SP and HTAB
+_PCHAR = b"-._~!$&'()*+,;=:@%/" + _ALNUM  # RFC 3986 section 3.3, with "/"
+_HEX = b"0123456789abcdefABCDEF"
+_ONLY_ONCE = ("host", "content-length", "transfer-encoding", "authorization", "origin", "content-type", "expect")
+
+
+class HttpError(ClaudomatorError):
+    """A request that is refused; ``http_status`` is the answer's, ``fields`` are more header lines of it."""
+
+    code, http_status = "bad_request", 400
+
+    def __init__(self, status: int, message: str, *fields: tuple[str, str]):
+        super().__init__(message)
+        self.http_status, self.code, self.fields = status, HTTP_REASONS[status].lower().replace(" ", "_"), fields
+
+
+class HttpRequest(Record):
+    """A whole request.  ``path`` is decoded and has no ``.``, ``..`` or control character; ``headers`` have lower-case
+    names, values of repeated fields joined by commas; ``minor`` is 1 or 0, of HTTP/1.1 or 1.0; ``host`` is who was
+    asked, ``""`` where a client of HTTP/1.0 does not say; ``keep_alive``: whether the client wants to ask more.
+    Requests that repeat each other share ``query`` and ``headers``: do not change them."""
+
+    method: str
+    target: str
+    path: str
+    query: list[tuple[str, str]]
+    minor: int
+    headers: dict[str, str]
+    host: str
+    keep_alive: bool
+    body: bytes = b""
+
+
+def tokens_of(value: str) -> list[str]:
+    """The elements of a comma-separated field, in lower case, without empty ones (RFC 9110 section 5.6.1)."""
+    return [token for token in (part.strip(" \t").lower() for part in value.split(",")) if token]
+
+
+def split_host(text: str) -> tuple[str, str]:
+    """(name, port) of ``uri-host [":" port]`` in lower case, an IPv6 address without brackets.  Raises ``HttpError``.
+
+    Source: RFC 9110 section 7.2; of the names of RFC 3986 only those that DNS can hold.
+    """
+    text = text.lower()
+    if text.startswith("["):
+        name, end, rest = text[1:].partition("]")
+        sound = end and name and not name.strip(_DIGITS + "abcdef:.") and rest[:1] in ("", ":")
+        port = rest[1:]
+    else:
+        name, _, port = text.partition(":")
+        sound = name and not name.strip(_LETTERS + _DIGITS + "-._~")
+    if not sound or port.strip(_DIGITS) or len(port) > 5:
+        raise HttpError(400, "the Host field must be a host name or address and maybe a port")
+    return name, port
+
+
+def unquote(text: str, plus: str = "+") -> str:
+    """Percent-decoded text (RFC 3986 section 2.1), strictly: two hexadecimal digits, UTF-8, no control character.
+
+    ``plus`` is what a ``+`` means.  Raises ``HttpError``.
+    """
+    text = text.replace("+", plus)
+    if "%" not in text:
+        return text
+    first, *others = text.encode("ascii").split(b"%")
+    try:
+        if any(len(part) < 2 or part[:2].translate(None, _HEX) for part in others):
+            raise ValueError
+        decoded = (first + b"".join(bytes.fromhex(part[:2].decode()) + part[2:] for part in others)).decode("utf-8")
+    except ValueError:
+        raise HttpError(400, "a % in the target must be followed by two hexadecimal digits, and make UTF-8") from None
+    if any(char < " " or char == "\x7f" for char in decoded):
+        raise HttpError(400, "the target must not hold control characters, not even encoded ones")
+    return decoded
+
+
+def parse_path(text: str) -> str:
+    """The decoded path.  A dot segment is refused and not resolved: no client of good will sends one, and who checked
+    the path before us may have resolved it otherwise.  Raises ``HttpError``."""
+    if "%" not in text and "/." not in text:
+        return text  # nearly every one; a backslash is no character of a target
+    segments = [unquote(segment) for segment in text.split("/")]
+    if any(segment in (".", "..") or "/" in segment or "\\" in segment for segment in segments):
+        raise HttpError(400, "the path must not hold . or .. segments, nor an encoded slash, nor a backslash")
+    return "/".join(segments)
+
+
+def parse_query(text: str) -> list[tuple[str, str]]:
+    """The pairs of a query in their order, as HTML forms write them (``+`` is a space).  Raises ``HttpError``."""
+    pairs = (piece.partition("=") for piece in text.split("&") if piece)
+    return [(unquote(name, " "), unquote(value, " ")) for name, _, value in pairs]
+
+
+def parse_target(target: bytes) -> tuple[str, list[tuple[str, str]], str]:
+    """(path, query, host) of origin-form and absolute-form; host is ``""`` in the first.  Raises ``HttpError``."""
+    # RFC 9112 section 3.2: "Recipients of an invalid request-line SHOULD respond with either a 400 (Bad Request)"
+    if target.translate(None, _PCHAR + b"?[]"):
+        raise HttpError(400, "the request's target holds characters that no URI may hold; percent-encode them")
+    (path, _, query), host = target.decode("ascii").partition("?"), ""
+    if not path.startswith("/"):
+        # RFC 9112 section 3.2.2: "a server MUST accept the absolute-form in requests"
+        scheme, found, rest = path.partition("://")
+        if not found or scheme.lower() not in ("http", "https"):
+            raise HttpError(400, "the request's target must be a path or an http URL")
+        host, _, path = rest.partition("/")
+        split_host(host)
+        path = "/" + path
+    if "[" in path + query or "]" in path + query:  # only an address may hold them
+        raise HttpError(400, "the request's target holds characters that no URI may hold; percent-encode them")
+    return parse_path(path), parse_query(query), host
+
+
+def parse_fields(lines: list[bytes]) -> dict[str, str]:
+    """The fields of header or trailer lines, names in lower case.  Raises ``HttpError``."""
+    if len(lines) > MAX_FIELDS:
+        raise HttpError(431, f"a request may have {MAX_FIELDS} fields at most")
+    fields: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        # RFC 9112 section 5.1: "No whitespace is allowed between the field name and colon ... A server MUST reject,
+        # with a response status code of 400 (Bad Request), any received request message that contains" such; section
+        # 5.2: "A server that receives an obs-fold in a request message ... MUST either reject the message by sending a
+        # 400": a folded line begins with a space, which is no tchar.
+        if not colon or not name or name.translate(None, _TCHAR):
+            raise HttpError(400, "each header line must be NAME: VALUE, without a space before the colon or a fold")
+        key, text = name.decode("ascii").lower(), value.strip(b" \t").decode("latin-1")
+        if key in fields:
+            if key in _ONLY_ONCE:
+                raise HttpError(400, f"the field {key} may stand in a request only once")
+            text = f"{fields[key]}, {text}"  # RFC 9110 section 5.3
+        fields[key] = text
+    return fields
+
+
+def parse_head(head: bytes) -> HttpRequest:
+    """The request without its body, of a head without its last empty line.  Raises ``HttpError``."""
+    lines = head.split(b"\r\n")
+    # RFC 9112 section 2.2: "A recipient of such a bare CR MUST consider that element to be invalid"; a bare LF MAY end
+    # a line, and is refused here like every other control character (RFC 9110 section 5.5).
+    if b"".join(lines).translate(None, _FIELD_TEXT):
+        raise HttpError(400, "the head holds a control character, or a CR or LF that is no line's end")
+    method, target, version, *more = (*lines[0].split(b" "), b"", b"")
+    if len(more) != 2 or not method or method.translate(None, _TCHAR):
+        raise HttpError(400, "the request line must be METHOD TARGET HTTP/1.1, with single spaces")
+    if len(target) > MAX_TARGET_BYTES:
+        raise HttpError(414, f"a target may have {MAX_TARGET_BYTES} bytes at most")
+    if version not in (b"HTTP/1.1", b"HTTP/1.0"):
+        digits = version[5:8:2]
+        known = version.startswith(b"HTTP/") and len(version) == 8 and version[6:7] == b"." and digits.isdigit()
+        raise HttpError(505 if known else 400, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+    path, query, host = parse_target(target)
+    headers, minor = parse_fields(lines[1:]), int(version == b"HTTP/1.1")
+    # RFC 9112 section 3.2: "A server MUST respond with a 400 (Bad Request) status code to any HTTP/1.1 request message
+    # that lacks a Host header field and to any request message that contains more than one Host header field line or a
+    # Host header field with an invalid field value."
+    if "host" in headers:
+        split_host(headers["host"])
+    elif minor:
+        raise HttpError(400, "a request of HTTP/1.1 must have a Host field")
+    # RFC 9112 section 9.3: close wins; persistent by default in HTTP/1.1, by "keep-alive" in HTTP/1.0
+    wishes = tokens_of(headers["connection"]) if "connection" in headers else ()
+    keep_alive = "close" not in wishes and (minor == 1 or "keep-alive" in wishes)
+    # RFC 9112 section 3.2.2: an absolute-form's host counts, "the server MUST ignore the received Host header field"
+    return HttpRequest(method.decode("ascii"), target.decode("ascii"), path, query, minor, headers,
+                       host or headers.get("host", ""), keep_alive, b"")
+
+
+def body_length(request: HttpRequest) -> int | None:
+    """How many bytes of body follow a head, ``None`` where they come in chunks.  Raises ``HttpError``."""
+    length, coding = request.headers.get("content-length"), request.headers.get("transfer-encoding")
+    if "expect" in request.headers and request.headers["expect"].lower() != "100-continue":
+        raise HttpError(417, "the only expectation that is met here is 100-continue")  # RFC 9110 section 10.1.1
+    if coding is not None:
+        # RFC 9112 section 6.3: a message with both "ought to be handled as an error"; section 6.1: of HTTP/1.0 "the
+        # framing is faulty"; section 6.3: not chunked at last, "the server MUST respond with the 400 (Bad Request)"
+        codings = [name.strip(" \t").lower() for name in coding.split(",")]
+        if length is not None or request.minor == 0:
+            raise HttpError(400, "Transfer-Encoding must not come with Content-Length, nor in HTTP/1.0")
+        if codings[-1] != "chunked" or codings.count("chunked") > 1:
+            raise HttpError(400, "the last transfer coding must be chunked, once")
+        if len(codings) > 1:  # RFC 9112 section 6.1: one "it does not understand SHOULD respond with 501"
+            raise HttpError(501, "the only transfer coding that is understood here is chunked")
+        return None
+    if length is None:
+        return 0  # RFC 9112 section 6.3, number 7
+    if not (length.isascii() and length.isdigit()):  # ``int`` would take +5, 1_0 and other scripts' digits
+        raise HttpError(400, "Content-Length must be a decimal number")
+    if len(length) > 19 or int(length) > MAX_BODY_BYTES:
+        raise HttpError(413, f"a request's body may have {MAX_BODY_BYTES} bytes at most")
+    return int(length)
+
+
+class RequestDecoder:
+    """Cuts one connection's bytes into requests.
+
+    ``feed`` bytes, then ``take``: a whole ``HttpRequest``, or ``None`` for need more, or ``HttpError``; after an error
+    the rest of the stream means nothing.  What follows a request stays for the next ``take``.
+    """
+
+    def __init__(self) -> None:
+        self._buffer, self._scanned = bytearray(), 0  # so many bytes of it hold no head's end
+        self._head: HttpRequest | None = None
+        self._known: tuple = (None, None, None)  # a kept connection repeats itself
+        self._body, self._left = bytearray(), 0  # ``_left``: bytes to come, or allowed
+        self._step = self._read_head
+
+    def feed(self, data: bytes) -> None:
+        """Add what came."""
+        self._buffer += data
+
+    def take(self) -> HttpRequest | None:
+        """The next request if it is whole.  Raises ``HttpError``."""
+        while self._step():
+            if self._step == self._read_head:
+                request, self._head, body, self._body = self._head, None, self._body, bytearray()
+                return request.replace(body=bytes(body)) if body else request
+        return None
+
+    @property
+    def wanted(self) -> int:
+        """How many bytes can be read without reading beyond the request whose head was taken: at least 1."""
+        held = len(self._buffer)
+        if self._step == self._read_sized:
+            return self._left
+        if self._step == self._read_chunk:
+            return self._left + len("\r\n0\r\n\r\n") - held
+        return max(1, (len("0\r\n\r\n") if self._step == self._read_chunk_size else len("\r\n")) - held)
+
+    @property
+    def expects_continue(self) -> bool:
+        """Whether the client waits for ``CONTINUE`` before it sends the body (RFC 9110 section 10.1.1: of a client of
+        HTTP/1.0 it is ignored, and it may be omitted where some of the body has come)."""
+        return bool(self._head and self._head.minor and "expect" in self._head.headers
+                    and not self._body and not self._buffer)
+
+    def _read_head(self) -> bool:
+        buffer = self._buffer
+        # RFC 9112 section 2.2: "ignore at least one empty line (CRLF) received prior to the request-line"
+        start = 2 if buffer.startswith(b"\r\n") else 0
+        end = buffer.find(b"\r\n\r\n", max(start, self._scanned))
+        if (end if end >= 0 else len(buffer) - 4) - start > MAX_HEAD_BYTES - 4:
+            line_ends = buffer.find(b"\r\n", start, start + MAX_TARGET_BYTES + 100) >= 0
+            raise HttpError(431, f"a request's head may have {MAX_HEAD_BYTES} bytes at most") if line_ends else \
+                HttpError(414, f"a target may have {MAX_TARGET_BYTES} bytes at most")
+        if end < 0:
+            self._scanned = max(start, len(buffer) - 3)
+            return False
+        text = bytes(buffer[start:end])
+        del buffer[:end + 4]
+        if text != self._known[0]:
+            head = parse_head(text)
+            self._known = text, head, body_length(head)
+        _, self._head, length = self._known
+        self._scanned = 0
+        if length != 0:
+            self._left, self._step = length or 0, self._read_chunk_size if length is None else self._read_sized
+        return True
+
+    def _read_sized(self) -> bool:
+        self._move()
+        if self._left:
+            return False
+        self._step = self._read_head
+        return True
+
+    def _move(self) -> None:
+        """Bytes from the buffer into the body, as many as belong there."""
+        piece = self._buffer[:self._left]
+        del self._buffer[:self._left]
+        self._body += piece
+        self._left -= len(piece)
+
+    def _line(self, limit: int) -> bytes | None:
+        """The next line of the buffer without its end, ``None`` if it is not whole."""
+        end = self._buffer.find(b"\r\n", 0, limit + 2)
+        if end < 0:
+            if len(self._buffer) >= limit + 2:
+                raise HttpError(400, "a line between the chunks of the body is too long")
+            return None
+        line = bytes(self._buffer[:end])
+        del self._buffer[:end + 2]
+        if line.translate(None, _FIELD_TEXT):
+            raise HttpError(400, "a line between the chunks of the body holds a control character")
+        return line
+
+    def _read_chunk_size(self) -> bool:
+        line = self._line(MAX_CHUNK_LINE)
+        if line is None:
+            return False
+        # RFC 9112 section 7.1: chunk-size is 1*HEXDIG, and "recipients MUST anticipate potentially large hexadecimal
+        # numerals"; section 7.1.1: "A recipient MUST ignore unrecognized chunk extensions"
+        digits = line.partition(b";")[0]
+        if not digits or digits.translate(None, _HEX):
+            raise HttpError(400, "a chunk must begin with its size in hexadecimal digits")
+        if len(digits) > 8 or len(self._body) + int(digits, 16) > MAX_BODY_BYTES:
+            raise HttpError(413, f"a request's body may have {MAX_BODY_BYTES} bytes at most")
+        self._left = int(digits, 16)
+        self._step = self._read_chunk
+        if not self._left:
+            self._left, self._step = MAX_HEAD_BYTES, self._read_trailer
+        return True
+
+    def _read_chunk(self) -> bool:
+        self._move()
+        if self._left or len(self._buffer) < 2:
+            return False
+        if not self._buffer.startswith(b"\r\n"):
+            raise HttpError(400, "a chunk is longer than it said")
+        del self._buffer[:2]
+        self._step = self._read_chunk_size
+        return True
+
+    def _read_trailer(self) -> bool:
+        line = self._line(self._left)
+        if line is None:
+            return False
+        if line:
+            parse_fields([line])  # RFC 9110 section 6.5.1: trailer fields may be discarded
+            self._left = max(0, self._left - len(line) - 2)
+        else:
+            self._step = self._read_head
+        return True
+
+
+class HttpResponse(Record):
+    """A whole answer.  ``fields``: more header lines as (name, value)."""
+
+    body: bytes = b""
+    status: int = 200
+    content_type: str = "application/json"
+    fields: tuple[tuple[str, str], ...] = ()
+
+
+class HttpStream(Record):
+    """An answer whose ``chunks`` (an asynchronous iterator of bytes) come when they come."""
+
+    chunks: object
+    content_type: str = "text/event-stream"
+    fields: tuple[tuple[str, str], ...] = ()
+
+
+class HttpUpgrade(Record):
+    """``await run(reader, writer)`` takes the connection over: it answers with ``encode_head(101, ...)`` and speaks
+    another protocol.  It is cancelled when the server stops; the connection is closed after it."""
+
+    run: object
+
+
+# What every answer says: its type is its type, no other site may embed it, nothing of it is to be kept.
+COMMON_FIELDS = (("X-Content-Type-Options", "nosniff"), ("Cross-Origin-Resource-Policy", "same-origin"),
+                 ("Referrer-Policy", "no-referrer"))
+NO_STORE = ("Cache-Control", "no-store")
+_HEADS: dict[tuple, bytes] = {}  # encoded heads without Date and Content-Length; a server's answers have few of them
+
+
+def encode_head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
+    """A status line and header lines.  Raises ``ValueError`` where a field would break out of its line."""
+    lines = [f"HTTP/1.1 {status} {HTTP_REASONS[status]}"]
+    for name, value in fields:
+        if not (value.isascii() and value.isprintable() and name.isascii() and name.replace("-", "").isalnum()):
+            raise ValueError(f"the header field {name!r} holds what none may hold: {value!r}")
+        lines.append(f"{name}: {value}")
+    lines.append("\r\n")
+    return "\r\n".join(lines).encode("ascii")
+
+
+def encode_response(response: HttpResponse, date: str, head_only: bool = False, connection: str = "") -> bytes:
+    """The bytes of an answer.  ``connection``: ``close``, ``keep-alive`` (to a client of HTTP/1.0) or nothing."""
+    bodiless = response.status in (204, 304)
+    key = response.status, response.content_type, response.fields, connection
+    head = _HEADS.get(key)
+    if head is None:
+        fields = [*COMMON_FIELDS, *response.fields]
+        fields += [("Content-Type", response.content_type)] * (not bodiless)
+        fields += [("Connection", connection)] * bool(connection)
+        if len(_HEADS) > 200:
+            _HEADS.clear()
+        head = _HEADS[key] = encode_head(response.status, fields)[:-2]
+    # RFC 9110 section 8.6: no Content-Length in an answer of 1xx or 204; one of 304 needs none
+    if bodiless:
+        return b"%bDate: %b\r\n\r\n" % (head, date.encode("ascii"))
+    return b"%bDate: %b\r\nContent-Length: %d\r\n\r\n%b" % (
+        head, date.encode("ascii"), len(response.body), b"" if head_only else response.body)
+
+
+def encode_stream_head(stream: HttpStream, date: str, chunked: bool) -> bytes:
+    """The head of an answer without a length; ``chunked`` shows a client of HTTP/1.1 whether it saw all of it."""
+    framing = [("Transfer-Encoding", "chunked")] * chunked + [("Connection", "close")]
+    return encode_head(200, [("Date", date), *COMMON_FIELDS, NO_STORE, *stream.fields,
+                             ("Content-Type", stream.content_type), *framing])
+
+
+def encode_chunk(piece: bytes) -> bytes:
+    """A chunk (RFC 9112 section 7.1); an empty one ends the body."""
+    return b"%x\r\n%b\r\n" % (len(piece), piece)
+
+
+def json_response(document: object, status: int = 200, fields: tuple[tuple[str, str], ...] = ()) -> HttpResponse:
+    """A JSON document as an answer that nobody keeps."""
+    return HttpResponse(format_json(document).encode(), status, "application/json",
+                        (NO_STORE, *fields))
+
+
+def error_response(error: ClaudomatorError) -> HttpResponse:
+    """``{"error": {"code": word, "message": sentence}}``, and ``problems`` where there are several."""
+    body = {"code": error.code, "message": str(error)}
+    if problems := error.data.get("problems"):
+        body["problems"] = problems
+    return json_response({"error": body}, error.http_status, getattr(error, "fields", ()))
+
+
+def http_date(unix_s: float) -> str:
+    """``Sun, 06 Nov 1994 08:49:37 GMT`` (RFC 9110 section 5.6.7)."""
+    days, rest = divmod(int(unix_s), 86400)
+    year, month, day = civil_from_days(days)
+    week_day = ("Thu", "Fri", "Sat", "Sun", "Mon", "Tue", "Wed")[days % 7]
+    name = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()[month - 1]
+    return f"{week_day}, {day:02} {name} {year:04} {rest // 3600:02}:{rest // 60 % 60:02}:{rest % 60:02} GMT"
+
+
+def etag_matches(if_none_match: str, etag: str) -> bool:
+    """Whether a client has this version (RFC 9110 section 13.1.2: weak comparison; ``*`` is any)."""
+    held = [tag.strip(" \t").removeprefix("W/") for tag in if_none_match.split(",")]
+    return held == ["*"] or etag.removeprefix("W/") in held
+
+
+def host_allowed(host: str, names: Iterable[str]) -> bool:
+    """Whether a request for this host was meant for this server: loopback, or one of ``names``.
+
+    A page of another site can make its own name lead to 127.0.0.1 (DNS rebinding), and is then "same origin" to the
+    browser; but its name stands in Host.
+    """
+    name = split_host(host)[0]
+    if name in ("localhost", "::1") or name in names:
+        return True
+    parts = name.split(".")
+    loopback = len(parts) == 4 and parts[0] == "127" and all(map(str.isdigit, parts))
+    return loopback or name.endswith(".localhost")
+
+
+def origin_allowed(origin: str | None, host: str) -> bool:
+    """Whether a browser's page of ``origin`` may change something or open a WebSocket here: only a page of this very
+    host and port.  Who sends no Origin is no page of another site (RFC 6454 section 7.3)."""
+    if not origin:
+        return True
+    scheme, _, authority = origin.partition("://")
+    default = {"http": "80", "https": "443"}.get(scheme.lower())
+    try:
+        (theirs, their_port), (ours, our_port) = split_host(authority), split_host(host)
+    except HttpError:
+        return False
+    return default is not None and (theirs, their_port or default) == (ours, our_port or default)
 
 
 # ---- 15 WebSocket wire (pure) ----------------------------------------------------------------------------------
@@ -4354,6 +5015,14 @@ def agent_environment(host: dict, settings: AgentSettings, credentials: tuple[st
         "CLAUDOMATOR_SUMMARY_FILE": f"{context.execution_dir}/summary.txt",
     })
     return env
+
+
+def secrets_given(config: Config, host: dict) -> set[str]:
+    """The secret values that the daemon or its agents know: the configuration's, the agents' keys, and all that
+    ``pass_env`` names."""
+    names = {name for name in (*CLAUDE_CREDENTIALS, *GEMINI_CREDENTIALS) if name.endswith(("_KEY", "_TOKEN"))}
+    names.update(*(settings.pass_env for settings in config.agents.values()))
+    return config.secrets | {host[name] for name in names if name in host}
 
 
 def preamble(context: RunContext) -> str:
@@ -5414,6 +6083,13 @@ class Store(Transactions):
     def get_execution(self, execution_id: str) -> Execution:
         """The execution with this id.  Raises ``NotFound``."""
         return self._get(EXECUTIONS, execution_id)
+
+    def find_execution(self, execution_id: str) -> Execution | None:
+        """The execution, or ``None``."""
+        try:
+            return self._get(EXECUTIONS, execution_id)
+        except NotFound:
+            return None
 
     def resolve_execution(self, prefix: str) -> str:
         """The one execution id that begins with ``prefix``.  Raises ``NotFound``, also where several do."""
@@ -6872,7 +7548,7 @@ class Box:
         if self.kind not in self.config.agents or "PATH" not in self.config.agents[self.kind].env:
             env.pop("PATH", None)  # the image's
         env.pop("GEMINI_CLI_HOME", None)  # its home is its own already
-        if os.path.exists(self._socket()):
+        if os.path.exists(self.config.agent_socket_path):
             env["CLAUDOMATOR_API_URL"] = f"unix://{BOX_FILES}/agent.sock"
         self.share_socket()
         stdin = f"{BOX_FILES}/prompt.txt" if reads_stdin else "/dev/null"
@@ -6894,18 +7570,15 @@ class Box:
         return [(os.path.join(root, name), f"{BOX_LOGIN}/{folder}/{name}", True) for name in names
                 if root and os.path.isfile(os.path.join(root, name))]
 
-    def _socket(self) -> str:
-        return os.path.join(self.config.data_dir, "agent.sock")
-
     def share_socket(self) -> None:
         """Let the agent reach this daemon's API.  A hard link, not a mount: after a restart the socket is another one,
         and the agent finds it under the same name."""
         own = os.path.join(self.files, "agent.sock")
         try:
-            if not os.path.lexists(own) or os.lstat(own).st_ino != os.lstat(self._socket()).st_ino:
+            if not os.path.lexists(own) or os.lstat(own).st_ino != os.lstat(self.config.agent_socket_path).st_ino:
                 if os.path.lexists(own):
                     os.unlink(own)
-                os.link(self._socket(), own, follow_symlinks=False)
+                os.link(self.config.agent_socket_path, own, follow_symlinks=False)
         except OSError:
             pass  # no API yet, or the agent put a directory there: its own loss
 
@@ -7073,6 +7746,7 @@ LOG_CHUNK = 1 << 16  # bytes of a log in one notification
 LOG_POLL_S = 0.2
 EVENT_TEXT = 2000  # characters of a comment or an answer in an event; the whole of it is with the task
 EDITABLE_STATES = frozenset({PENDING, QUEUED, READY, BLOCKED}) | FAILURE_STATES
+SETTLED_KEYS = ("idempotency_key", "parent_task_id")  # of a task file: they cannot be edited
 FRESH_TRIES = {"reason": "", "detail": "", "attempts": 0, "free_tries": 0, "idle_runs": 0, "not_before": None}
 
 
@@ -7227,7 +7901,7 @@ class Lifecycle(KindKeeper):
         task = self.store.get_task(task_id)
         if task.state not in EDITABLE_STATES:
             raise wrong_state(task, f"is {task.state} and cannot be edited")
-        for fixed in ("idempotency_key", "parent_task_id"):
+        for fixed in SETTLED_KEYS:
             if fixed in changes:
                 raise InvalidInput(f"{fixed}: is settled when a task is created and cannot be changed")
         document, agent = {**spec_to_json(task), **changes}, changes.get("agent", {})
@@ -7422,15 +8096,48 @@ class Lifecycle(KindKeeper):
                 self.accept(parent_id)
 
 
+def own_secret(path: str) -> str:
+    """The secret in a file of its own, 256 random bits in URL-safe characters; made, for its owner alone, where there
+    is none.  Raises ``StorageError``."""
+    from binascii import b2a_base64
+    try:
+        if not os.path.exists(path):
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            partial = f"{path}.{os.getpid()}"
+            secret = b2a_base64(os.urandom(32), newline=False).rstrip(b"=").translate(bytes.maketrans(b"+/", b"-_"))
+            with open(os.open(partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(secret + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(partial, path)
+        with open_plain(path) as file:
+            secret = file.read(LOG_CHUNK).decode("ascii").strip()
+    except (OSError, ValueError) as error:
+        raise StorageError(f"cannot use the token file {path}: {error}") from error
+    if len(secret) < SHORTEST_SECRET:
+        raise StorageError(f"{path} holds no token; delete the file, and the next start makes one")
+    return secret
+
+
 class Core:
     """What the operations work on.  ``pool`` and ``reload`` are set by the daemon; without one they stay ``None``."""
 
     def __init__(self, config: Config, store: Store, log):
-        self.config, self.store, self.log = config, store, log
-        self.bus, self.life, self.started_at = Bus(store), Lifecycle(store), store.clock()
-        self.life.log = log
-        self.pool = self.reload = None
+        self.config, self.store = config, store
         self.host_env = dict(os.environ)  # copied once: os.environ decodes each name and value at every look
+        self.renew_secrets(config)
+        self.log = lambda level, message: log(level, self.redactor.clean(message))
+        self.bus, self.life, self.started_at = Bus(store), Lifecycle(store), store.clock()
+        self.life.log = self.log
+        self.pool = self.reload = None
+
+    def renew_secrets(self, config: Config) -> None:
+        """Take over a configuration's secrets.  Raises ``StorageError``."""
+        self.api_token = config.api_token or own_secret(config.api_token_path)
+        self.agent_key = own_secret(config.agent_key_path).encode()
+        given = secrets_given(config, self.host_env)
+        kept = (text for text in given if not (text[:1] == "/" and os.path.exists(text)))  # a path is no secret
+        self.redactor = Redactor({*kept, self.api_token, self.agent_key.decode()})
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -7470,13 +8177,17 @@ class Core:
 
 
 class Param(Record):
-    """A parameter of an operation.  ``kind``: a key of ``PARAM_CHECKS``."""
+    """A parameter of an operation.  ``kind``: a key of ``PARAM_CHECKS``.  ``refers`` says whose id it is: a ``task``'s or
+    an ``execution``'s; ``query`` is its name in a query string, ``choices`` are the words that it may be."""
 
     name: str
     kind: str
     help: str
     required: bool = False
     default: object = None
+    refers: str = ""
+    query: str = ""
+    choices: tuple = ()
 
 
 class Final(Record):
@@ -7485,22 +8196,57 @@ class Final(Record):
     result: dict
 
 
+class Route(Record):
+    """A way to an operation over HTTP.  A word in braces of ``path`` is the parameter of that name; ``id`` also the one
+    element of ``ids``, or ``execution``.  ``body`` is the parameter that the whole body is, else the body is an object
+    of parameters; a GET has a query string.  ``fixed`` parameters cannot be given.  ``form`` of the answer: ``json``,
+    ``text`` (a log as it is) or ``events`` (server-sent events)."""
+
+    method: str
+    path: str
+    status: int = 200
+    body: str = ""
+    fixed: dict = {}
+    form: str = "json"
+
+
 class Operation(Record):
     """One thing a caller can ask for.  ``handler(core, params)`` returns the result; where it has to wait it is a
     coroutine function; for a ``stream`` it is an async generator whose items are sent as notifications, and a
-    ``Final`` ends it with the result.  A ``lasting`` one only tells: it is given up when its caller leaves."""
+    ``Final`` ends it with the result.  A ``lasting`` one only tells: it is given up when its caller leaves.  ``scope``
+    is a key of ``SCOPES``; ``result`` describes the answer in words of ``RESULT_SHAPES``; one without ``routes`` says
+    why it is ``local``."""
 
     name: str
     handler: object
     help: str
     params: tuple = ()
+    result: object = "object"
     stream: bool = False
     lasting: bool = False
+    scope: str = "operator"
+    routes: tuple = ()
+    local: str = ""
 
 
-def is_plain_text(value) -> bool:
-    """Whether a value is a string that can be stored: no NUL and no half of a surrogate pair."""
-    return isinstance(value, str) and "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
+SCOPES = {  # who may call an operation; agents never those that are not here for them
+    "open": "anybody, without a token",
+    "anyone": "the operator; an agent",
+    "family": "the operator; an agent, on its own task and all tasks below it",
+    "below": "the operator; an agent, on the tasks below its own",
+    "create": "the operator; an agent, for tasks below its own, with no more rights than its own has",
+    "operator": "the operator",
+}
+
+
+class Caller(Record):
+    """Who asks: the operator, or the agent of an execution of ``task_id``."""
+
+    task_id: str = ""
+    execution_id: str = ""
+
+
+OPERATOR = Caller()
 
 
 def is_number(value, kinds) -> bool:
@@ -7539,9 +8285,101 @@ def check_params(operation: Operation, params: dict) -> dict:
     return values
 
 
+AGENT_SUBTASKS = 100  # direct subtasks that an agent may give a task
+
+
+def restricted_spec(spec: TaskSpec, own: Task, children: set[str], names: set[str]) -> TaskSpec:
+    """What an agent of the task ``own`` may create: a task below its own (``children`` are the ids there) with the
+    rights that its own has.  What says where and with which rights a task works is that task's, and is left out or
+    the same.  Raises ``InvalidInput`` with all that differs."""
+    agent, given, problems = own.agent, spec.agent, []
+
+    def same(group: object, wanted: object, fields: tuple, path: str) -> dict:
+        for name in fields:
+            if getattr(group, name) not in (getattr(wanted, name), type(wanted)._defaults[name]):
+                problems.append(f"{path}{name}: an agent's subtask has its own task's"
+                                f" {describe_value(getattr(wanted, name))}; leave it out")
+        return {name: getattr(wanted, name) for name in fields}
+
+    rights = same(given, agent, ("project_dir", "repository_url", "isolation", "additional_args", "context_files"),
+                  "agent.")
+    fields = same(spec, own, ("project", "verify", "story_id"), "")
+    if agent.permission_mode not in ("", "bypassPermissions"):  # else its own agent may use every tool anyway
+        rights.update(same(given, agent, ("type", "permission_mode", "allowed_tools"), "agent."))
+    if given.type not in ("", agent.type, "claude", "gemini", "local"):
+        problems.append("agent.type: that kind has an environment of its own; take claude, gemini or local, or leave it"
+                        " out")
+    if given.type == "local":
+        rights["isolation"] = ""  # it has no tools, and no sandbox
+    if spec.parent_task_id not in ("", own.id, *children):
+        problems.append("parent_task_id: an agent creates tasks below its own; give its id, or leave it out")
+    problems += [f"depends_on: there is no task {on.task!r} in this document or below the agent's own"
+                 for on in spec.depends_on if on.task not in names | children]
+    if problems:
+        raise InvalidInput(f"task {spec.name!r} goes beyond the rights of the agent that creates it", problems)
+    tools = tuple(dict.fromkeys((*agent.disallowed_tools, *given.disallowed_tools)))
+    budgets = [usd for usd in (given.max_budget_usd, agent.max_budget_usd) if usd]
+    return spec.replace(
+        **fields, auto_accept=False, parent_task_id=spec.parent_task_id or own.id,
+        idempotency_key=spec.idempotency_key and f"{own.id}/{spec.idempotency_key}",
+        agent=given.replace(**rights, disallowed_tools=tools,
+                            max_budget_usd=min(budgets, default=None)))
+
+
+def tasks_below(core: Core, task_id: str) -> set[str]:
+    """The ids of all tasks below a task."""
+    found: set[str] = set()
+    rest = [task_id]
+    while rest:
+        fresh = {child.id for child in core.store.subtasks(rest.pop())} - found
+        found |= fresh
+        rest += fresh
+    return found
+
+
+def is_below(core: Core, task: Task | None, task_id: str) -> bool:
+    """Whether a task has ``task_id`` among its parents."""
+    seen: set[str] = set()
+    while task is not None and task.parent_task_id and task.id not in seen:
+        if task.parent_task_id == task_id:
+            return True
+        seen.add(task.id)
+        task = core.store.find_task(task.parent_task_id)
+    return False
+
+
+def confine(core: Core, operation: Operation, params: dict, caller: Caller) -> dict:
+    """The parameters as a caller may give them: an agent reaches its own task and those below it.  What it names must
+    be a whole id there, else it is as if it did not exist.  Raises ``Forbidden`` and ``NotFound``."""
+    if caller == OPERATOR or operation.scope in ("open", "anyone"):
+        return params
+    if operation.scope == "operator":
+        raise Forbidden(f"an agent may not call {operation.name}; that is for the operator")
+    if operation.scope == "create":
+        return {**params, "caller": caller}
+    named = [param for param in operation.params if param.refers]
+    if not any(params[param.name] for param in named):
+        return {**params, named[0].name: caller.task_id}
+    for param in named:
+        for given in params[param.name] if param.kind == "ids" else filter(None, [params[param.name]]):
+            run = core.store.find_execution(given) if param.refers == "execution" else None
+            task_id = run.task_id if run else given
+            is_own = task_id == caller.task_id and operation.scope == "family"
+            if not is_own and not is_below(core, core.store.find_task(task_id), caller.task_id):
+                raise NotFound(f"there is no {param.refers} {given!r} that an agent of this task may reach")
+    return params
+
+
 def _task_create(core: Core, params: dict) -> dict:
     specs = [spec.replace(auto_accept=spec.auto_accept or params["auto_accept"])
              for spec in parse_tasks(params["tasks"], params["source"], core.store.clock())]
+    if caller := params.get("caller"):
+        own, names = core.store.get_task(caller.task_id), {spec.name for spec in specs}
+        below = tasks_below(core, own.id)
+        specs = [restricted_spec(spec, own, below, names) for spec in specs]
+        for parent in {spec.parent_task_id for spec in specs}:
+            if len(core.store.subtasks(parent)) + len(specs) > AGENT_SUBTASKS:
+                raise Forbidden(f"an agent may give a task at most {AGENT_SUBTASKS} subtasks")
     tasks = core.life.create(specs, queue=params["queue"], config=core.config, kinds=core.kinds)
     return {"tasks": [core.show(task) for task in tasks]}
 
@@ -7655,18 +8493,26 @@ def tail_offset(path: str, lines: int) -> int:
     return 0
 
 
-def read_log(path: str, offset: int, ended: bool) -> tuple[str, int]:
+def read_log(path: str, offset: int, ended: bool, redactor: Redactor, size: int = LOG_CHUNK) -> tuple[str, int]:
     """(text, next offset) of a piece of a log, cut after a line where there is one, and inside a character only where
-    the log has ``ended``.  Bytes that are no UTF-8 become lone surrogates (``surrogateescape``): none is lost."""
+    the log has ``ended``.  Bytes that are no UTF-8 become lone surrogates (``surrogateescape``): none is lost.
+
+    Offsets are the file's, also where the text is shorter for a secret that is not in it.  What surrounds the piece is
+    read too, so that a secret is found wherever a reader begins; an unfinished one waits for the rest of it.
+    """
+    around = redactor.longest - 1
+    begin = min(offset, around)
     try:
         with open_plain(path) as file:
-            file.seek(offset)
-            block = file.read(LOG_CHUNK)
+            file.seek(offset - begin)
+            block = file.read(begin + size + around)
     except OSError:
         return "", offset
-    unfinished = 0 if ended and len(block) < LOG_CHUNK else unfinished_utf8(block[-3:])
-    block = block[:block.rfind(b"\n") + 1 or len(block) - unfinished]
-    return block.decode("utf-8", "surrogateescape"), offset + len(block)
+    is_all = ended and len(block) <= begin + size
+    end = min(len(block), begin + size) if is_all else min(len(block) - redactor.unfinished(block), begin + size)
+    unfinished = 0 if is_all else unfinished_utf8(block[max(begin, end - 3):end])
+    end = block.rfind(b"\n", begin, end) + 1 or max(begin, end - unfinished)
+    return redactor.clean(block, begin, end).decode("utf-8", "surrogateescape"), offset + end - begin
 
 
 def log_path(core: Core, run: Execution, stream: str, must_exist: bool = True) -> str:
@@ -7682,17 +8528,19 @@ def log_path(core: Core, run: Execution, stream: str, must_exist: bool = True) -
         else f"the log of execution {run.id[:8]} is gone (keep_logs = {format_duration(core.config.keep_logs_s)})")
 
 
-async def _log_pieces(core: Core, run: Execution, stream: str, offset: int, follow: bool) -> object:
+async def _log_pieces(core: Core, run: Execution, offset: int, params: dict) -> object:
     """Yield one execution's log in pieces, with ``follow`` until it has ended."""
     import asyncio
-    path = log_path(core, run, stream, must_exist=not follow)
+    follow, stop = params["follow"], float("inf") if params["limit"] is None else offset + max(params["limit"], 4)
+    path = log_path(core, run, params["stream"], must_exist=not follow)
     yield {"execution_id": run.id, "agent": run.agent, "round": run.round, "offset": offset, "next": offset, "text": ""}
     while True:
         ended = core.store.get_execution(run.id).status != RUNNING
-        while (piece := read_log(path, offset, ended))[1] > offset:
+        while offset < stop and (piece := read_log(path, offset, ended, core.redactor,
+                                                   min(LOG_CHUNK, stop - offset)))[1] > offset:
             yield {"execution_id": run.id, "offset": offset, "next": piece[1], "text": piece[0]}
             offset = piece[1]
-        if ended or not follow:
+        if ended or not follow or offset >= stop:
             return
         await asyncio.sleep(LOG_POLL_S)
 
@@ -7718,7 +8566,7 @@ async def _execution_log(core: Core, params: dict) -> object:
     try:
         while True:
             if run:
-                async for piece in _log_pieces(core, run, params["stream"], offset, follow):
+                async for piece in _log_pieces(core, run, offset, params):
                     yield piece
             following = await _next_run(core, task.id, run, events) if task and follow else None
             if following is None:
@@ -7835,86 +8683,435 @@ def changes_each(change, *names: str) -> object:
     return handler
 
 
-IDS = Param("ids", "ids", "task ids or unique beginnings of them", required=True)
-ONE_ID = Param("id", "str", "a task id or a unique beginning of it", required=True)
+IDS = Param("ids", "ids", "task ids or unique beginnings of them", required=True, refers="task")
+ONE_ID = Param("id", "str", "a task id or a unique beginning of it", required=True, refers="task")
 KIND = Param("agent", "str", "the kind", required=True)
 HOLD_PARAMS = (Param("agent", "str", "only this agent kind"), Param("project", "str", "only this project"))
+TASKS_RESULT, DAEMON_RESULT, AGENTS_RESULT = {"tasks": ["Task"]}, "Daemon", {"agents": ["Agent"]}
+
+
+def on_task(method: str, end: str = "", **more) -> tuple[Route, ...]:
+    """The route of an operation on one task."""
+    return (Route(method, "/api/tasks/{id}" + end, **more),)
+
 
 OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in (
     Operation("task.create", _task_create, "create tasks from a task document", (
         Param("tasks", "any", "a task, or an object with a list under `tasks`, as in a task file", required=True),
         Param("source", "str", "what errors call the document", default="request"),
         Param("queue", "bool", "queue them at once"),
-        Param("auto_accept", "bool", "go to COMPLETED without a person's accept"))),
+        Param("auto_accept", "bool", "go to COMPLETED without a person's accept")), TASKS_RESULT, scope="create",
+              routes=(Route("POST", "/api/tasks", 201, body="tasks"),)),
     Operation("task.list", _task_list, "list tasks, newest first", (
-        Param("states", "names", "only these states"), Param("tag", "str", "only with this tag"),
-        Param("project", "str", "only of this project"), Param("agent", "str", "only of this agent kind"),
-        Param("parent", "str", "only subtasks of this task"),
+        Param("states", "names", "only these states", query="state", choices=STATES),
+        Param("tag", "str", "only with this tag"), Param("project", "str", "only of this project"),
+        Param("agent", "str", "only of this agent kind"),
+        Param("parent", "str", "only subtasks of this task", refers="task"),
         Param("limit", "int", "at most so many, up to 1000", default=50),
-        Param("before", "int", "continue after a list: its `next`"))),
-    Operation("task.get", _task_get, "one task with its executions and subtasks", (ONE_ID,)),
+        Param("before", "int", "continue after a list: its `next`")),
+              {"tasks": ["ListedTask"], "next": "integer?"}, scope="family", routes=(Route("GET", "/api/tasks"),)),
+    Operation("task.get", _task_get, "one task with its executions and subtasks", (ONE_ID,),
+              {"task": "ExplainedTask", "executions": ["Execution"], "subtasks": ["Task"]}, scope="family",
+              routes=on_task("GET")),
     Operation("task.run", changes_each(Lifecycle.enqueue),
-              "queue PENDING tasks, or run ended ones again from the beginning", (IDS,)),
-    Operation("task.start_next", _task_start_next, "queue the oldest PENDING task"),
-    Operation("task.cancel", _task_cancel, "cancel tasks; answers when they are proven stopped", (IDS,)),
-    Operation("task.accept", changes_each(Lifecycle.accept), "accept READY work: the task is COMPLETED", (IDS,)),
+              "queue PENDING tasks, or run ended ones again from the beginning", (IDS,), TASKS_RESULT, scope="below",
+              routes=on_task("POST", "/run")),
+    Operation("task.start_next", _task_start_next, "queue the oldest PENDING task", (), {"task": "Task?"},
+              local="it is for a timer on the daemon's machine"),
+    Operation("task.cancel", _task_cancel, "cancel tasks; answers when they are proven stopped", (IDS,), TASKS_RESULT,
+              scope="below", routes=on_task("POST", "/cancel")),
+    Operation("task.accept", changes_each(Lifecycle.accept), "accept READY work: the task is COMPLETED", (IDS,),
+              TASKS_RESULT, routes=on_task("POST", "/accept")),
     Operation("task.reject", changes_each(Lifecycle.reject, "comment"), "send READY work back: the task is PENDING", (
-        IDS, Param("comment", "str", "what the next run must know", required=True))),
+        IDS, Param("comment", "str", "what the next run must know", required=True)), TASKS_RESULT,
+              routes=on_task("POST", "/reject")),
     Operation("task.answer", lambda core, params: {"task": core.show(
         core.life.answer(core.one(params).id, params["text"]))}, "answer a BLOCKED task's question", (
-            ONE_ID, Param("text", "str", "the answer", required=True))),
+            ONE_ID, Param("text", "str", "the answer", required=True)), {"task": "Task"},
+              routes=on_task("POST", "/answer")),
     Operation("task.resume", changes_each(Lifecycle.resume_session, "message"),
               "run ended tasks again in their last session and sandbox", (
-                  IDS, Param("message", "str", "what to tell the agent"))),
+                  IDS, Param("message", "str", "what to tell the agent")), TASKS_RESULT,
+              routes=on_task("POST", "/resume")),
     Operation("task.edit", lambda core, params: changes_each(lambda life, *edit: life.edit(
         *edit, config=core.config, kinds=core.kinds), "changes")(core, params), "change tasks that do not run", (
-            IDS, Param("changes", "object", "keys of a task file with their new values", required=True))),
-    Operation("task.delete", _task_delete, "delete tasks with their logs and sandboxes", (IDS,)),
+            IDS, Param("changes", "object", "keys of a task file with their new values", required=True)), TASKS_RESULT,
+              routes=on_task("PATCH", body="changes")),
+    Operation("task.delete", _task_delete, "delete tasks with their logs and sandboxes", (IDS,),
+              {"deleted": ["string"]}, routes=on_task("DELETE")),
     Operation("task.subtasks", lambda core, params: {"tasks": [
-        core.show(child) for child in core.store.subtasks(core.one(params).id)]}, "a task's subtasks", (ONE_ID,)),
+        core.show(child) for child in core.store.subtasks(core.one(params).id)]}, "a task's subtasks", (ONE_ID,),
+              TASKS_RESULT, scope="family", routes=on_task("GET", "/subtasks")),
     Operation("task.wait", _task_wait, "wait until tasks have ended, are READY or ask something", (
         IDS, Param("any", "bool", "one of them is enough"), Param("timeout_s", "number", "give up after so long"),
-        Param("parked_ends", "bool", "a task whose agent kind is parked ends the wait too")), lasting=True),
-    Operation("task.diff", _task_diff, "what a task changed", (ONE_ID,)),
+        Param("parked_ends", "bool", "a task whose agent kind is parked ends the wait too")),
+              {"tasks": ["Task"], "timed_out": "boolean"}, lasting=True, scope="family",
+              routes=on_task("GET", "/wait")),
+    Operation("task.diff", _task_diff, "what a task changed", (ONE_ID,),
+              {"task_id": "string", "execution_id": "string", "commits": ["Commit"], "diff": "string"}, scope="family",
+              routes=on_task("GET", "/diff")),
     Operation("execution.list", lambda core, params: {"executions": [
         execution_to_json(run) for run in core.store.executions_of(core.one(params).id)]},
-              "the executions of a task, newest first", (ONE_ID,)),
+              "the executions of a task, newest first", (ONE_ID,), {"executions": ["Execution"]}, scope="family",
+              routes=on_task("GET", "/executions")),
     Operation("execution.get", lambda core, params: {"execution": execution_to_json(
         core.store.get_execution(core.store.resolve_execution(params["id"])))}, "one execution", (
-            Param("id", "str", "an execution id", required=True),)),
+            Param("id", "str", "an execution id", required=True, refers="execution"),), {"execution": "Execution"},
+              scope="family", routes=(Route("GET", "/api/executions/{id}"),)),
     Operation("execution.log", _execution_log, "stream a log", (
-        Param("id", "str", "a task: its newest execution, with `follow` also those that come after it"),
-        Param("execution", "str", "an execution; beside id: where to begin"),
-        Param("stream", "str", "stdout or stderr", default="stdout"),
+        Param("id", "str", "a task: its newest execution, with `follow` also those that come after it", refers="task"),
+        Param("execution", "str", "an execution; beside id: where to begin", refers="execution"),
+        Param("stream", "str", "stdout or stderr", default="stdout", choices=("stdout", "stderr")),
         Param("offset", "int", "start at this byte", default=0), Param("tail", "int", "or at the last so many lines"),
-        Param("follow", "bool", "go on to the end of the execution, or of the task")), stream=True, lasting=True),
+        Param("limit", "int", "at most so many bytes of an execution's log"),
+        Param("follow", "bool", "go on to the end of the execution, or of the task")),
+              {"execution": "Execution?", "task": "Task"}, stream=True, lasting=True, scope="family", routes=(
+            *on_task("GET", "/logs/stream", fixed={"follow": True, "limit": None}, form="events"),
+            Route("GET", "/api/executions/{execution}/logs/stream", fixed={"follow": True, "limit": None, "id": ""},
+                  form="events"),
+            Route("GET", "/api/executions/{execution}/log", fixed={"follow": False, "id": ""}, form="text"))),
     Operation("events.watch", _events_watch, "stream events", (
         Param("since", "int", "all after this sequence number; absent: only new ones"),
-        Param("task", "str", "only of this task")), stream=True, lasting=True),
+        Param("task", "str", "only of this task", refers="task")), stream=True, lasting=True, scope="family",
+              routes=(Route("GET", "/api/events", form="events"),)),
     Operation("agent.status", lambda core, params: {"agents": core.pool.agents()},
-              "the agent kinds: running, bounds, parking, and whether their program is installed"),
+              "the agent kinds: running, bounds, parking, and whether their program is installed", (), AGENTS_RESULT,
+              routes=(Route("GET", "/api/agents/status"),)),
     Operation("agent.park", _agent_park, "start no agent of a kind for a while", (
-        KIND, Param("until", "str", "a time or a delay; absent: until it is unparked"))),
-    Operation("agent.unpark", _agent_unpark, "let a kind start again", (KIND,)),
+        KIND, Param("until", "str", "a time or a delay; absent: until it is unparked")), AGENTS_RESULT,
+              routes=(Route("POST", "/api/agents/{agent}/park"),)),
+    Operation("agent.unpark", _agent_unpark, "let a kind start again", (KIND,), AGENTS_RESULT,
+              routes=(Route("POST", "/api/agents/{agent}/unpark"),)),
     Operation("budget.status", lambda core, params: core.pool.budget(),
-              "what was spent today, and how much of it each cap of [budgets] allows"),
+              "what was spent today, and how much of it each cap of [budgets] allows", (),
+              {"day": "string", "resets_at": "time", "spent": "object", "caps": ["Cap"]},
+              routes=(Route("GET", "/api/budget"),)),
     Operation("pool.status", _pool_status, "daemon, agents, counts and the tasks that matter now", (
-        Param("ended", "int", "so many ended tasks", default=10),)),
+        Param("ended", "int", "so many ended tasks", default=10),),
+              {"daemon": "Daemon", "agents": ["Agent"], "counts": "object", "tasks": ["ExplainedTask"]},
+              routes=(Route("GET", "/api/pool"),)),
     Operation("pool.pause", lambda core, params: hold(core, params, True),
-              "start nothing new: at all, of one agent kind, or of one project", HOLD_PARAMS),
-    Operation("pool.resume", lambda core, params: hold(core, params, False), "end a pause or a drain", HOLD_PARAMS),
+              "start nothing new: at all, of one agent kind, or of one project", HOLD_PARAMS, DAEMON_RESULT,
+              routes=(Route("POST", "/api/pool/pause"),)),
+    Operation("pool.resume", lambda core, params: hold(core, params, False), "end a pause or a drain", HOLD_PARAMS,
+              DAEMON_RESULT, routes=(Route("POST", "/api/pool/resume"),)),
     Operation("pool.drain", _pool_drain, "start nothing new until pool.resume or a restart", (
-        Param("wait", "bool", "answer when nothing runs any more"),), lasting=True),
+        Param("wait", "bool", "answer when nothing runs any more"),), DAEMON_RESULT, lasting=True,
+              routes=(Route("POST", "/api/pool/drain", fixed={"wait": False}),)),
     Operation("project.list", lambda core, params: {"projects": [
-        dict(project.__dict__) for project in core.config.projects]}, "the configured projects"),
-    Operation("sandbox.list", _sandbox_list, "the kept sandboxes"),
-    Operation("sandbox.rm", _sandbox_rm, "delete the kept sandboxes of tasks", (IDS,)),
+        dict(project.__dict__) for project in core.config.projects]}, "the configured projects", (),
+              {"projects": ["Project"]}, routes=(Route("GET", "/api/projects"),)),
+    Operation("sandbox.list", _sandbox_list, "the kept sandboxes", (), {"sandboxes": ["Sandbox"]},
+              routes=(Route("GET", "/api/sandboxes"), Route("GET", "/api/workspaces"))),
+    Operation("sandbox.rm", _sandbox_rm, "delete the kept sandboxes of tasks", (IDS,), {"removed": ["string"]},
+              routes=(Route("DELETE", "/api/sandboxes/{id}"),)),
     Operation("daemon.status", lambda core, params: {**daemon_facts(core), "counts": core.store.counts()},
-              "the daemon's own state"),
-    Operation("daemon.reload", lambda core, params: core.reload(), "read the configuration; a bad one is refused"),
+              "the daemon's own state", (), "CountedDaemon", routes=(Route("GET", "/api/daemon"),)),
+    Operation("daemon.reload", lambda core, params: core.reload(), "read the configuration; a bad one is refused", (),
+              {"changed": ["string"], "warnings": ["string"]},
+              local="the configuration is a file on the daemon's machine"),
     Operation("daemon.backup", _daemon_backup, "copy the database to a file", (
-        Param("path", "str", "where to; absolute, on the daemon's machine", required=True),)),
+        Param("path", "str", "where to; absolute, on the daemon's machine", required=True),),
+              {"path": "string", "bytes": "integer"}, local="it writes a file on the daemon's machine"),
+    Operation("daemon.health", lambda core, params: {"status": "ok"}, "whether the daemon answers", (),
+              {"status": "string"}, scope="open", routes=(Route("GET", "/api/health"),)),
+    Operation("daemon.version", lambda core, params: {"version": __version__}, "the program's version", (),
+              {"version": "string"}, scope="anyone", routes=(Route("GET", "/api/version"),)),
+    Operation("daemon.openapi", lambda core, params: openapi_document(), "this interface as an OpenAPI 3.1 document", (),
+              "object", scope="anyone", routes=(Route("GET", "/api/openapi.json"),)),
 )}
+ROUTES: dict[str, dict[str, tuple[Operation, Route]]] = {}  # by path, with {} for its variable part, then by method
+for _operation in OPERATIONS.values():
+    for _route in _operation.routes:
+        _at = "/".join("{}" if word[:1] == "{" else word for word in _route.path.split("/"))
+        ROUTES.setdefault(_at, {})[_route.method] = _operation, _route
+
+
+# -- operations over HTTP: which route, which parameters, which OpenAPI document
+
+
+def match_route(method: str, path: str) -> tuple[Operation, Route, str]:
+    """(operation, route, the word in the path's variable part).  Raises ``HttpError``: 404 or 405."""
+    words, variable = path.split("/"), ""
+    methods = ROUTES.get(path) if "{" not in path else None
+    if methods is None and len(words) > 3 and words[3]:
+        variable, words[3] = words[3], "{}"
+        methods = ROUTES.get("/".join(words))
+    if methods is None:
+        raise HttpError(404, f"there is nothing at {path[:200]!r}; GET /api/openapi.json names what is")
+    found = methods.get("GET" if method == "HEAD" else method)
+    if found is None:
+        allowed = ", ".join((*methods, *["HEAD"][:"GET" in methods]))
+        raise HttpError(405, f"{path[:200]!r} takes {allowed}", ("Allow", allowed))
+    return *found, variable
+
+
+def path_param(operation: Operation, route: Route) -> Param | None:
+    """The parameter that a route's path names."""
+    name = route.path.partition("{")[2].partition("}")[0]
+    return next((param for param in operation.params if name and param.name in (name, name + "s")), None)
+
+
+def free_params(operation: Operation, route: Route) -> dict[str, Param]:
+    """The parameters that a request names itself, by the name that they have there."""
+    path = path_param(operation, route)
+    return {param.query or param.name: param for param in operation.params
+            if param is not path and param.name not in route.fixed and param.name != route.body}
+
+
+def decode_query(free: dict[str, Param], pairs: list) -> dict:
+    """The parameters of a query string's (name, text) pairs.  Raises ``UsageError`` naming every fault."""
+    params, problems = {}, []
+    for name, text in pairs:
+        param = free.get(name)
+        if param is None:
+            problems.append(f"{name}: unknown parameter{did_you_mean(name, free)}")
+            continue
+        expected, is_right, _ = PARAM_CHECKS[param.kind]
+        value = text if param.kind == "str" else text.split(",") if param.kind == "names" else \
+            parse_json_or(text, None) if text == text.strip() else None
+        if param.name in params and param.kind != "names":
+            problems.append(f"{name}: is given twice")
+        elif not is_right(value):
+            problems.append(f"{name}: expected {expected}, got {describe_value(text)}")
+        else:
+            params[param.name] = params.get(param.name, []) + value if param.kind == "names" else value
+    if problems:
+        raise UsageError("\n  ".join(["the query string is not right", *problems]), problems=problems)
+    return params
+
+
+def decode_body(route: Route, free: dict[str, Param], headers: dict, body: bytes) -> dict:
+    """The parameters of a body.  Raises ``UsageError`` and ``HttpError``."""
+    params: object = {}
+    if body:
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise HttpError(415, "send the body as Content-Type: application/json")
+        try:
+            params = parse_json(body)
+        except ValueError as error:
+            raise UsageError(f"the body is not JSON: {error}") from None
+    elif route.body:
+        raise UsageError("the body is empty; send a JSON document")
+    if route.body and not (isinstance(params, dict) and route.body in params):
+        return {route.body: params}
+    if not isinstance(params, dict):
+        raise UsageError(f"the body must be a JSON object, got {describe_value(params)}")
+    problems = [f"{name[:60]}: unknown parameter{did_you_mean(name, free)}" for name in params
+                if name not in free and name != route.body]
+    if problems:
+        raise UsageError("\n  ".join(["the body's parameters are not right", *problems]), problems=problems)
+    return params
+
+
+def decode_params(operation: Operation, route: Route, variable: str, request: object) -> dict:
+    """The parameters of a request (its ``query``, ``headers`` and ``body``), checked.  Raises ``ClaudomatorError``."""
+    free, headers, path = free_params(operation, route), request.headers, path_param(operation, route)
+    params = decode_query(free if route.method == "GET" else {}, request.query)
+    if route.method == "GET" and request.body:
+        raise UsageError("a GET has no body here; its parameters stand in the query string")
+    if route.method != "GET":
+        params = decode_body(route, free, headers, request.body)
+    if path:
+        params[path.name] = variable.split(",") if path.kind == "ids" else variable
+    if (key := headers.get("idempotency-key")) and operation.name == "task.create":
+        task = params["tasks"]
+        if not isinstance(task, dict) or "tasks" in task or task.get("idempotency_key", key) != key:
+            raise UsageError("Idempotency-Key is for a single task, and the same as its idempotency_key if it has one")
+        params["tasks"] = {**task, "idempotency_key": key}
+    if (last := headers.get("last-event-id")) and route.form == "events":
+        run, _, seq = last.rpartition(":")
+        params.update({"execution": run} if run else {},
+                      **decode_query({"Last-Event-ID": Param("offset" if run else "since", "int", "")},
+                                     [("Last-Event-ID", seq)]))
+    return check_params(operation, {**params, **route.fixed})
+
+
+RESULT_SHAPES: dict[str, dict] = {  # {name: {field: word}}: a JSON type, ``time``, another name; ``?``: or null
+    "Execution": {
+        **dict.fromkeys(("id", "task_id", "detail", "agent", "summary"), "string"), "status": "State", "round": "integer",
+        **dict.fromkeys(("reason", "session_id", "sandbox_dir", "pushed_branch"), "string?"), "cost_usd": "number?",
+        **dict.fromkeys(("exit_code", "tokens_in", "tokens_out"), "integer?"), "commits": ["Commit"],
+        "start_time": "time?", "end_time": "time?", "changestats": "Changestats?"},
+    "Task": {
+        **dict.fromkeys(("id", "name", "description", "detail", "summary"), "string"), "state": "State",
+        **dict.fromkeys(("reason", "parent_task_id", "project", "story_id", "rejection_comment"), "string?"),
+        **dict.fromkeys(("created_at", "updated_at"), "time"), **dict.fromkeys(("start_at", "not_before"), "time?"),
+        "agent": "object", "timeout_s": "number", "priority": "string", "tags": ["string"], "depends_on": ["any"],
+        "question": "Question?", "round": "integer", "attempts": "integer", "execution": "Execution?"},
+    "Commit": {"hash": "string", "message": "string"},
+    "Changestats": dict.fromkeys(("files_changed", "insertions", "deletions"), "integer"),
+    "Question": {"text": "string", "options": ["string"]},
+    "Agent": {"kind": "string", "running": "integer", "max_concurrent": "integer?", "installed": "boolean",
+              "parked": "boolean", "parked_until": "time?", "park_reason": "string", "park_detail": "string",
+              "failures": "integer", "failure": "string", "cooling_until": "time?"},
+    "Daemon": {"version": "string", "pid": "integer", "started_at": "time", "data_dir": "string",
+               "max_concurrent": "integer", "running": "integer", "paused": "boolean", "draining": "boolean",
+               "paused_kinds": ["string"], "paused_projects": ["string"], "last_event": "integer"},
+    "Cap": {"scope": "string", "unit": "string", "limit": "number", "spent": "number", "left": "number",
+            "unknown_runs": "integer", "state": "string"},
+    "Project": {key.field: "string" for key in CONFIG_GROUPS["projects[]"].values()},
+    "Sandbox": {**dict.fromkeys(("path", "task_id", "execution_id"), "string"), "status": "State", "reason": "string?",
+                "end_time": "time?", "branch": "string?", "ahead": "integer?", "dirty": "boolean?"},
+}
+RESULT_SHAPES["ExplainedTask"] = {**RESULT_SHAPES["Task"], "why": "string"}
+RESULT_SHAPES["ListedTask"] = {**RESULT_SHAPES["ExplainedTask"], "seq": "integer"}
+RESULT_SHAPES["CountedDaemon"] = {**RESULT_SHAPES["Daemon"], "counts": "object"}
+RESULT_SHAPES["Error"] = {"error": {"code": "string", "message": "string"}}
+
+
+def shape_schema(shape: object) -> dict:
+    """The JSON schema of a word, a list of one shape, or an object of shapes by field."""
+    if isinstance(shape, list):
+        return {"type": "array", "items": shape_schema(shape[0])}
+    if isinstance(shape, dict):
+        return {"type": "object", "required": list(shape),
+                "properties": {name: shape_schema(word) for name, word in shape.items()}}
+    word = shape.removesuffix("?")
+    if word[:1].isupper():
+        schema = {"$ref": f"#/components/schemas/{word}"}
+        return {"anyOf": [schema, {"type": "null"}]} if word != shape else schema
+    schema = {} if word == "any" else {"type": "string", "format": "date-time"} if word == "time" else {"type": word}
+    return {**schema, "type": [schema["type"], "null"]} if word != shape else schema
+
+
+TEXT_PATTERN = r"^[^\u0000]*$"
+NAME_PATTERN = (r"^[^\u0000-\u001f\u007f-\u009f\u2028\u2029]*[^\s\u0000-\u001f\u007f-\u009f]"
+                r"[^\u0000-\u001f\u007f-\u009f\u2028\u2029]*$")
+QUERY_PATTERN = r"^[^\u0000-\u001f\u007f]*$"  # the HTTP server takes no control characters
+DURATION_PATTERN = r"([1-9][0-9]{0,3}(\.[0-9]{1,3})?(ms|s|m|h)|[1-9][0-9]{0,2}d){1,3}"
+TIME_PATTERN = r"2[0-9]{3}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]Z"
+
+
+def key_schema(key: Key) -> dict:
+    """The JSON schema of a task file's key; null is as good as leaving it out, but for a required one."""
+    word, _, bound = key.kind.partition(" ")
+    low, dots, high = bound.partition("..")
+    sign, _, least = bound.partition(" ")
+    text = {"type": "string", "pattern": TEXT_PATTERN}
+    if word in ("integer", "number"):
+        bounds = {"minimum": float(low), "maximum": float(high)} if dots else \
+            {"exclusiveMinimum" if sign == ">" else "minimum": int(least), "maximum": MAX_INTEGER}
+        schema: dict = {"type": word, **bounds}
+    elif word == "choice":
+        schema = {"enum": [*bound.split("|"), *[""][:key.default == ""]]}
+    else:
+        schema = {"bool": {"type": "boolean"}, "strings": {"type": "array", "items": text},
+                  "word": {"type": "string", "pattern": "^[a-z0-9_-]*$"},
+                  "duration": {"type": "string", "pattern": f"^{DURATION_PATTERN}$"},
+                  "time": {"type": "string", "pattern": f"^({TIME_PATTERN}|{DURATION_PATTERN})$"}}.get(word, text)
+    schema = {**schema, "description": f"{key.help} ({kind_words(key.kind)})"}
+    if key.required:
+        return {**schema, **({"maxLength": MAX_NAME, "pattern": NAME_PATTERN} if key.name == "name" else
+                             {"pattern": r"^[^\u0000]*[^\s\u0000][^\u0000]*$"} if "type" in schema and key.kind == "string"
+                             else {})}
+    return {**schema, "enum": [*schema["enum"], None]} if "enum" in schema else \
+        {**schema, "type": [schema["type"], "null"]}
+
+
+def group_schema(group: str) -> dict:
+    """The JSON schema of a table of a task file."""
+    keys = TASK_GROUPS[group]
+    return {"type": "object", "additionalProperties": False,
+            "required": [leaf for leaf, key in keys.items() if key.required],
+            "properties": {leaf: key_schema(key) for leaf, key in keys.items()}}
+
+
+def task_schema() -> dict:
+    """The JSON schema of a task document."""
+    schema, retry, delays = group_schema(""), group_schema("retry"), group_schema("retry")
+    retry["properties"]["backoff"] = {"enum": ["exponential", "linear", None]}
+    delays["properties"]["backoff"] = {"type": "array", "minItems": 1,
+                                       "items": {"type": "string", "pattern": f"^{DURATION_PATTERN}$"}}
+    retry |= {"required": ["max_attempts"]}
+    retry["properties"]["max_attempts"] = {"type": "integer", "minimum": 1, "maximum": MAX_INTEGER}
+    delays |= {"required": ["backoff"]}
+    schema["properties"] |= {
+        "agent": group_schema("agent"),
+        "retry": {"anyOf": [retry, delays, {"type": "null"}]},
+        "depends_on": {"type": ["array", "null"], "items": {"anyOf": [
+            {"type": "string", "pattern": TEXT_PATTERN, "minLength": 1}, group_schema("depends_on[]")]}}}
+    schema["required"].append("agent")
+    return schema
+
+
+def openapi_document() -> dict:
+    """The routes as an OpenAPI 3.1 document, from the table of operations."""
+    task, paths = {"$ref": "#/components/schemas/TaskDocument"}, {}
+    for operation in OPERATIONS.values():
+        for number, route in enumerate(operation.routes):
+            paths.setdefault(route.path, {})[route.method.lower()] = {
+                "operationId": operation.name + (f".{number + 1}" if number else ""),
+                **describe_route(operation, route)}
+    shapes = {name: shape_schema(shape) for name, shape in RESULT_SHAPES.items()}
+    error, changes = shapes["Error"]["properties"]["error"], {**task_schema(), "required": []}
+    changes["properties"]["agent"] = {**changes["properties"]["agent"], "required": []}
+    for fixed in SETTLED_KEYS:
+        del changes["properties"][fixed]
+    error["properties"]["problems"] = {"type": "array", "items": {"type": "string"}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Claudomator", "version": __version__, "description": "Runs coding-agent tasks unattended."},
+        "security": [{"token": []}], "paths": paths,
+        "components": {
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer", "description":
+                                          "the API token, or the token of a running agent"}},
+            "schemas": {**shapes, "State": {"enum": list(STATES)}, "TaskDocument": task_schema(),
+                        "TaskChanges": changes,
+                        "TaskDocuments": {"anyOf": [task, {"type": "array", "items": task, "minItems": 1}]}},
+            "responses": {"Error": {"description": "what is wrong, and what to do", "content": {
+                "application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}}}}
+
+
+PARAM_SCHEMAS = {
+    "str": {"type": "string", "pattern": QUERY_PATTERN}, "int": {"type": "integer", "minimum": 0, "maximum": 2 ** 53 - 1},
+    "number": {"type": "number", "minimum": 0, "maximum": 2 ** 53 - 1}, "bool": {"type": "boolean"},
+    "names": {"type": "array", "items": {"type": "string", "pattern": QUERY_PATTERN}},
+}
+
+
+def param_schema(param: Param, in_body: bool) -> dict:
+    """The JSON schema of a parameter; in a body null is as good as leaving it out, but for a required one."""
+    schema = {**PARAM_SCHEMAS[param.kind], "description": param.help}
+    if param.choices:
+        schema |= {"enum": list(param.choices)} if param.kind == "str" else {"items": {"enum": list(param.choices)}}
+    if in_body:
+        schema |= {"pattern": TEXT_PATTERN} if param.kind == "str" else {}
+        schema |= {} if param.required else {"type": [schema["type"], "null"]}
+    return schema
+
+
+def describe_route(operation: Operation, route: Route) -> dict:
+    """A route as an OpenAPI operation."""
+    path, free = path_param(operation, route), free_params(operation, route)
+    described = {"summary": operation.help, "description": f"May be called by: {SCOPES[operation.scope]}."}
+    inner = {name: param_schema(param, route.method != "GET") for name, param in free.items()}
+    parameters = [{"name": name, "in": "query", "schema": schema} for name, schema in inner.items()] \
+        if route.method == "GET" else []
+    if path:
+        name = route.path.partition("{")[2].partition("}")[0]
+        word = "[a-z0-9_-]+" if path is KIND else "[0-9a-f-]+(,[0-9a-f-]+)*" if path.kind == "ids" else "[0-9a-f-]+"
+        parameters.insert(0, {"name": name, "in": "path", "required": True, "description": path.help,
+                              "schema": {"type": "string", "pattern": f"^{word}$"}})
+    if operation.name == "task.create":
+        parameters.append({"name": "Idempotency-Key", "in": "header", "schema": {"type": "string"},
+                           "description": "a second single task with the same key is the first one"})
+    if parameters:
+        described["parameters"] = parameters
+    if route.method not in ("GET", "DELETE") and (inner or route.body):
+        schema: dict = {"type": "object", "properties": inner, "additionalProperties": False,
+                        "required": [name for name, param in free.items() if param.required]}
+        if route.body:
+            whole = {"$ref": f"#/components/schemas/Task{'Changes' if route.body == 'changes' else 'Documents'}"}
+            schema = {"anyOf": [whole, {**schema, "properties": {**inner, route.body: whole}, "required": [route.body]}]}
+        described["requestBody"] = {"required": bool(route.body or schema["required"]),
+                                    "content": {"application/json": {"schema": schema}}}
+    kinds = {"json": "application/json", "text": "text/plain", "events": "text/event-stream"}
+    shape = shape_schema(operation.result) if route.form == "json" else {"type": "string"}
+    described["responses"] = {
+        str(route.status): {"description": "done", "content": {kinds[route.form]: {"schema": shape}}},
+        "default": {"$ref": "#/components/responses/Error"}}
+    return {**described, **({"security": []} if operation.scope == "open" else {})}
 
 
 # ---- 24 Pool ---------------------------------------------------------------------------------------------------
@@ -8066,7 +9263,8 @@ class Workplace:
             sandboxed=self.sandbox is not None, session_id=self.execution.session_id, resume=self.resumed, feedback=feedback,
             answer=resume.get("text", "") if resume.get("kind") == "answer" else "", round=self.execution.round,
             is_root=os.geteuid() == 0, program=(sys.executable, "-I", os.path.abspath(__file__)),
-            tools_dir=("/usr/local/bin" if box else tools_dir) if os.path.exists(f"{tools_dir}/ct") else "")
+            tools_dir=("/usr/local/bin" if box else tools_dir) if os.path.exists(f"{tools_dir}/ct") else "",
+            api_url=f"unix://{config.agent_socket_path}", api_token=agent_token(self.core.agent_key, self.execution.id))
         task = self.task
         if task.agent.type not in ("", self.execution.agent):  # it stands in for that one, and has other models
             task = task.replace(agent=task.agent.replace(model=""))
@@ -9382,7 +10580,7 @@ class ControlConnection:
 
     def _send(self, data: bytes) -> None:
         if not self._transport.is_closing():
-            self._transport.write(data)
+            self._transport.write(self._core.redactor.document(data))
 
     def close(self) -> None:
         """Drop the client; it reconnects to the next daemon."""
@@ -9416,33 +10614,10 @@ class ControlServer:
         return True
 
     async def listen(self, path: str) -> None:
-        """Bind and listen; the socket is 0600 in a 0700 directory, and what a dead daemon left is taken over.
-
-        Raises ``StorageError`` where it cannot, ``WrongState`` where somebody listens there.
-        """
+        """Bind and listen.  Raises as ``bind_unix_socket``."""
         import asyncio
-        import errno
-        import socket
-        import stat
         self.loop = asyncio.get_running_loop()
-        try:
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            listener.setblocking(False)
-            with short_socket_path(path) as address:
-                if os.path.lexists(path):
-                    if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                        raise StorageError(f"{path} is no socket; move it away, or set another socket_path")
-                    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                        probe.setblocking(False)
-                        if probe.connect_ex(address) != errno.ECONNREFUSED:
-                            raise WrongState(f"another program listens on {path}; set another socket_path")
-                    os.unlink(path)
-                listener.bind(address)
-            os.chmod(path, 0o600)
-        except OSError as error:
-            raise StorageError(f"cannot listen on the control socket {path}: {error}") from error
-        self._path = path
+        listener, self._path = bind_unix_socket(path, "control socket", "socket_path"), path
         kind = type("Connection", (ControlConnection, asyncio.BufferedProtocol), {})  # not above: asyncio comes late
         self._server = await self.loop.create_unix_server(lambda: kind(self), sock=listener, backlog=MAX_CONNECTIONS)
 
@@ -9456,6 +10631,32 @@ class ControlServer:
                 os.unlink(self._path)
             except OSError:
                 pass
+
+
+def bind_unix_socket(path: str, what: str, setting: str) -> Any:
+    """A socket bound to ``path``, 0600 in a 0700 directory; what a dead daemon left is taken over.  ``setting`` is the
+    key to change.  Raises ``StorageError`` where it cannot, ``WrongState`` where somebody listens there."""
+    import errno
+    import socket
+    import stat
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.setblocking(False)
+        with short_socket_path(path) as address:
+            if os.path.lexists(path):
+                if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                    raise StorageError(f"{path} is no socket; move it away, or set another {setting}")
+                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                    probe.setblocking(False)
+                    if probe.connect_ex(address) != errno.ECONNREFUSED:
+                        raise WrongState(f"another program listens on {path}; set another {setting}")
+                os.unlink(path)
+            listener.bind(address)
+        os.chmod(path, 0o600)
+    except OSError as error:
+        raise StorageError(f"cannot listen on the {what} {path}: {error}") from error
+    return listener
 
 
 class short_socket_path:
@@ -9479,6 +10680,556 @@ class short_socket_path:
 
 
 # ---- 26 HTTP server --------------------------------------------------------------------------------------------
+# The thin shell round section 14, on asyncio's streams: it reads no more than one request at a time, so that what a
+# client sends beyond it waits in bounded buffers, and writes each answer at once.  A client can only hurt itself: each
+# phase of an exchange has its time, kept by one timer per connection that is moved only when it fires.
+
+MAX_HTTP_CONNECTIONS = 2048  # beyond that, or half of the descriptors, the longest idle one is closed
+MAX_HELD_BODIES = 64 << 20  # bytes of request bodies held for all connections together
+HTTP_BACKLOG = 128  # connections that the kernel holds until they are accepted
+IDLE_S = 75.0  # between requests; browsers keep a connection for one to five minutes
+HEAD_S = 10.0  # from the first byte of a request to the end of its head
+BODY_S = 60.0  # for a body
+WRITE_S = 30.0  # for the client to take an answer, or a piece of a stream
+REFUSED_S = 2.0  # how long a refused client is listened to (RFC 9112 section 9.6)
+CLOSE_S = 5.0  # how long the answers under way may take when the server stops
+
+
+class HttpConnection:
+    """One client.  ``names``: the address it reached, or ``None`` on a Unix socket."""
+
+    def __init__(self, server: HttpServer, reader, writer):
+        import asyncio
+        import socket
+        self._server, self._reader, self._writer = server, reader, writer
+        self._transport, self._loop, self.task = writer.transport, server.loop, asyncio.current_task()
+        is_unix, nowhere = writer.get_extra_info("socket").family == socket.AF_UNIX, ("",)
+        self.names = None if is_unix else (writer.get_extra_info("sockname") or nowhere)[:1]
+        self.welcome = ""  # the last Host that was checked
+        self.peer = "unix" if is_unix else (writer.get_extra_info("peername") or nowhere)[0]
+        self._decoder, self._held = RequestDecoder(), 0  # bytes of a body
+        self.phase, self.since, self._deadline, self._timer = "", 0.0, 0.0, None
+        self._turn_ends = self._loop.time() + TURN_S
+        self._transport.max_size = READ_SIZE  # asyncio's own, 256 KiB, are allocated anew for each read
+        self._transport.set_write_buffer_limits(high=0)  # ``drain`` waits until all has left
+
+    def _enter(self, phase: str, limit_s: float | None) -> None:
+        """Begin a phase of the exchange, which may take so long; ``None``: without end."""
+        self.phase, self._deadline = phase, None
+        if limit_s is not None:
+            self.since = self._loop.time()
+            self._deadline = self.since + limit_s
+            if self._timer is None or self._deadline < self._timer.when():
+                self._arm()
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(self._deadline, self._expire)
+
+    def _expire(self) -> None:
+        """The timer's hour: the phase's time is over, or has been prolonged meanwhile."""
+        self._timer = None
+        if self._deadline is None or self._transport.is_closing() and self.phase != "closing":
+            return
+        if self._loop.time() < self._deadline:
+            self._arm()
+        elif self.phase == "reading":
+            late = HttpError(408, "the request took too long to come")
+            self._writer.write(self._encode(error_response(late), "close"))
+            self.close()
+        elif self.phase == "idle":
+            self._transport.close()
+        else:
+            self._transport.abort()
+
+    def close(self) -> None:
+        """Close it; what is written may still leave."""
+        self._transport.close()
+        self._enter("closing", WRITE_S)
+
+    def stop(self) -> None:
+        """The server stops: nothing more is read, what has no end of its own ends now."""
+        if self.phase in ("idle", "reading"):
+            self.close()
+        elif self.phase == "lasting":
+            self.task.cancel()
+
+    def abort(self) -> None:
+        """Drop it at once."""
+        self._transport.abort()
+        self.task.cancel()
+
+    async def serve(self) -> None:
+        """Exchange after exchange, until one side has enough."""
+        import asyncio
+        try:
+            while await self._exchange():
+                if self._loop.time() > self._turn_ends:  # a client that sends ahead must not hold up the others
+                    await asyncio.sleep(0)
+                    self._turn_ends = self._loop.time() + TURN_S
+        except HttpError as error:
+            await self._refuse(error)
+        except (OSError, asyncio.CancelledError):
+            pass  # the client has left, or the server stops
+        except Exception as error:
+            self._server.log_fault(f"HTTP client {self.peer}", error)
+        finally:
+            self._release()
+            if self._transport.get_write_buffer_size():
+                self.close()
+            else:
+                self._transport.close()
+                self._deadline = None
+                if self._timer is not None:
+                    self._timer.cancel()
+
+    async def _exchange(self) -> bool:
+        """One request and its answer.  Returns whether another may come."""
+        request = await self._read()
+        if request is None:
+            return False
+        self._enter("working", None)
+        answer = await self._server.answer(request, self)
+        if isinstance(answer, HttpUpgrade):
+            self._enter("lasting", None)
+            await answer.run(self._reader, self._writer)
+            return False
+        if isinstance(answer, HttpStream):
+            await self._stream(request, answer)
+            return False
+        keep = request.keep_alive and not self._server.closing
+        connection = ("" if request.minor else "keep-alive") if keep else "close"
+        self._enter("writing", WRITE_S)
+        self._writer.write(self._encode(answer, connection, request.method == "HEAD"))
+        await self._writer.drain()
+        self._release()
+        return keep and not self._server.closing
+
+    async def _read(self) -> HttpRequest | None:
+        """The next request, ``None`` where the client has left or was silent for too long.  Raises ``HttpError``."""
+        import asyncio
+        decoder, reader = self._decoder, self._reader
+        self._enter("idle", IDLE_S)
+        first = await reader.read(1)
+        if not first:
+            return None
+        self._enter("reading", HEAD_S)
+        try:
+            decoder.feed(first + await reader.readuntil(b"\r\n\r\n"))
+        except asyncio.IncompleteReadError:
+            raise HttpError(400, "the request ended before its head did; header lines end with CR LF") from None
+        except asyncio.LimitOverrunError:
+            decoder.feed(first + await reader.read(MAX_HEAD_BYTES))  # enough for the decoder to say what is too long
+        request = decoder.take()
+        if request is None:
+            self._enter("reading", BODY_S)
+            if decoder.expects_continue:
+                self._writer.write(CONTINUE)
+        while request is None:
+            data = await reader.read(min(decoder.wanted, READ_SIZE))
+            if not data:
+                return None
+            self._held += len(data)
+            self._server.held += len(data)
+            if self._server.held > MAX_HELD_BODIES:
+                raise HttpError(503, "too many large requests at the same time; try again soon")
+            decoder.feed(data)
+            request = decoder.take()
+        return request
+
+    def _release(self) -> None:
+        self._server.held -= self._held
+        self._held = 0
+
+    def _encode(self, answer: HttpResponse, connection: str = "", head_only: bool = False) -> bytes:
+        return encode_response(answer, self._server.date(), head_only, connection)
+
+    async def _refuse(self, error: HttpError) -> None:
+        """Answer a request that cannot be read, and close.
+
+        Who closes with unread bytes resets the connection, and the client may never see the answer; so RFC 9112
+        section 9.6: a server first closes "only the write side", and "then continues to read from the connection until"
+        the client closes or the time is over.
+        """
+        self._enter("lingering", REFUSED_S)
+        self._release()
+        self._decoder = None
+        try:
+            self._writer.write(self._encode(error_response(error), "close"))
+            self._writer.write_eof()
+            while await self._reader.read(READ_SIZE):
+                pass
+        except OSError:
+            pass
+
+    async def _stream(self, request: HttpRequest, stream: HttpStream) -> None:
+        """Send pieces as they come, until they end or the client leaves."""
+        chunked, ended = request.minor == 1, False
+        self._enter("lasting", None)
+        watch = self._loop.create_task(self._until_left())
+        try:
+            self._writer.write(encode_stream_head(stream, self._server.date(), chunked))
+            if request.method != "HEAD":
+                async for piece in stream.chunks:
+                    if piece:
+                        self._writer.write(encode_chunk(piece) if chunked else piece)
+                        self._enter("lasting", WRITE_S)
+                        await self._writer.drain()
+                        self._enter("lasting", None)
+                if chunked:
+                    self._writer.write(encode_chunk(b""))
+            ended = True
+        except OSError:
+            pass
+        except Exception as error:
+            self._server.log_fault(f"{request.method} {request.path}", error)
+        finally:
+            watch.cancel()
+            await stream.chunks.aclose()
+            if not ended:
+                self._transport.abort()  # a client must not take a part for the whole
+
+    async def _until_left(self) -> None:
+        """Read on for as long as a stream lasts, to see the client leave; what it still says counts for nothing."""
+        try:
+            while await self._reader.read(READ_SIZE):
+                pass
+        except OSError:
+            pass
+        self.task.cancel()
+
+
+class HttpServer:
+    """Listens on TCP and on a Unix socket.
+
+    ``handle(request, peer)`` returns, or is a coroutine that returns, an ``HttpResponse``, ``HttpStream`` or
+    ``HttpUpgrade``, or raises a ``ClaudomatorError``; ``peer`` is the client's address, or ``unix``.  ``names`` are
+    host names under which the server may be asked for beside its own address and those of the loopback.
+    """
+
+    def __init__(self, log, names: Iterable[str] = ()):
+        self.log, self._bound = log, ()  # the host of ``server_addr``, which may be a name
+        self.set_names(names)
+        self.loop = self.handle = None
+        self.connections: set[HttpConnection] = set()
+        self.addresses: list[str] = []  # "127.0.0.1:8484", as bound
+        self.closing, self.held = False, 0
+        self._most = max(16, min(MAX_HTTP_CONNECTIONS, os.sysconf("SC_OPEN_MAX") // 2))
+        self._listeners, self._servers, self._path = [], [], None
+        self._date = (0, "")
+
+    def set_names(self, names: Iterable[str]) -> None:
+        """Further host names under which the server may be asked for."""
+        self.names = (*(name.lower() for name in names), *self._bound)
+
+    def bind_tcp(self, address: str) -> None:
+        """Listen on the addresses of ``HOST:PORT``; clients wait until ``start``.  Raises ``WrongState`` where the
+        port is in use, ``StorageError`` where it cannot be had."""
+        import errno
+        import socket
+        host, port = split_address(address)
+        fault = None
+        try:
+            places = socket.getaddrinfo(host.encode() or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        except OSError as error:  # ``encode``: of a str, Python would import the codec of foreign names
+            places, fault = [], error
+        for family, kind, protocol, _, place in places:
+            try:
+                listener = socket.socket(family, kind, protocol)
+                self._listeners.append(listener)
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                listener.bind((place[0], port, *place[2:]))
+                listener.listen(HTTP_BACKLOG)
+            except OSError as error:
+                self._listeners.pop().close()
+                if error.errno == errno.EADDRINUSE:
+                    raise WrongState(f"server_addr {address!r}: another program listens on this port; set another "
+                                     'server_addr, or server_addr = "" for no HTTP port') from None
+                fault = error  # such as ::1 of localhost on a machine without IPv6
+                continue
+            port = listener.getsockname()[1]
+            self.addresses.append(f"[{place[0]}]:{port}" if ":" in place[0] else f"{place[0]}:{port}")
+        if not self.addresses:
+            raise StorageError(f"cannot listen on server_addr {address!r}: {fault}; set another server_addr")
+        self._bound = (host.lower(),)
+        self.set_names(self.names)
+
+    def bind_unix(self, path: str) -> None:
+        """Listen on a Unix socket, 0600; what a dead daemon left is taken over.  Raises as ``bind_unix_socket``."""
+        self._listeners.append(bind_unix_socket(path, "agents' socket", "data_dir"))
+        self._path = path
+
+    async def start(self, handle) -> None:
+        """Begin to serve."""
+        import asyncio
+        import socket
+        self.loop, self.handle = asyncio.get_running_loop(), handle
+        for listener in self._listeners:
+            start = asyncio.start_unix_server if listener.family == socket.AF_UNIX else asyncio.start_server
+            server = await start(self._connected, sock=listener, limit=MAX_HEAD_BYTES, backlog=HTTP_BACKLOG)
+            self._servers.append(server)
+
+    async def _connected(self, reader, writer) -> None:
+        connection = HttpConnection(self, reader, writer)
+        if len(self.connections) >= self._most:
+            idle = [other for other in self.connections if other.phase == "idle"]
+            if not idle:
+                writer.write(encode_response(error_response(HttpError(503, "too many connections; close some")),
+                                             self.date(), connection="close"))
+                return connection.close()
+            silent = min(idle, key=lambda other: other.since)
+            self.connections.discard(silent)
+            silent.close()
+        self.connections.add(connection)
+        try:
+            await connection.serve()
+        finally:
+            self.connections.discard(connection)
+
+    async def answer(self, request: HttpRequest, connection: HttpConnection) -> object:
+        """What ``handle`` answers; every error becomes an answer."""
+        try:
+            host = request.host
+            if connection.names is not None and host and host != connection.welcome:
+                if host_allowed(host, (*connection.names, *self.names)):
+                    connection.welcome = host
+                else:
+                    raise Forbidden(f"this server is not {split_host(host)[0]!r}; if it shall be, add the name to "
+                                    "server_names in the configuration")
+            changing = request.method not in ("GET", "HEAD") or "upgrade" in request.headers
+            if changing and not origin_allowed(request.headers.get("origin"), request.host):
+                raise Forbidden("pages of other sites may not do this")
+            answer = self.handle(request, connection.peer)
+            return await answer if hasattr(answer, "__await__") else answer
+        except ClaudomatorError as error:
+            return error_response(error)
+        except Exception as error:
+            self.log_fault(f"{request.method} {request.path}", error)
+            return error_response(ClaudomatorError(f"internal error: {error!r}; the daemon's log has more"))
+
+    def log_fault(self, what: str, error: Exception) -> None:
+        """A fault of the program itself, with its traceback."""
+        import traceback
+        self.log("error", f"{what}: {''.join(traceback.format_exception(error))}")
+
+    def date(self) -> str:
+        """The time as HTTP writes it."""
+        now = int(time.time())
+        if now != self._date[0]:
+            self._date = now, http_date(now)
+        return self._date[1]
+
+    async def close(self, grace_s: float = CLOSE_S) -> None:
+        """Take no more clients, close the idle ones, let answers under way be written within ``grace_s``."""
+        import asyncio
+        self.closing = True
+        for listener in (*self._servers, *self._listeners):
+            listener.close()
+        if self._path is not None:
+            try:
+                os.unlink(self._path)
+            except OSError:
+                pass
+        for connection in tuple(self.connections):
+            connection.stop()
+        for last_s in (grace_s, 1.0):
+            if tasks := [connection.task for connection in self.connections]:
+                await asyncio.wait(tasks, timeout=last_s)
+            for connection in tuple(self.connections):
+                connection.abort()
+
+
+WEB_ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "web")
+MAX_FILE_BYTES = 16 << 20  # of a file of the page; it is read at once
+CONTENT_TYPES: dict[str, str] = {
+    "html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8",
+    "json": "application/json", "webmanifest": "application/manifest+json", "svg": "image/svg+xml", "png": "image/png",
+    "ico": "image/x-icon", "woff2": "font/woff2", "txt": "text/plain; charset=utf-8",
+}
+# The page runs its own files and nothing else: no inline script, no other site's, in nobody's frame.
+PAGE_FIELDS = (
+    ("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+     "font-src 'self'; connect-src 'self'; manifest-src 'self'; worker-src 'self'; base-uri 'none'; "
+     "form-action 'none'; frame-ancestors 'none'"),
+    ("X-Frame-Options", "DENY"), ("Cross-Origin-Opener-Policy", "same-origin"),
+    ("Cache-Control", "no-cache"),  # ask each time, by ETag: a new version of the daemon has a new page
+)
+
+
+def serve_file(root: str, request: HttpRequest) -> HttpResponse:
+    """A file below ``root``; ``/`` is ``index.html``.  Hidden files, and links that lead out, are not there.
+
+    Raises ``NotFound``, ``HttpError``.
+    """
+    import stat
+    if request.method not in ("GET", "HEAD"):
+        raise HttpError(405, f"{request.path} can only be read", ("Allow", "GET, HEAD"))
+    name = request.path[1:] or "index.html"
+    missing = NotFound(f"there is no {request.path} here")
+    if any(part.startswith(".") or not part for part in name.split("/")):
+        raise missing
+    root = os.path.realpath(root)
+    path = os.path.realpath(os.path.join(root, name))
+    if not path.startswith(root + "/"):
+        raise missing
+    try:
+        with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+            facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_FILE_BYTES:
+                raise missing
+            etag = f'"{facts.st_mtime_ns:x}-{facts.st_size:x}-{facts.st_ino:x}"'
+            fields = (*PAGE_FIELDS, ("ETag", etag))
+            if etag_matches(request.headers.get("if-none-match", ""), etag):
+                return HttpResponse(status=304, fields=fields)
+            content_type = CONTENT_TYPES.get(name.rpartition(".")[2], "application/octet-stream")
+            return HttpResponse(file.read(MAX_FILE_BYTES), 200, content_type, fields)
+    except (OSError, ValueError):
+        raise missing from None
+
+
+# -- who asks for what: from a request to an operation, and from its result to an answer
+
+LONGEST_POLL_S = 60.0  # of one request that waits; proxies give up soon after
+LOG_PART = 1 << 20  # bytes of a log in one answer
+KEEP_ALIVE_S = 15.0  # after so long without an event a comment is sent, so that a client that left is noticed
+FIRST_EVENT_S = 0.1  # how long an answer waits to find out that its stream begins with an error
+
+
+def authenticate(core: Core, operation: Operation, headers: dict) -> Caller:
+    """Who sends a request.  Raises ``HttpError`` 401 where it is nobody that is known; an agent's token is good for as
+    long as its execution runs."""
+    if operation.scope == "open":
+        return OPERATOR
+    scheme, _, token = headers.get("authorization", "").strip().partition(" ")
+    token = token.strip()
+    if scheme.lower() != "bearer" or not token:
+        raise HttpError(401, "this needs a token: send Authorization: Bearer TOKEN, with the token from"
+                        " <data_dir>/api-token", ("WWW-Authenticate", 'Bearer realm="claudomator"'))
+    if is_same_text(token, core.api_token):
+        return OPERATOR
+    execution_id = execution_of_token(token)
+    run = core.store.find_execution(execution_id) if execution_id else None
+    if run and run.status == RUNNING and is_same_text(token, agent_token(core.agent_key, run.id)):
+        return Caller(run.task_id, run.id)
+    raise HttpError(401, "the token is not valid: it is not the one in <data_dir>/api-token, nor that of an agent at work",
+                    ("WWW-Authenticate", 'Bearer realm="claudomator", error="invalid_token"'))
+
+
+async def handle_api(core: Core, request: object) -> HttpResponse | HttpStream:
+    """The answer to a request below ``/api/``; errors are answers too."""
+    try:
+        operation, route, variable = match_route(request.method, request.path)
+        caller = authenticate(core, operation, request.headers)
+        params = confine(core, operation, decode_params(operation, route, variable, request), caller)
+        if operation.name == "task.wait":
+            params["timeout_s"] = min(LONGEST_POLL_S if params["timeout_s"] is None else params["timeout_s"], LONGEST_POLL_S)
+        if route.form == "events":
+            stream = EventChunks(core, operation, request, operation.handler(core, params))
+            if request.method == "HEAD":
+                return HttpResponse(content_type="text/event-stream")
+            await stream.begin()
+            return HttpStream(stream)
+        if route.form == "text":
+            return await log_response(core, operation.handler(core, {**params, "limit": min(
+                LOG_PART if params["limit"] is None else params["limit"], LOG_PART)}))
+        result = await call(core, operation, params)
+        authenticate(core, operation, request.headers)  # an agent may have ended while it waited
+        response = json_response(result, route.status)
+    except ClaudomatorError as error:
+        response = error_response(error)
+    except Exception as error:
+        import traceback
+        core.log("error", f"{request.method} {request.path}: {''.join(traceback.format_exception(error))}")
+        response = error_response(ClaudomatorError("internal error; the daemon's log has more"))
+    return response.replace(body=core.redactor.document(response.body))
+
+
+async def call(core: Core, operation: Operation, params: dict) -> dict:
+    """The result of an operation, once what it changed is on disk; what changes something goes on if its caller goes."""
+    import asyncio
+    result = operation.handler(core, params)
+    if not isinstance(result, dict):
+        result = await (result if operation.lasting else asyncio.shield(result))
+    await core.store.durable()
+    return result
+
+
+async def log_response(core: Core, items: object) -> HttpResponse:
+    """A part of a log as it is; the field ``Claudomator-Next-Offset`` says where the next one begins."""
+    texts, offset = [], 0
+    async for item in items:
+        if not isinstance(item, Final):
+            texts.append(item["text"])
+            offset = item["next"]
+    return HttpResponse("".join(texts).encode("utf-8", "surrogateescape"), content_type="text/plain; charset=utf-8",
+                        fields=(("Cache-Control", "no-store"), ("Claudomator-Next-Offset", str(offset))))
+
+
+class EventChunks:
+    """A stream as server-sent events: its items, comments where nothing comes, and ``end`` or ``error`` as the last."""
+
+    def __init__(self, core: Core, operation: Operation, request: object, items: object):
+        self._core, self._operation, self._request, self._items = core, operation, request, items
+        self._ahead = None
+
+    def _ask(self) -> None:
+        import asyncio
+        self._ahead = asyncio.ensure_future(anext(self._items))
+
+    async def begin(self) -> None:
+        """Start, and raise what is wrong from the beginning."""
+        import asyncio
+        self._ask()
+        await asyncio.wait({self._ahead}, timeout=FIRST_EVENT_S)
+        if self._ahead.done() and isinstance(self._ahead.exception(), ClaudomatorError):
+            raise self._ahead.exception()
+
+    def __aiter__(self) -> EventChunks:
+        return self
+
+    async def __anext__(self) -> bytes:
+        """The next bytes; the client's right to them is looked at each time."""
+        import asyncio
+        if self._ahead is None:
+            raise StopAsyncIteration
+        done, _ = await asyncio.wait({self._ahead}, timeout=KEEP_ALIVE_S)
+        try:
+            authenticate(self._core, self._operation, self._request.headers)
+            if not done:
+                return b": \n\n"
+            item = self._ahead.result()
+        except ClaudomatorError as error:
+            await self.aclose()
+            return b"event: error\n" + self._data(parse_json(error_response(error).body))
+        if isinstance(item, Final):
+            self._ahead = None
+            return b"event: end\n" + self._data(item.result)
+        self._ask()
+        if "text" not in item:
+            return f"id: {item['seq']}\n".encode() + self._data(item)
+        return f"id: {item['execution_id']}:{item['next']}\n".encode() + self._data(item)
+
+    def _data(self, document: object) -> bytes:
+        return b"data: " + self._core.redactor.document(format_json(document).encode()) + b"\n\n"
+
+    async def aclose(self) -> None:
+        """End it; what it waits for is given up."""
+        import asyncio
+        if self._ahead is not None:
+            self._ahead.cancel()
+            await asyncio.wait({self._ahead})
+            self._ahead = None
+        await self._items.aclose()
+
+
+async def answer_http(core: Core, request: HttpRequest) -> HttpResponse | HttpStream:
+    """What the daemon serves: the operations below ``/api/``, and the page."""
+    return await handle_api(core, request) if request.path.startswith("/api/") else serve_file(WEB_ROOT, request)
+
+
 # -- WebSocket connections
 # What a client says is pulled: it is read only as fast as it is handled.  What it hears is pushed: all frames of one tick
 # leave in one write.  While the kernel does not take them they wait in the outbox, where a frame for many clients exists
@@ -9733,7 +11484,7 @@ class Daemon:
 
     def __init__(self, config: Config, load_config=None, log=stderr_log, clock=time.time):
         self.config, self._load_config, self.log, self._clock = config, load_config, log, clock
-        self.core = self.pool = self.server = None
+        self.core = self.pool = self.server = self.http = None
         self._lock = -1
         self._stop = None
 
@@ -9749,9 +11500,14 @@ class Daemon:
         loop = asyncio.get_running_loop()
         self._stop = loop.create_future()
         self._lock = lock_data_dir(self.config)
+        self.http = HttpServer(self.log, self.config.server_names)
+        if self.config.server_addr:
+            self.http.bind_tcp(self.config.server_addr)  # before anything is dispatched: the port may be in use
+        self.http.bind_unix(self.config.agent_socket_path)
         store = Store(self.config.db_path, self._clock)
         store.attach(loop)
         self.core = Core(self.config, store, self.log)
+        self.log = self.http.log = self.core.log
         self.core.reload = self.reload
         self.pool = Pool(self.core)
         install_ct(self.config, self.log)
@@ -9762,6 +11518,7 @@ class Daemon:
             self.log("warning", warning)
         self.pool.start(loop)
         store.append_event("daemon.started", version=__version__, pid=os.getpid())
+        await self.http.start(lambda request, peer: answer_http(self.core, request))
         await self.server.listen(self.config.socket_path)
 
     def stop(self) -> None:
@@ -9784,7 +11541,9 @@ class Daemon:
             gc.freeze()
             gc.enable()
             self.log("info", f"claudomator {__version__} serves {self.config.data_dir}"
-                             f" (socket {self.config.socket_path}, pid {os.getpid()})")
+                             f" (socket {self.config.socket_path},"
+                             f" {', '.join(f'http://{place}' for place in self.http.addresses) or 'no HTTP port'},"
+                             f" pid {os.getpid()})")
             await self._stop
         finally:
             await self.close()
@@ -9793,6 +11552,8 @@ class Daemon:
         """Stop in order: no new clients, no new starts, drain if configured, leave agents running, close the store."""
         if self.server is not None:
             self.server.close()
+        if self.http is not None:
+            await self.http.close()
         if self.pool is not None:
             drain_s = self.config.shutdown_timeout_s if self.config.on_shutdown == "drain" else 0
             await self.pool.shut_down(drain_s)
@@ -9814,10 +11575,14 @@ class Daemon:
             raise WrongState("this daemon was started without a configuration file")
         new = self._load_config()
         changed = config_differences(self.config, new)
-        if new.data_dir != self.config.data_dir or new.socket_path != self.config.socket_path:
-            self.log("warning", "data_dir or socket_path changed: that needs a restart of the daemon")
-            new = new.replace(data_dir=self.config.data_dir, own_socket_path=self.config.own_socket_path)
+        fields = [CONFIG_GROUPS[""][name].field for name in RESTART_KEYS]
+        kept = {field: getattr(self.config, field) for field in fields}
+        if kept != {field: getattr(new, field) for field in fields}:
+            self.log("warning", f"{' or '.join(RESTART_KEYS)} changed: that needs a restart of the daemon")
+            new = new.replace(**kept)
+        self.core.renew_secrets(new)
         self.config = self.core.config = new
+        self.http.set_names(new.server_names)
         self.core.store.append_event("daemon.reloaded", changed=changed)
         for warning in new.warnings:
             self.log("warning", warning)
@@ -10103,7 +11868,9 @@ class Cli:
     def load_config(self) -> Config:
         """The configuration with what the command line overrides."""
         text, path = self.config_text(), self.config_path()
-        config = parse_config_text(text, path, self.home) if text.strip() else parse_config({}, path, self.home)
+        name = "CLAUDOMATOR_SERVER_ADDR"  # empty means no port, so it counts where it is set at all
+        told = {"server_addr": self.environ[name]} if name in self.environ else {}
+        config = parse_config_text(text, path, self.home, told) if text.strip() else parse_config(told, path, self.home)
         return config.replace(**self._path_overrides())
 
     def _path_overrides(self) -> dict:
@@ -10328,6 +12095,8 @@ def cmd_init(cli: Cli) -> int:
     config = cli.load_config()
     os.makedirs(config.data_dir, mode=0o700, exist_ok=True)
     Store(config.db_path).close()
+    if not config.api_token:
+        own_secret(config.api_token_path)
     found = {"python": sys.version.split()[0], "git": program_version("git"),
              **{kind: program_version(runner_binary(kind, config)) for kind in known_kinds(config)
                 if kind not in ("shell", "local")},
@@ -10405,7 +12174,7 @@ def start_pool_here(cli: Cli) -> object:
     import threading
     asyncio = import_asyncio()
     config = cli.load_config()
-    config = config.replace(max_concurrent=cli.options.get("parallel") or config.max_concurrent)
+    config = config.replace(max_concurrent=cli.options.get("parallel") or config.max_concurrent, server_addr="")
     daemon = Daemon(config, None, lambda level, message: cli.say(f"{level}: {message}"))
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)

@@ -26,7 +26,8 @@ def wait_until(condition, timeout_s=10.0, what="the condition"):
 def clean_environment(home, **more):
     """An environment that reaches nothing of this machine's user."""
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "TZ", "TMPDIR") if name in os.environ}
-    return {**kept, "HOME": str(home), "PYTHONPATH": str(PROGRAM.parent), "GIT_CONFIG_NOSYSTEM": "1", **more}
+    return {**kept, "HOME": str(home), "PYTHONPATH": str(PROGRAM.parent), "GIT_CONFIG_NOSYSTEM": "1",
+            "CLAUDOMATOR_SERVER_ADDR": "", **more}  # no HTTP port: many daemons run at once
 
 
 class DaemonProcess:
@@ -65,6 +66,12 @@ class DaemonProcess:
     @property
     def socket_path(self):
         return str(self.data_dir / "claudomator.sock")
+
+    @property
+    def http_address(self):
+        """HOST:PORT of the HTTP port of a daemon that was given one (by CLAUDOMATOR_SERVER_ADDR)."""
+        wait_until(lambda: "http://" in self.log(), 20, "listening")
+        return self.log().rpartition("http://")[2].partition(",")[0]
 
     @property
     def client(self):

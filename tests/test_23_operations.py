@@ -91,7 +91,8 @@ def right_params(daemon):
         "pool.status": {"ended": 3}, "pool.pause": {"agent": "claude"},
         "pool.resume": {"agent": "claude"}, "pool.drain": {"wait": False}, "project.list": {}, "sandbox.list": {},
         "sandbox.rm": {"ids": [done]}, "task.delete": {"ids": [other]}, "daemon.status": {}, "daemon.reload": {},
-        "daemon.backup": {"path": str(daemon.home / "backup.db")},
+        "daemon.backup": {"path": str(daemon.home / "backup.db")}, "daemon.health": {}, "daemon.version": {},
+        "daemon.openapi": {},
     }
 
 

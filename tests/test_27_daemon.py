@@ -157,7 +157,7 @@ def test_a_ct_that_cannot_be_made_is_logged_and_stops_nothing(tools, tmp_path, m
 def test_an_agent_asks_and_reports_by_ct(tmp_path):
     with DaemonProcess(tmp_path) as daemon:
         asks = daemon.add("ct ask 'Which licence' --option MIT --option Apache-2.0")
-        reports = daemon.add("ct summary 'Mended the divisor.'; ct task list; [ $? = 64 ]")
+        reports = daemon.add("ct summary 'Mended the divisor.'; ct task list")
         assert daemon.wait(asks)["question"] == {"text": "Which licence", "options": ["MIT", "Apache-2.0"]}
         done = daemon.wait(reports)
         assert (done["state"], done["summary"]) == ("READY", "Mended the divisor."), done
