@@ -28,6 +28,7 @@ Contents
     18 Processes and supervisor
     19 Model client
     20 Git sandboxes
+    21 Containers
     22 Bus
     23 Operations
     24 Pool
@@ -645,11 +646,11 @@ CONFIG_KEYS: tuple[Key, ...] = (
     Key("on_shutdown", "choice leave|drain", "leave", "leave: agents run on without the daemon; drain: wait for them"),
     Key("claude_binary_path", "program", "claude", "the claude CLI"),
     Key("gemini_binary_path", "program", "gemini", "the gemini CLI"),
-    Key("claude_image", "string", "claudomator-agent:latest", "container image for claude", active=False),
-    Key("gemini_image", "string", "claudomator-agent:latest", "container image for gemini", active=False),
-    Key("container_engine", "choice docker|podman", "docker", "what runs containers", active=False),
+    Key("claude_image", "string", "claudomator-agent:latest", "container image for every agent kind but gemini"),
+    Key("gemini_image", "string", "claudomator-agent:latest", "container image for gemini"),
+    Key("container_engine", "choice docker|podman", "docker", "what runs containers"),
     Key("claude_config_dir", "path", "", "given to claude as CLAUDE_CONFIG_DIR; empty: claude's own default"),
-    Key("ssh_auth_sock", "path", "", "SSH agent socket for cloning repository_url", active=False),
+    Key("ssh_auth_sock", "path", "", "SSH agent socket for cloning repository_url and pushing to it; no agent gets it"),
     Key("workspace_root", "path", "", "directory whose repositories are offered as projects", active=False),
     Key("webhook_url", "url", "", "gets a JSON POST per finished or blocked task", active=False),
     Key("webhook_secret", "string", "", "the secret that GitHub signs its webhooks with", active=False, secret=True),
@@ -676,6 +677,10 @@ CONFIG_KEYS: tuple[Key, ...] = (
         example=("ANTHROPIC_API_KEY",)),
     Key("agents.*.on_quota", "choice wait|other_agent|fail", "wait",
         "what queued tasks do while the quota is used up"),
+    Key("containers.memory", "string", "4g", "memory of a container, as the engine writes it; empty: no limit"),
+    Key("containers.cpus", "number >= 0", 2, "processors of a container, at most those of the machine; 0: no limit"),
+    Key("containers.pids", "integer >= 0", 2048, "processes and threads of a container; 0: no limit"),
+    Key("containers.network", "string", "", "the engine's network for agents (none, host, a name); empty: its default"),
     Key("local_model.endpoint", "url", "", "a server with OpenAI's chat completions; empty: none",
         example="http://localhost:11434/v1"),
     Key("local_model.model", "string", "llama3.1:8b", "its model, for tasks that name none"),
@@ -722,6 +727,10 @@ class AgentSettings(KeyedRecord, keys=CONFIG_GROUPS["agents.*"]):
 _DEFAULT_SETTINGS: dict[str, AgentSettings] = {}  # of kinds without a table of their own: asked for at each dispatch
 
 
+class ContainerSettings(KeyedRecord, keys=CONFIG_GROUPS["containers"]):
+    """``[containers]``: what bounds a container."""
+
+
 class LocalModelSettings(KeyedRecord, keys=CONFIG_GROUPS["local_model"]):
     """``[local_model]``; an empty endpoint means there is none."""
 
@@ -736,6 +745,7 @@ class Config(KeyedRecord, keys=CONFIG_GROUPS[""]):
     like are dicts of dicts as in the file; the names in ``budgets``: ``all``, ``project.NAME`` and ``agent.KIND``."""
 
     agents: dict[str, AgentSettings]
+    containers: ContainerSettings
     local_model: LocalModelSettings
     projects: tuple[ProjectSettings, ...]
     budgets: dict[str, dict]
@@ -757,6 +767,10 @@ class Config(KeyedRecord, keys=CONFIG_GROUPS[""]):
         """The key that names an agent kind's program, for messages; empty where there is none."""
         key = f"{kind}_binary_path"
         return f"runners.{kind}.command" if kind in self.runners else key if hasattr(self, key) else ""
+
+    def image_key(self, kind: str) -> str:
+        """The key that names the container image of an agent kind."""
+        return "gemini_image" if kind == "gemini" else "claude_image"
 
     def agent_settings(self, kind: str) -> AgentSettings:
         """The settings of an agent kind, or the defaults."""
@@ -899,7 +913,8 @@ def parse_config(document: dict, source: str, home: str) -> Config:
                for name, values in read[f"budgets.{scope}.*"].items()}
     return Config(
         **read[""], agents={kind: AgentSettings(kind=kind, **values) for kind, values in read["agents.*"].items()},
-        local_model=LocalModelSettings(**read["local_model"]), budgets={"all": read["budgets"], **budgets},
+        containers=ContainerSettings(**read["containers"]), local_model=LocalModelSettings(**read["local_model"]),
+        budgets={"all": read["budgets"], **budgets},
         projects=tuple(ProjectSettings(**values) for values in read["projects[]"].values()),
         **{name: read[name + ".*"] for name in ("prices", "runners", "launchers", "scripts")},
         warnings=tuple(f"{source}: {name} is set, but this version does not use it yet" for name in unused))
@@ -1163,8 +1178,8 @@ class _TaskReader(Checker):
             self.problem("agent.isolation", f"{agent.isolation} cannot use repository_url; it needs a container")
         elif agent.isolation == "sandbox" and not agent.project_dir and not project:
             self.problem("agent.isolation", "sandbox needs agent.project_dir or project")
-        elif agent.isolation == "container" and not agent.repository_url:
-            self.problem("agent.isolation", "container needs agent.repository_url")
+        elif agent.isolation == "container" and not (agent.repository_url or agent.project_dir or project):
+            self.problem("agent.isolation", "container needs agent.repository_url, agent.project_dir or project")
 
 
 def parse_tasks(document, source: str, now: float) -> list[TaskSpec]:
@@ -5049,6 +5064,127 @@ def runner_binary(kind: str, config: Config) -> str:
     return {"claude": config.claude_binary_path, "gemini": config.gemini_binary_path, "shell": "/bin/sh"}[kind]
 
 
+# An agent in a container finds its work, its home and its files at fixed places; the host's own mean nothing there.
+# Command line and environment of the agent go into a script that is mounted, never into the engine's arguments: what is
+# there, everyone sees in /proc and in ``docker inspect``.  The time limit is kept inside, so that it holds when the
+# daemon, the supervisor and the engine's client are all gone.
+BOX_WORK, BOX_HOME, BOX_FILES = "/workspace", "/home/agent", "/run/claudomator"
+BOX_LOGIN, BOX_REPO = "/run/claudomator-login", "/run/claudomator-repo"
+EXECUTION_LABEL, DATA_LABEL = "claudomator.execution", "claudomator.data"
+HOST_ONLY = ENVIRONMENT_ALLOWED - set("LANG LANGUAGE TZ HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy"
+                                      " no_proxy".split()) | {"GEMINI_CLI_HOME", "GOOGLE_APPLICATION_CREDENTIALS"}
+LOGIN_FILES = {"claude": (".claude", (".credentials.json", ".claude.json", "settings.json", "CLAUDE.md")),
+               "gemini": (".gemini", ("oauth_creds.json", "google_accounts.json", "installation_id", "settings.json",
+                                      "GEMINI.md"))}
+DEFAULT_BASE = "node:22-bookworm-slim"
+IMAGE_CLIS = "@anthropic-ai/claude-code @google/gemini-cli"
+NO_IMAGE = ("no such image", "image not known", "unable to find image", "no such object")
+OUT_OF_MEMORY = "\nError: the container ran out of memory: raise containers.memory in the configuration\n"
+
+
+def isolation_of(agent: AgentConfig, sandboxed: bool = True) -> str:
+    """``container``, ``sandbox`` or ``none``: what a task says, or what follows from what it works on."""
+    return agent.isolation or ("container" if agent.repository_url else
+                               "sandbox" if agent.project_dir and sandboxed else "none")
+
+
+def boxed_config(config: Config) -> Config:
+    """The configuration as it is in a container: the programs are those of the image."""
+    return config.replace(claude_binary_path="claude", gemini_binary_path="gemini",
+                          claude_config_dir=f"{BOX_HOME}/.claude")
+
+
+def boxed_host(host: dict, settings: AgentSettings) -> dict:
+    """The daemon's environment without what means something only on the host, unless it is named."""
+    return {name: value for name, value in host.items() if name not in HOST_ONLY or name in settings.pass_env}
+
+
+def entry_script(launch: Launch, cwd: str, stdin: str, limit_s: float, grace_s: float) -> str:
+    """The script that is a container's first program: it removes itself, takes the login along and becomes the agent."""
+    import re
+    import shlex
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in launch.env.items()
+               if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)]
+    argv = " ".join(map(shlex.quote, launch.argv))
+    return "\n".join([
+        f"rm -f {BOX_FILES}/run", *exports, f"[ ! -d {BOX_LOGIN} ] || (umask 077 && cp -R {BOX_LOGIN}/. {BOX_HOME}/)",
+        f"cd -- {shlex.quote(cwd)} || exit 126",
+        f"exec timeout -k {grace_s:g} {limit_s:.3f} {argv} <{stdin} >>{BOX_FILES}/stdout.log 2>>{BOX_FILES}/stderr.log",
+        ""])
+
+
+def _mount(source: str, target: str, is_readonly: bool) -> str:
+    """The value of ``--mount``, which is a line of CSV."""
+    words = ["type=bind", f"source={source}", f"target={target}", *["readonly"] * is_readonly]
+    return ",".join('"' + word.replace('"', '""') + '"' if set(word) & set(',"\n') else word for word in words)
+
+
+def container_argv(config: Config, image: str, *, name: str, execution_id: str, user: str, mounts: tuple, cpus: float,
+                   command: tuple, workdir: str = "/", network: str = "", capabilities: tuple = (),
+                   is_kept: bool = False) -> tuple[str, ...]:
+    """``docker run`` or ``podman run``: ``command`` are the arguments of the image's /bin/sh.
+
+    ``mounts`` are (host path, path inside, whether read-only); ``user`` is UID:GID; ``cpus`` how many this machine has;
+    of all capabilities only ``capabilities`` are left; ``is_kept``: it stays when it ends, to be asked for its status.
+    """
+    limits, is_podman = config.containers, config.container_engine == "podman"
+    words = [] if is_kept else ["--rm"]
+    for option, value in (("--memory", limits.memory), ("--cpus", f"{min(limits.cpus, cpus):g}" if limits.cpus else ""),
+                          ("--pids-limit", str(limits.pids or "")), ("--network", network or limits.network),
+                          *(("--cap-add", capability) for capability in capabilities)):
+        words += [option, value] if value else []
+    if is_podman:  # SELinux would hide the mounts; rootless, the daemon's user must stay the same user inside
+        words += ["--security-opt", "label=disable", *(["--userns", "keep-id"] if not user.startswith("0:") else [])]
+    for mount in mounts:
+        words += ["--mount", _mount(*mount)]
+    return (config.container_engine, "run", "--name", name, "--label", f"{EXECUTION_LABEL}={execution_id}",
+            "--label", f"{DATA_LABEL}={config.data_dir}", "--env", f"CLAUDOMATOR_EXECUTION_ID={execution_id}",
+            "--env", f"HOME={BOX_HOME}", "--init", "--pull", "never", "--log-driver", "none", "--user", user,
+            "--cap-drop", "ALL", "--security-opt", "no-new-privileges", *words, "--workdir", workdir,
+            "--entrypoint", "/bin/sh", image, *command)
+
+
+def engine_fault(engine: str, said: str, image: str = "", image_key: str = "") -> tuple[str, str]:
+    """(reason, detail) of an engine that did not do what it was told, by what it said."""
+    words = clean_text(" ".join(said.split()), 300)
+    if image and any(known in said.lower() for known in NO_IMAGE):
+        return "spawn_failed", (f"the container image {image} is not there: run `claudomator image build`, or set"
+                                f" {image_key} in the configuration to an image that is")
+    if "annot connect" in said or "connection refused" in said or "unable to connect" in said.lower():
+        return "sandbox_failed", (f"the container engine does not answer: start {engine}, or set DOCKER_HOST for the"
+                                  f" daemon ({words})")
+    return "spawn_failed", f"{engine} could not start the container: {words or 'it says nothing'}"
+
+
+def container_end(exit_code: int | None, state: dict | None, said: str) -> str:
+    """Whose word the exit code of a container's client is.  ``state`` is the container's as the engine tells it, ``said``
+    what is on stderr.  ``agent``: the container ended with it.  ``engine``: it never ran.  ``lost``: it ran, and its
+    client was cut off from it, or it was stopped with the engine, which does not answer now."""
+    if exit_code is None or state is None and exit_code > 128 or exit_code == 125 and "waiting for container" in said:
+        return "lost"
+    if state is None or state.get("Status") == "missing":
+        return "engine" if exit_code in (125, 126, 127) else "agent"
+    if state.get("Status") == "created" or state.get("Error"):  # its program could not be run
+        return "engine"
+    return "agent" if state.get("Status") == "exited" and state.get("ExitCode") == exit_code else "lost"
+
+
+def dockerfile(base: str, uid: int, gid: int, has_ct: bool) -> str:
+    """The agent image.  On another base than the default nothing is installed: it must have it all already.  The user
+    gets a name, because node asks for it."""
+    install = ("apt-get update && apt-get install -y --no-install-recommends git python3 ca-certificates openssh-client"
+               f" procps ripgrep make && rm -rf /var/lib/apt/lists/* && npm install -g {IMAGE_CLIS} && npm cache clean"
+               " --force")
+    lines = [f"FROM {base}", "USER root", *([f"RUN {install}"] if base == DEFAULT_BASE else []),
+             'RUN for name in git timeout; do command -v $name || { echo "the base image has no $name"; exit 1; }; done',
+             f"RUN grep -q '^[^:]*:[^:]*:{uid}:' /etc/passwd || "
+             f"echo 'agent:x:{uid}:{gid}::{BOX_HOME}:/bin/sh' >>/etc/passwd",
+             f"RUN mkdir -p {BOX_HOME} {BOX_WORK} && chown {uid}:{gid} {BOX_HOME} {BOX_WORK}"]
+    if has_ct:
+        lines += ["COPY ct.py /usr/local/bin/ct", "RUN chmod 755 /usr/local/bin/ct"]
+    return "\n".join([*lines, f"LABEL claudomator.image={__version__}", f"WORKDIR {BOX_WORK}", ""])
+
+
 # ---- 17 Store --------------------------------------------------------------------------------------------------
 # SQLite in WAL mode, one connection, used by the loop's thread alone.  All writes of one loop tick share a transaction
 # (group commit); each operation in it is a savepoint, so one that fails takes nothing else with it.  After COMMIT a
@@ -6467,6 +6603,7 @@ GIT_KEEP_BYTES = 16 << 20  # of git's own output, for lists of commits
 STOP_WAIT_S = 2.0  # SIGTERM to SIGKILL for a command that ran out of time
 FACTS_BYTES = 1 << 20  # read of a small file: our own ones, a Makefile
 MESSAGE_TAIL = 4000  # characters of a command's output that go into an error message
+BOX_DIR = ".box"  # in .git: what belongs to a container (21)
 AUTOCOMMIT_SUBJECT = "chore: autocommit uncommitted changes"
 FALLBACK_IDENTITY = {"NAME": "Claudomator", "EMAIL": "claudomator@localhost"}
 EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"  # what git names the tree without files
@@ -6593,10 +6730,20 @@ def agent_git_env(env: dict, cwd: str) -> dict:
     return {**identity, "GIT_TERMINAL_PROMPT": "0", **_config_env(GIT_SETTINGS[:3])}
 
 
-def _run_shell(command: str, what: str, reason: str, *, env: dict, cwd: str, **options) -> None:
-    """Run a command of the project's owner; raises ``SandboxError`` with its output's end where it fails."""
+def boxed_git_env(env: dict, cwd: str) -> dict:
+    """``agent_git_env`` for where the host's git configuration is not: with the identity that it gives in ``cwd``."""
+    found = {field: git(["config", f"user.{field.lower()}"], env=env, cwd=cwd).output.strip()
+             for field in FALLBACK_IDENTITY}
+    identity = {f"GIT_{role}_{field}": found[field] or value for role in ("AUTHOR", "COMMITTER")
+                for field, value in FALLBACK_IDENTITY.items()}
+    return {**identity, **agent_git_env(env, cwd)}
+
+
+def _run_shell(command: str, what: str, reason: str, *, env: dict, cwd: str, argv: tuple = (), **options) -> None:
+    """Run a command of the project's owner, as ``argv`` if given; raises ``SandboxError`` with its output's end where
+    it fails."""
     env = _clean_git_env(env)
-    _must(run_command(["/bin/sh", "-c", command], env={**env, **agent_git_env(env, cwd)}, cwd=cwd, **options),
+    _must(run_command(argv or ("/bin/sh", "-c", command), env={**env, **agent_git_env(env, cwd)}, cwd=cwd, **options),
           f"{what} failed: {command}", reason)
 
 
@@ -6709,9 +6856,7 @@ def create_sandbox(project_dir: str, path: str, *, env: dict, setup: str = "", t
     with _acquire_lock(path, project_dir, lambda: None):  # two tasks may find the same plain directory
         top = _project_repository(project_dir, os.path.dirname(path), env)
     source = clone_source(top, env)
-    _clone(source, path, env)
-    branch, start_head, note = _settle_branch(path, top, env)
-    _update_submodules(path, top if source == top else "", env)
+    branch, start_head, note = _clone_and_settle(source, path, top, env)
     if setup:
         _run_shell(setup, "setup", "sandbox_failed", env=env, cwd=path, timeout_s=timeout_s, log_path=log_path)
     workdir = os.path.normpath(os.path.join(path, os.path.relpath(project_dir, top)))
@@ -6719,6 +6864,23 @@ def create_sandbox(project_dir: str, path: str, *, env: dict, setup: str = "", t
     # Written last: a clone without it was never handed out.
     _write_text(os.path.join(path, ".git", "claudomator.json"), format_json(sandbox.__dict__))
     return sandbox
+
+
+def clone_repository(url: str, path: str, env: dict) -> Sandbox:
+    """``create_sandbox`` of a repository that has no directory here.  Raises ``SandboxError``."""
+    path = os.path.abspath(path)
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    branch, start_head, note = _clone_and_settle(url, path, path, env)
+    sandbox = Sandbox(path, url, branch, start_head, path, note)
+    _write_text(os.path.join(path, ".git", "claudomator.json"), format_json(sandbox.__dict__))
+    return sandbox
+
+
+def _clone_and_settle(source: str, path: str, top: str, env: dict) -> tuple[str, str, str]:
+    _clone(source, path, env)
+    settled = _settle_branch(path, top, env)
+    _update_submodules(path, top if source == top else "", env)
+    return settled
 
 
 def _project_repository(project_dir: str, root: str, env: dict) -> str:
@@ -6777,8 +6939,9 @@ def _settle_branch(path: str, top: str, env: dict) -> tuple[str, str, str]:
 
 
 def _update_submodules(path: str, project: str, env: dict) -> None:
-    """Fill the submodules.  ``project``: read their URLs there, for a relative one means the project's own remote."""
-    if not os.path.exists(os.path.join(path, ".gitmodules")):
+    """Fill the submodules.  ``project``: read their URLs there, for a relative one means the project's own remote.
+    Not after an agent in a container: it may have named any URL, and the host's credentials are not for it."""
+    if not os.path.exists(os.path.join(path, ".gitmodules")) or os.path.isdir(os.path.join(path, ".git", BOX_DIR)):
         return
     known = project and git(["config", "--local", "-z", "--get-regexp", r"^submodule\..*\.url$"], env=env,
                             cwd=project).output
@@ -6877,25 +7040,28 @@ class SandboxResult(Record):
 
 def finish_sandbox(sandbox: Sandbox, *, env: dict, build: str = "", verify: str = "", timeout_s: float = 600.0,
                    log_path: str | None = None, attempts: int = 5, pause_s: float = 0.3,
-                   on_step: Callable | None = None) -> SandboxResult:
+                   on_step: Callable | None = None, inside: Callable | None = None) -> SandboxResult:
     """Commit what the agent left, build, verify, record and push.  The sandbox stays; the caller removes it.
     ``env`` is that of build, verify and git; its execution mark tells a repeated call from another run.  ``attempts``:
     how often to push when others come first, with a random pause of about ``pause_s`` between.  ``on_step(name)`` is
     called before each step (commit, build, verify, push, rebase) and while it waits for another task (waiting); what
-    it raises stops the work.  Nothing else may run in the sandbox by now.  Raises ``SandboxError``: ``build_failed``,
+    it raises stops the work.  ``inside(command, directory)`` is the argv that runs build and verify elsewhere, in a
+    container.  Nothing else may run in the sandbox by now.  Raises ``SandboxError``: ``build_failed``,
     ``verify_failed`` (``data["output"]``: what the command printed), ``push_failed``, or ``sandbox_failed`` for a
     clone that cannot be judged.  It can be called again then."""
     def shell(command: str, what: str, directory: str) -> None:
         if command:
             step(what)
-            _run_shell(command, what, f"{what}_failed", env=env, cwd=directory, timeout_s=timeout_s, log_path=log_path)
+            _run_shell(command, what, f"{what}_failed", env=env, cwd=directory, timeout_s=timeout_s, log_path=log_path,
+                       argv=inside(command, directory) if inside else ())
 
     step = on_step or (lambda name: None)
     work = _Finish(sandbox, env, step, lambda: shell(verify, "verify", sandbox.workdir))
     try:
         work.recover()
         if work.stage():
-            shell(*(build, "build", sandbox.workdir) if build else find_build(sandbox.workdir, sandbox.path, env))
+            shell(*(build, "build", sandbox.workdir) if build else
+                  find_build(sandbox.workdir, sandbox.path, env, bool(inside)))
             _commit(sandbox.path, AUTOCOMMIT_SUBJECT, env)
         work.verify()
         branch = work.push(attempts, pause_s) if work.has_commits() else ""
@@ -7018,18 +7184,302 @@ class _Finish:
         os.unlink(self.rebase_marker)
 
 
-def find_build(workdir: str, path: str, env: dict) -> tuple[str, str, str]:
+def find_build(workdir: str, path: str, env: dict, elsewhere: bool = False) -> tuple[str, str, str]:
     """(command, "build", directory) of the build that the repository names, in ``workdir`` or else at the clone's top.
-    The command is empty where it names none, or one whose tool is not installed."""
+    The command is empty where it names none, or one whose tool is not installed; ``elsewhere`` it looks by itself."""
     import re
     import shutil
     for directory in (workdir, path):
         for tool, command, names, pattern in BUILDS:
             files = [os.path.join(directory, name) for name in names]
-            if shutil.which(tool, path=env.get("PATH", os.defpath)) and any(
+            if (elsewhere or shutil.which(tool, path=env.get("PATH", os.defpath))) and any(
                     os.path.isfile(file) and re.search(pattern, read_head(file, FACTS_BYTES)) for file in files):
-                return command, "build", directory
+                look = f"command -v {tool} >/dev/null || exit 0; " if elsewhere else ""
+                return look + command, "build", directory
     return "", "build", path
+
+
+# ---- 21 Containers ---------------------------------------------------------------------------------------------
+# An agent in a container is not trusted with the host (docs/adr/0012).  What carries the section:
+# - two clones.  The sandbox (20) is the host's: no container ever writes to it, so the host's git never reads a
+#   configuration, a hook or a link that an agent made.  The agent works in a copy of it.  What it leaves comes back as a
+#   bundle, one plain file of objects, made by a git inside; the host fetches from that, then commits and pushes with
+#   credentials that no container sees.  ``setup``, ``build`` and ``verify`` run inside too;
+# - the copy and the agent's home lie in ``.git/.box`` of the sandbox: they live as long as it does, on disk once;
+# - the supervisor (18) runs the engine's client.  Output goes to the mounted logs and not through the client, the time
+#   limit is kept inside, so nothing hangs on the client but the news of the end;
+# - a container bears the execution's label and name, its processes the mark.  The end of a run removes what bears the
+#   label; so does a daemon that finds a container whose execution does not run any more.
+
+ENGINE_TIMEOUT_S = 60.0
+ENGINE_PATIENCE_S = 30.0  # an engine that was updated is back by then
+INNER_GRACE_S = 2.0  # so much longer than inside the client has after a stop, to tell the status
+START_GRACE_S = 60.0  # so much longer than inside the client may run: it also waits for the engine to start it
+TRUST = "export GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.directory GIT_CONFIG_VALUE_0='*'"
+COLLECT = TRUST + r"""
+export GIT_INDEX_FILE=${TMPDIR:-/tmp}/claudomator-index
+base=$1
+fail() { echo "$*"; exit 1; }
+[ -d .git ] && git rev-parse --git-dir >/dev/null || fail "the agent destroyed its repository"
+for name in rebase-merge rebase-apply MERGE_HEAD CHERRY_PICK_HEAD REVERT_HEAD; do
+  [ ! -e ".git/$name" ] || fail "the agent left a rebase, merge or cherry-pick unfinished ($name)"
+done
+rm -f .git/index.lock
+[ ! -f .git/index ] || cp .git/index "$GIT_INDEX_FILE" || fail "the index cannot be read"
+[ -z "$(git ls-files --unmerged)" ] || fail "the agent left unresolved conflicts"
+nested=$(git status --porcelain -z --untracked-files=all | tr '\0' '\n' | sed -n 's,^?? \(.*\)/$,\1,p')
+set -- :/
+while IFS= read -r name; do
+  [ -z "$name" ] || set -- "$@" ":(top,exclude,literal)$name"
+done <<END
+$nested
+END
+git add --all -- "$@" && tree=$(git write-tree) || fail "git cannot read what the agent left"
+head=$(git rev-parse --quiet --verify HEAD) || head=
+set -- -c user.name=claudomator -c user.email=claudomator@localhost commit-tree "$tree" -m work
+[ -z "$head" ] || set -- "$@" -p "$head"
+work=$(git "$@") && git update-ref refs/claudomator/work "$work" || fail "git cannot commit what the agent left"
+set -- refs/claudomator/work --branches
+[ -z "$base" ] || ! git cat-file -e "$base^{commit}" 2>/dev/null || set -- "$@" "^$base"
+rm -f /run/claudomator/work.bundle
+git bundle create -q /run/claudomator/work.bundle "$@" 2>&1 || fail "git cannot bundle what the agent left"
+"""
+GATE = TRUST + """
+[ -z "$1" ] || { git fetch --quiet /run/claudomator-repo "$1" && git reset --quiet --hard "$1"; } || exit 1
+exec /bin/sh -c "$2"
+"""
+# ``attach`` passes signals on, but refuses a container that has just ended; of that ``wait`` knows the status too.
+ATTACH = """
+trap : TERM
+"$1" attach --no-stdin "$2" >/dev/null 2>&1
+exit "$("$1" wait "$2")"
+"""
+
+
+def engine_env(host: dict) -> dict:
+    """What the engine's client needs of the daemon's environment; nothing of an agent's."""
+    kept = ("PATH", "HOME", "XDG_RUNTIME_DIR", "TMPDIR", "LANG")
+    return {name: value for name, value in host.items()
+            if name in kept or name.startswith(("DOCKER_", "CONTAINER", "PODMAN_"))}
+
+
+def run_engine(config: Config, host: dict, *words: str) -> CommandResult:
+    """A short command of the engine.  Without the mark: a stop must not end what removes the container."""
+    return run_command([config.container_engine, *words], env=engine_env(host), timeout_s=ENGINE_TIMEOUT_S, quiet=True)
+
+
+def list_containers(config: Config, host: dict, label: str) -> list[str]:
+    """The names of the containers that bear a label, whether they run or have ended.  Raises ``SandboxError``."""
+    result = run_engine(config, host, "ps", "--all", "--filter", f"label={label}", "--format", "{{.Names}}")
+    if result.exit_code != 0:
+        raise SandboxError(engine_fault(config.container_engine, result.output)[1])
+    return result.output.split()
+
+
+def remove_containers(config: Config, host: dict, names: list[str]) -> None:
+    """End and remove containers; returns when they are gone.  Raises ``SandboxError`` where that is not proven."""
+    if names:
+        result = run_engine(config, host, "rm", "--force", "--volumes", *names)
+        if result.exit_code != 0 and "no such container" not in result.output.lower():
+            raise SandboxError(f"containers could not be removed: {clean_text(result.output, 300)}")
+
+
+def execution_of_container(name: str) -> str:
+    """The execution's id in a container's name."""
+    return name.removeprefix("claudomator-")[:36]
+
+
+class Box:
+    """The container of one execution, as the host sees it: its files, its commands, its end."""
+
+    def __init__(self, config: Config, host: dict, execution_id: str, kind: str):
+        self.config, self.host, self.execution_id, self.kind = config, host, execution_id, kind
+        self.name, self.image_key = f"claudomator-{execution_id}", config.image_key(kind)
+        self.image = getattr(config, self.image_key)
+        self.directory = os.path.join(config.executions_dir, execution_id)
+        self.files = os.path.join(self.directory, "box")  # the agent can write here
+        self.sandbox: Sandbox | None = None
+
+    def _place(self, name: str) -> str:
+        # The dot keeps ``_remove_stale_locks`` out: it would take a project's Cargo.lock for one of git's.
+        return os.path.join(self.sandbox.path, ".git", BOX_DIR, name)
+
+    def inside(self, path: str) -> str:
+        """Where a path of the sandbox is in the container."""
+        return os.path.normpath(os.path.join(BOX_WORK, os.path.relpath(path, self.sandbox.path)))
+
+    def check_image(self) -> None:
+        """Raises ``SpawnError`` where the image is not there, ``SandboxError`` where the engine does not answer."""
+        result = run_engine(self.config, self.host, "image", "inspect", "--format", "{{.Id}}", self.image)
+        if result.exit_code == 127 and result.output.startswith("cannot run"):
+            raise SpawnError(f"{self.config.container_engine} is not installed, or not on the daemon's PATH; install it"
+                             " or set container_engine in the configuration")
+        if result.exit_code != 0:
+            reason, words = engine_fault(self.config.container_engine, result.output, self.image, self.image_key)
+            raise SandboxError(words, reason)
+
+    def open(self, sandbox: Sandbox, setup: str, env: dict, timeout_s: float) -> None:
+        """Make the agent's copy of a sandbox and run ``setup`` in it, unless that was done."""
+        self.sandbox = sandbox
+        os.makedirs(self.files, mode=0o700, exist_ok=True)
+        if os.path.isdir(self._place("work")):
+            return
+        copy = sandbox.path + ".box"
+        remove_sandbox(copy, self.config.sandboxes_dir)
+        _must(run_command(["cp", "-a", "--reflink=auto", "--", sandbox.path, copy], env=env), f"no copy of {sandbox.path}")
+        os.makedirs(self._place("home"), mode=0o700, exist_ok=True)
+        if setup:
+            os.rename(copy, self._place("setup"))
+            _must(run_command(self._tool("setup", ("-c", setup), BOX_WORK, work="setup"), env=env, timeout_s=timeout_s,
+                              log_path=os.path.join(self.directory, "prepare.log")), f"setup failed: {setup}")
+            copy = self._place("setup")
+        os.rename(copy, self._place("work"))
+
+    def _argv(self, name: str, mounts: tuple, command: tuple, **more) -> tuple[str, ...]:
+        more.setdefault("user", f"{os.geteuid()}:{os.getegid()}")
+        return container_argv(self.config, self.image, name=name, execution_id=self.execution_id, mounts=mounts,
+                              cpus=os.cpu_count() or 1, command=command, **more)
+
+    def _tool(self, what: str, command: tuple, workdir: str, work: str = "work", **more) -> tuple[str, ...]:
+        """A short container beside the agent's, on the same copy and home."""
+        repo = os.path.join(self.sandbox.path, ".git")
+        return self._argv(f"{self.name}-{what}-{os.urandom(3).hex()}", (
+            (self._place(work), BOX_WORK, False), (self._place("home"), BOX_HOME, False), (self.files, BOX_FILES, False),
+            (repo, BOX_REPO, True)), command, workdir=workdir, **more)
+
+    def launch(self, launch: Launch, cwd: str, reads_stdin: bool, limit_s: float, grace_s: float) -> Launch:
+        """What the supervisor starts for an agent's ``launch``, which is written to files for the container."""
+        env = {**launch.env, "HOME": BOX_HOME}
+        if self.kind not in self.config.agents or "PATH" not in self.config.agents[self.kind].env:
+            env.pop("PATH", None)  # the image's
+        env.pop("GEMINI_CLI_HOME", None)  # its home is its own already
+        if os.path.exists(self._socket()):
+            env["CLAUDOMATOR_API_URL"] = f"unix://{BOX_FILES}/agent.sock"
+        self.share_socket()
+        stdin = f"{BOX_FILES}/prompt.txt" if reads_stdin else "/dev/null"
+        script = entry_script(launch.replace(env=env), cwd, stdin, limit_s, grace_s)
+        own = [(path.replace(BOX_FILES, self.files, 1), text) for path, text in launch.files]
+        mounts = [(self._place("work"), BOX_WORK, False), (self._place("home"), BOX_HOME, False),
+                  (self.files, BOX_FILES, False)]
+        mounts += [(os.path.join(self.directory, name), f"{BOX_FILES}/{name}", False)
+                   for name in ("stdout.log", "stderr.log")]
+        argv = self._argv(self.name, (*mounts, *self._logins()), (f"{BOX_FILES}/run",), is_kept=True)
+        return Launch(argv, engine_env(self.host), launch.stdin, launch.format, launch.session_id, files=(
+            (f"{self.files}/run", script), (f"{self.files}/prompt.txt", launch.stdin or ""), *own))
+
+    def _logins(self) -> list[tuple[str, str, bool]]:
+        """The files of the operator's login that are there: read-only, copied into the agent's home by its script."""
+        folder, names = LOGIN_FILES.get(self.kind, ("", ()))
+        home = self.host.get("GEMINI_CLI_HOME") or self.host.get("HOME", "")
+        root = self.config.claude_config_dir if self.kind == "claude" else os.path.join(home, folder)
+        return [(os.path.join(root, name), f"{BOX_LOGIN}/{folder}/{name}", True) for name in names
+                if root and os.path.isfile(os.path.join(root, name))]
+
+    def _socket(self) -> str:
+        return os.path.join(self.config.data_dir, "agent.sock")
+
+    def share_socket(self) -> None:
+        """Let the agent reach this daemon's API.  A hard link, not a mount: after a restart the socket is another one,
+        and the agent finds it under the same name."""
+        own = os.path.join(self.files, "agent.sock")
+        try:
+            if not os.path.lexists(own) or os.lstat(own).st_ino != os.lstat(self._socket()).st_ino:
+                if os.path.lexists(own):
+                    os.unlink(own)
+                os.link(self._socket(), own, follow_symlinks=False)
+        except OSError:
+            pass  # no API yet, or the agent put a directory there: its own loss
+
+    def attach_argv(self) -> tuple[str, ...]:
+        """The command that stands in for a client that was killed: it passes signals on and ends as the container does."""
+        return ("/bin/sh", "-c", ATTACH, "attach", self.config.container_engine, self.name)
+
+    def state(self) -> dict | None:
+        """The container's state as the engine tells it; ``None`` where the engine does not answer."""
+        result = run_engine(self.config, self.host, "inspect", "--type", "container", "--format", "{{json .State}}",
+                            self.name)
+        if result.exit_code != 0:
+            return {"Status": "missing"} if "no such" in result.output.lower() else None
+        state = parse_json_or(result.output, None)
+        return state if isinstance(state, dict) else None
+
+    def remove(self) -> None:
+        """End and remove all containers of the execution, and what was secret.  Raises ``SandboxError``."""
+        if os.path.lexists(os.path.join(self.files, "run")):
+            os.unlink(os.path.join(self.files, "run"))
+        names = list_containers(self.config, self.host, f"{EXECUTION_LABEL}={self.execution_id}")
+        remove_containers(self.config, self.host, names)
+
+    def reclaim(self, env: dict) -> None:
+        """Give the daemon's user what belongs to another one in the agent's copy, so that it can be read and removed."""
+        uid, gid, box = os.geteuid(), os.getegid(), self._place("")
+        closed: list[OSError] = []  # directories that cannot be looked into
+        if uid != 0 and (any(os.lstat(os.path.join(path, name)).st_uid != uid
+                             for path, folders, names in os.walk(box, onerror=closed.append)
+                             for name in (*folders, *names)) or closed):
+            argv = self._argv(f"{self.name}-reclaim-{os.urandom(3).hex()}", ((box, BOX_WORK, False),),
+                              ("-c", f"chown -Rh {uid}:{gid} {BOX_WORK}/."), user="0:0", network="none",
+                              capabilities=("CHOWN", "DAC_OVERRIDE", "FOWNER"))
+            _must(run_command(argv, env=env, timeout_s=GIT_TIMEOUT_S), f"files of another user in {box} are left")
+
+    def collect(self, env: dict) -> None:
+        """Bring what the agent left in its copy into the sandbox: commits, branches, and in the index what it did not
+        commit.  Once for an execution.  Raises ``SandboxError``."""
+        path, mark = self.sandbox.path, os.path.join(self.sandbox.path, ".git", "claudomator-collected")
+        if read_head(mark, FACTS_BYTES).split()[:1] == [self.execution_id]:
+            return
+        _Finish(self.sandbox, env, lambda name: None, lambda: None).recover()
+        self.reclaim(env)
+        _must(run_command(self._tool("collect", ("-c", COLLECT, "collect", self.sandbox.start_head), BOX_WORK,
+                                     network="none"), env=env, timeout_s=GIT_TIMEOUT_S), "the agent's work is not to be had")
+        bundle, work = os.path.join(path, ".git", "claudomator.bundle"), "refs/claudomator/work"
+        left = os.path.join(self.files, "work.bundle")
+        try:
+            import shutil
+            with open_plain(left) as source, open(bundle, "wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
+            os.unlink(left)
+        except OSError as error:
+            raise SandboxError(f"the agent's work cannot be read: {error}") from error
+        for words in (("fetch", "--quiet", "--no-tags", "--no-recurse-submodules", bundle, f"+{work}:{work}",
+                       "+refs/heads/*:refs/claudomator/heads/*"), ("read-tree", "--reset", "-u", work)):
+            _must(git(words, env=env, repo=path, settings=(NO_HOOKS, ("transfer.fsckObjects", "true"))),
+                  f"git {words[0]} of the agent's work failed")
+        if _head(path, env, f"{work}^"):
+            _must(git(["reset", "--quiet", "--soft", f"{work}^"], env=env, repo=path), "git reset failed")
+        tree = _must(git(["rev-parse", f"{work}^{{tree}}"], env=env, repo=path), "git rev-parse failed").strip()
+        _must(git(["update-ref", "-d", work], env=env, repo=path), "git update-ref failed")
+        os.unlink(bundle)
+        _write_text(mark, f"{self.execution_id} {tree}")
+
+    def gate(self, command: str, directory: str, env: dict) -> tuple[str, ...]:
+        """The argv that runs ``build`` or ``verify`` on the agent's copy, which is first brought to the sandbox's HEAD
+        where a rebase has moved that."""
+        path = self.sandbox.path
+        collected = read_head(os.path.join(path, ".git", "claudomator-collected"), FACTS_BYTES).split()[1:]
+        is_staged = git(["diff", "--cached", "--quiet"], env=env, repo=path).exit_code != 0
+        tree = git(["rev-parse", "HEAD^{tree}"], env=env, repo=path).output.split()
+        target = "" if is_staged or tree == collected else _head(path, env)
+        return self._tool("gate", ("-c", GATE, "gate", target, command), self.inside(directory))
+
+
+def build_image(config: Config, base: str, tag: str, ct_path: str, host: dict) -> int:
+    """Build the agent image; the engine's words go to stderr.  Returns its exit code."""
+    import shutil
+    import subprocess
+    import tempfile
+    with tempfile.TemporaryDirectory() as directory:
+        has_ct = os.path.isfile(ct_path)
+        if has_ct:
+            shutil.copyfile(ct_path, os.path.join(directory, "ct.py"))
+        _write_text(os.path.join(directory, "Dockerfile"), dockerfile(base, os.geteuid(), os.getegid(), has_ct))
+        network = ["--network", config.containers.network] if config.containers.network else []
+        try:
+            return subprocess.run([config.container_engine, "build", *network, "--tag", tag, directory],
+                                  env=engine_env(host), stdin=subprocess.DEVNULL, stdout=2).returncode
+        except OSError as error:
+            raise SpawnError(f"{config.container_engine} cannot be run: {error}; install it, or set container_engine in"
+                             " the configuration") from error
 
 
 # ---- 22 Bus ----------------------------------------------------------------------------------------------------
@@ -7113,20 +7563,18 @@ def complete_spec(spec: TaskSpec, config: Config, kinds) -> TaskSpec:
     if agent.type and agent.type not in kinds:
         raise InvalidInput(f"{where}agent.type: {agent.type!r} is not available here{did_you_mean(agent.type, kinds)};"
                            f" there are: {', '.join(kinds)}")
-    if agent.isolation == "container" or agent.repository_url:
-        raise InvalidInput(f"{where}agent.isolation: this version runs no containers yet;"
-                           " give project_dir instead of repository_url")
-    if agent.isolation == "sandbox" and agent.type in RUNNERS and not RUNNERS[agent.type].sandboxed:
-        raise InvalidInput(f"{where}agent.isolation: a {agent.type} agent has no tools for a sandbox; leave it out")
+    isolation = isolation_of(agent)
+    if (agent.isolation or agent.repository_url) and isolation != "none" and not runner_of(agent.type, config).sandboxed:
+        raise InvalidInput(f"{where}agent.isolation: a {agent.type} agent has no tools for a {isolation}; leave it out")
     if spec.acceptance_criteria:
         raise InvalidInput(f"{where}acceptance_criteria: this version has no checker yet; use verify")
     project = config.project_named(spec.project) if spec.project else config.project_for_dir(agent.project_dir)
     if project is None and spec.project:
         raise InvalidInput(f"{where}project: there is no project {spec.project!r} in the configuration"
                            + did_you_mean(spec.project, [known.name for known in config.projects]))
+    directory = "" if agent.repository_url else agent.project_dir or (project.dir if project else "")
     return spec if project is None else spec.replace(
-        agent=agent.replace(project_dir=agent.project_dir or project.dir), project=project.name,
-        verify=spec.verify or project.verify)
+        agent=agent.replace(project_dir=directory), project=project.name, verify=spec.verify or project.verify)
 
 
 def wrong_state(task: Task, words: str) -> WrongState:
@@ -8004,6 +8452,10 @@ class Workplace:
         self.directory = os.path.join(core.config.executions_dir, execution.id)
         self.project = core.config.project_named(task.project) if task.project else None
         self.sandbox: Sandbox | None = None
+        self.box: Box | None = None
+        if isolation_of(task.agent, self.runner.sandboxed) == "container":
+            self.box = Box(core.config, core.host_env, execution.id, execution.agent)
+        self.agent_files = self.box.files if self.box else self.directory  # the question, the summary
         self.own_sandbox = os.path.join(core.config.sandboxes_dir, execution.id)  # unless it continues in another's
         self.resumed = execution.session_id not in ("", execution.id)
         self.stop_reason = execution.stop_reason
@@ -8012,24 +8464,31 @@ class Workplace:
 
     def _environment(self) -> dict:
         """For git, setup, build and verify: the daemon's own, with the mark so that a stop reaches them."""
-        return {**os.environ, MARK: self.execution.id}
+        key = self.core.config.ssh_auth_sock if self.task.agent.repository_url else ""
+        return {**os.environ, MARK: self.execution.id, **({"SSH_AUTH_SOCK": key} if key else {})}
 
     async def _prepare(self) -> None:
         """Make the execution's directory and its sandbox, or take the sandbox of the run that this one continues."""
         make_directory(self.directory)
         agent, execution, config = self.task.agent, self.execution, self.core.config
         resume = self.task.resume or {}
-        isolation = agent.isolation or ("sandbox" if agent.project_dir and self.runner.sandboxed else "none")
-        if isolation == "sandbox" and not agent.project_dir:
-            raise SandboxError("isolation is sandbox, but there is no project_dir to clone", "bad_task")
+        isolation = isolation_of(agent, self.runner.sandboxed)
+        if isolation != "none" and not agent.project_dir and not agent.repository_url:
+            raise SandboxError(f"isolation is {isolation}, but there is no project_dir to clone", "bad_task")
         keeps_sandbox = bool(execution.sandbox_dir) and os.path.isdir(execution.sandbox_dir)
         self.resumed = bool(resume.get("session_id")) and self.runner.resumable and resume.get("agent") == execution.agent \
             and (keeps_sandbox or isolation == "none")
-        if isolation == "sandbox":
+        if isolation != "none":
+            if self.box:
+                await self._await_engine()
+                self.core.store.put_setting("containers", True)
             if keeps_sandbox:
                 self.sandbox = open_sandbox(execution.sandbox_dir)
             else:
                 await self._clone()
+            if self.box:
+                await in_thread(self.box.open, self.sandbox, self.project.setup if self.project else "",
+                                self._environment(), self.execution.timeout_s)
         new_session = "" if self.runner.names_session else execution.id
         facts = {"session_id": execution.session_id if self.resumed else new_session, "sandbox_dir": ""}
         if self.sandbox:
@@ -8038,13 +8497,29 @@ class Workplace:
         if any(getattr(execution, name) != value for name, value in facts.items()):
             self.execution = self.core.store.update_execution(execution.id, **facts)
 
+    async def _await_engine(self) -> None:
+        """Make sure of the image.  After a lost run wait for the engine: it may just be restarting."""
+        import asyncio
+        deadline = time.monotonic() + (ENGINE_PATIENCE_S if self.task.reason == "lost" else 0)
+        while True:
+            try:
+                return await in_thread(self.box.check_image)
+            except SandboxError as error:
+                if error.reason != "sandbox_failed" or time.monotonic() > deadline or self.stop_reason:
+                    raise
+            await asyncio.sleep(1)
+
     async def _clone(self) -> None:
         path = self.own_sandbox
         os.makedirs(self.core.config.sandboxes_dir, mode=0o700, exist_ok=True)
         self.core.store.update_execution(self.execution.id, sandbox_dir=path)
         await self.core.store.durable()
+        if self.task.agent.repository_url:
+            self.sandbox = await in_thread(clone_repository, self.task.agent.repository_url, path, self._environment())
+            return
+        setup = self.project.setup if self.project and not self.box else ""
         self.sandbox = await in_thread(create_sandbox, self.task.agent.project_dir, path, env=self._environment(),
-                                       setup=self.project.setup if self.project else "", timeout_s=self.execution.timeout_s,
+                                       setup=setup, timeout_s=self.execution.timeout_s,
                                        log_path=os.path.join(self.directory, "prepare.log"))
 
     def _working_directory(self) -> str:
@@ -8060,24 +8535,30 @@ class Workplace:
         return scratch
 
     def _launch(self) -> tuple[Launch, str]:
-        """(what to start, its working directory); writes nothing."""
-        resume, cwd, tools_dir = self.task.resume or {}, self._working_directory(), self.core.config.tools_dir
-        feedback = feedback_text(resume)
+        """(what to start, its working directory)."""
+        resume, cwd, config = self.task.resume or {}, self._working_directory(), self.core.config
+        tools_dir = config.tools_dir
+        feedback, host, box = feedback_text(resume), self.core.host_env, self.box
+        if box:
+            config, host = boxed_config(config), boxed_host(host, config.agent_settings(self.execution.agent))
         context = RunContext(
-            execution_id=self.execution.id, execution_dir=self.directory, cwd=cwd,
-            project_dir=self.task.agent.project_dir, sandboxed=self.sandbox is not None,
-            session_id=self.execution.session_id, resume=self.resumed, feedback=feedback,
+            execution_id=self.execution.id, execution_dir=BOX_FILES if box else self.directory,
+            cwd=box.inside(cwd) if box else cwd, project_dir=self.task.agent.project_dir,
+            sandboxed=self.sandbox is not None, session_id=self.execution.session_id, resume=self.resumed, feedback=feedback,
             answer=resume.get("text", "") if resume.get("kind") == "answer" else "", round=self.execution.round,
             is_root=os.geteuid() == 0, program=(sys.executable, "-I", os.path.abspath(__file__)),
-            tools_dir=tools_dir if os.path.exists(f"{tools_dir}/ct") else "")
+            tools_dir=("/usr/local/bin" if box else tools_dir) if os.path.exists(f"{tools_dir}/ct") else "")
         task = self.task
         if task.agent.type not in ("", self.execution.agent):  # it stands in for that one, and has other models
             task = task.replace(agent=task.agent.replace(model=""))
-        launch = self.runner.build(task, context, self.core.config, self.core.host_env)
+        launch = self.runner.build(task, context, config, host)
         if self.sandbox:
-            launch = launch.replace(env={**launch.env, **agent_git_env(launch.env, cwd)})
+            git_env = boxed_git_env(self._environment(), cwd) if box else agent_git_env(launch.env, cwd)
+            launch = launch.replace(env={**launch.env, **git_env})
         if feedback or self.task.rejection_comment:
-            write_private(os.path.join(self.directory, "feedback.txt"), feedback or self.task.rejection_comment)
+            write_private(os.path.join(self.agent_files, "feedback.txt"), feedback or self.task.rejection_comment)
+        if box:
+            launch = box.launch(launch, context.cwd, self.runner.reads_stdin, self.execution.timeout_s, config.stop_grace_s)
         return launch, cwd
 
     async def _deliver(self, verdict: Verdict) -> tuple[Verdict, dict]:
@@ -8091,17 +8572,42 @@ class Workplace:
             printed = read_tail(os.path.join(self.directory, "stdout.log"), 1 << 14)
             return verdict, {"changestats": parse_changestats(printed)}
         try:
-            self.sandbox = self.sandbox or open_sandbox(self.execution.sandbox_dir)
+            self.sandbox, env = self.sandbox or open_sandbox(self.execution.sandbox_dir), self._environment()
+            if self.box:
+                await self._collect()
             result = await in_thread(
-                finish_sandbox, self.sandbox, env=self._environment(), build=self.project.build if self.project else "",
+                finish_sandbox, self.sandbox, env=env, build=self.project.build if self.project else "",
                 verify=self.task.verify, timeout_s=self.execution.timeout_s,
-                log_path=os.path.join(self.directory, "deliver.log"), on_step=self._unless_cancelled)
+                log_path=os.path.join(self.directory, "deliver.log"), on_step=self._unless_cancelled,
+                inside=(lambda command, directory: self.box.gate(command, directory, env)) if self.box else None)
         except SandboxError as error:
             return self._undelivered(error.reason, str(error), error.data.get("output", "")), {}
         if result.commits:
             self.pushed = {"branch": result.pushed_branch, "commits": len(result.commits), "rebased": result.rebased}
         facts = {"commits": tuple(result.commits), "changestats": result.changestats, "pushed_branch": result.pushed_branch}
         return verdict.replace(detail=result.note), facts
+
+    async def _collect(self) -> None:
+        """Bring the work of an agent in a container into the sandbox."""
+        self.box.sandbox = self.sandbox = self.sandbox or open_sandbox(self.execution.sandbox_dir)
+        await in_thread(self.box.collect, self._environment())
+
+    async def _keep_work(self) -> None:
+        """``_collect`` of a run that failed or asks, for people who look at its sandbox."""
+        try:
+            await self._collect()
+        except (SandboxError, OSError) as error:
+            self.core.log("warning", f"execution {self.execution.id[:8]}: {error}")
+
+    async def _unbox(self) -> None:
+        """Remove the execution's containers, for certain if the engine answers."""
+        try:
+            await in_thread(self.box.remove)
+            if self.box.sandbox or self.execution.sandbox_dir and os.path.isdir(self.execution.sandbox_dir):
+                self.box.sandbox = self.box.sandbox or open_sandbox(self.execution.sandbox_dir)
+                await in_thread(self.box.reclaim, self._environment())
+        except (SandboxError, OSError) as error:
+            self.core.log("warning", f"execution {self.execution.id[:8]}: {error}; what is left is removed later")
 
     def _unless_cancelled(self, step: str) -> None:
         """Called before each step and while the push waits for its turn."""
@@ -8139,7 +8645,64 @@ class Workplace:
                 **{name: value for name, value in told.items() if value}}
 
 
-class Run(Workplace):
+class Started(Workplace):
+    """Starts the agent under its supervisor."""
+
+    async def _start(self) -> None:
+        launch, cwd = self._launch()
+        program = find_program(launch.argv[0], launch.env.get("PATH", ""))
+        if program is None:
+            key = "container_engine" if self.box else self.core.config.program_key(self.execution.agent)
+            raise SpawnError(f"{launch.argv[0]} is not installed, or not on the daemon's PATH; {install_advice(key)}")
+        if not os.path.isdir(cwd):
+            raise SandboxError(f"the working directory {cwd} does not exist", "bad_task")
+        prompt = os.path.join(self.directory, "prompt.txt")
+        for path, text in ((prompt, launch.stdin or ""), *launch.files):
+            write_private(path, text)
+        for shared, own, names in launch.links:
+            link_entries(shared, own, names)
+        await self._supervise((program, *launch.argv[1:]), launch.env, cwd, prompt)
+
+    async def _supervise(self, argv: tuple, env: dict, cwd: str, prompt: str) -> None:
+        """Start a supervisor, write down who it is, and open its gate."""
+        limit_s, grace_s = self.execution.timeout_s, self.core.config.stop_grace_s
+        if self.box:
+            limit_s, grace_s = limit_s and limit_s + START_GRACE_S, grace_s + INNER_GRACE_S
+        supervisor = spawn_supervisor(
+            self.directory, self.execution.id, argv, env=env, cwd=cwd, timeout_s=limit_s, grace_s=grace_s,
+            stdin_path=prompt if self.runner.reads_stdin and not self.box else "/dev/null")
+        try:
+            with self.core.store.atomic():
+                is_new = self.execution.pid is None
+                self.execution = self.core.store.update_execution(
+                    self.execution.id, pid=supervisor.pid, pid_start=supervisor.start, boot_id=boot_id(),
+                    start_time=self.core.store.clock() if is_new else self.execution.start_time)
+                if is_new:
+                    self.core.store.append_event("execution.started", self.task.id, self.execution.id,
+                                                 agent=self.execution.agent, round=self.execution.round)
+            await self.core.store.durable()
+        except BaseException:
+            supervisor.abandon()
+            await wait_for_exit(supervisor.pid, supervisor.start)
+            raise
+        supervisor.abandon() if self.stop_reason else supervisor.open_gate()  # a stop may have come meanwhile
+
+    async def _attach_again(self) -> bool:
+        """Give a container that outlived its supervisor a new one.  Of one that ended meanwhile write down how."""
+        if self.execution.pid is None or read_exit_status(self.directory)[0] is not None:
+            return False
+        state = await in_thread(self.box.state)
+        if not state or state.get("Status") not in ("running", "exited"):
+            return False
+        if state["Status"] == "exited":
+            write_private(os.path.join(self.directory, "exit"), f"{state['ExitCode']}\n")
+            return False
+        await self._supervise(self.box.attach_argv(), engine_env(self.core.host_env), "/", "")
+        self.core.log("info", f"adopted the container of execution {self.execution.id[:8]}")
+        return True
+
+
+class Run(Started):
     """One execution on its way.  ``drive`` is its whole life; ``stop`` makes it end early."""
 
     def __init__(self, pool: Pool, task: Task, execution: Execution):
@@ -8215,6 +8778,8 @@ class Run(Workplace):
                 verdict, facts = failed_verdict(reason, words), {}
         if self.sandbox or self.task.verify or not verdict.ok:  # what setup, build and verify left in the background
             await self.pool.sweeps.clean(self.execution.id)
+        if self.box:
+            await self._unbox()
         if self.execution.pid is None:  # nothing of an agent's is in it
             await self.pool.discard(remove_sandbox, self.own_sandbox, self.core.config.sandboxes_dir)
         await self._settle(verdict, facts)
@@ -8226,42 +8791,12 @@ class Run(Workplace):
             if self.stop_reason:
                 return await self._never_started()
             await self._start()
-        if phase != "ended":
+        is_attached = phase == "ended" and self.box and await self._attach_again()
+        if is_attached and self.stop_reason:
+            self.stop(self.stop_reason)
+        if phase != "ended" or is_attached:
             await self._follow()
         return await self._finish()
-
-    # -- prepare and start
-
-    async def _start(self) -> None:
-        launch, cwd = self._launch()
-        program = find_program(launch.argv[0], launch.env.get("PATH", ""))
-        if program is None:
-            raise SpawnError(f"{launch.argv[0]} is not installed, or not on the daemon's PATH; "
-                             + install_advice(self.core.config.program_key(self.execution.agent)))
-        if not os.path.isdir(cwd):
-            raise SandboxError(f"the working directory {cwd} does not exist", "bad_task")
-        prompt = os.path.join(self.directory, "prompt.txt")
-        for path, text in ((prompt, launch.stdin or ""), *launch.files):
-            write_private(path, text)
-        for shared, own, names in launch.links:
-            link_entries(shared, own, names)
-        supervisor = spawn_supervisor(
-            self.directory, self.execution.id, (program, *launch.argv[1:]), env=launch.env, cwd=cwd,
-            stdin_path=prompt if self.runner.reads_stdin else "/dev/null", timeout_s=self.execution.timeout_s,
-            grace_s=self.core.config.stop_grace_s)
-        try:
-            with self.core.store.atomic():
-                self.execution = self.core.store.update_execution(
-                    self.execution.id, pid=supervisor.pid, pid_start=supervisor.start, boot_id=boot_id(),
-                    start_time=self.core.store.clock())
-                self.core.store.append_event("execution.started", self.task.id, self.execution.id,
-                                             agent=self.execution.agent, round=self.execution.round)
-            await self.core.store.durable()
-        except BaseException:
-            supervisor.abandon()
-            await wait_for_exit(supervisor.pid, supervisor.start)
-            raise
-        supervisor.abandon() if self.stop_reason else supervisor.open_gate()  # a stop may have come meanwhile
 
     # -- follow
 
@@ -8277,6 +8812,8 @@ class Run(Workplace):
                 if ended.done():
                     break  # ``_finish`` reads the rest
                 await self._read_log()
+                if self.box:
+                    self.box.share_socket()
                 output = max(map(modified_at, (self.log.path, os.path.join(self.directory, "stderr.log"))))
                 if output != last_output:  # the first time it is from the wall clock: silence without a daemon counts
                     silence = time.time() - output if last_output is None and output else 0.0
@@ -8317,24 +8854,36 @@ class Run(Workplace):
         exit_code, was_told = read_exit_status(self.directory)
         if exit_code is None and not os.path.exists(self.log.path):
             return await self._never_started()
-        if not self.stop_reason and (exit_code is None or was_told and exit_code != 0):
+        said = read_tail(os.path.join(self.directory, "stderr.log"), 8192)
+        state = await in_thread(self.box.state) if self.box else None
+        whose = container_end(exit_code, state, said) if self.box else "lost" if exit_code is None else "agent"
+        if not self.stop_reason and (whose == "lost" or was_told and exit_code != 0):
             return self._lost()
         if self._stop_task and self.stop_reason != "cancelled":
             self._stop_task.cancel()  # it has stopped; its work, if it was done in time, is checked in peace
         agent = self.log.stream.facts()
+        if whose == "engine" and not self.stop_reason:
+            key = self.core.config.image_key(self.execution.agent)
+            reason, words = engine_fault(self.core.config.container_engine, said, self.box.image, key)
+            return failed_verdict(reason, words), {"exit_code": exit_code}
+        if state and state.get("OOMKilled") and exit_code:
+            said += OUT_OF_MEMORY
         stop_reason = self._stop_cause(exit_code)
         verdict = judge(
             agent=agent, exit_code=exit_code, format=self.runner.format, kind=self.execution.agent,
             stop_reason=stop_reason, limit_s=self._stall_limit_s() if stop_reason == "stalled" else self.execution.timeout_s,
-            stderr_tail=read_tail(os.path.join(self.directory, "stderr.log"), 8192), resumed=self.resumed,
+            stderr_tail=said, resumed=self.resumed,
             disallowed_tools=self.task.agent.disallowed_tools,
-            question=parse_question(read_head(os.path.join(self.directory, "question.json"), QUESTION_LIMIT)),
-            summary_file=read_head(os.path.join(self.directory, "summary.txt"), QUESTION_LIMIT),
-            ended_at=exit_time(self.directory), program_key=self.core.config.program_key(self.execution.agent))
+            question=parse_question(read_head(os.path.join(self.agent_files, "question.json"), QUESTION_LIMIT)),
+            summary_file=read_head(os.path.join(self.agent_files, "summary.txt"), QUESTION_LIMIT),
+            ended_at=exit_time(self.directory), program_key=self.box.image_key if self.box else
+            self.core.config.program_key(self.execution.agent))
         facts = {"exit_code": exit_code, **self._agent_facts(agent)}
         if verdict.ok:
             verdict, more = await self._deliver(verdict)
             facts.update(more)
+        elif self.box and self.stop_reason != "cancelled":
+            await self._keep_work()
         if verdict.ok and not verdict.summary:
             verdict = verdict.replace(summary=await self._summarize(agent.final_text))
         return verdict, facts
@@ -8888,6 +9437,8 @@ class Pool(Dispatcher):
         os.makedirs(self.core.config.executions_dir, mode=0o700, exist_ok=True)
         self.reconcile()
         self.load_queue()
+        if self.core.store.get_setting("containers", False):  # the engine's client costs time and memory
+            loop.create_task(self.remove_containers())
         loop.call_later(RECONCILE_S, self._keep_house)
 
     # -- reconciliation
@@ -8923,9 +9474,22 @@ class Pool(Dispatcher):
             self._loop.create_task(self.prune())
             self._loop.call_later(RETENTION_S, self._keep_house)
 
+    async def remove_containers(self) -> None:
+        """Remove the containers of this data directory whose execution does not run (any more)."""
+        config, host = self.core.config, self.core.host_env
+        try:
+            names = await in_thread(list_containers, config, host, f"{DATA_LABEL}={config.data_dir}")
+            running = {execution.id for execution in self.core.store.running_executions()}
+            left = [name for name in names if execution_of_container(name) not in running]
+            await in_thread(remove_containers, config, host, left)
+        except (SandboxError, OSError) as error:
+            self.core.log("warning", str(error))
+
     async def prune(self, step: int = 50) -> int:
         """One pass of the retention; returns how many executions' files were deleted."""
         store, config, now, count = self.core.store, self.core.config, self.core.store.clock(), 0
+        if store.get_setting("containers", False):
+            await self.remove_containers()
         if config.keep_logs_s:
             for execution in store.ended_before(now - config.keep_logs_s, step):
                 await self.discard(remove_execution_files, execution.replace(sandbox_dir=""), config)
@@ -11076,6 +11640,18 @@ def cmd_call(cli: Cli) -> int:
     return EXIT_OK
 
 
+def cmd_image_build(cli: Cli) -> int:
+    """``image build``: the container image for agents."""
+    config = cli.load_config()
+    base, tag = cli.options.get("base") or DEFAULT_BASE, cli.options.get("tag") or config.claude_image
+    ct_path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ct.py")
+    if not os.path.isfile(ct_path):
+        cli.say(f"{ct_path} is not there: the image will have no ct, so agents in it cannot make subtasks")
+    if build_image(config, base, tag, ct_path, dict(os.environ)) != 0:
+        raise SpawnError(f"the image was not built: read what {config.container_engine} says above")
+    return cli.document({"image": tag, "base": base, "ct": os.path.isfile(ct_path)}, lambda: f"built {tag} from {base}")
+
+
 # ---- 31 Demo ---------------------------------------------------------------------------------------------------
 # The whole way without any account: a daemon on a temporary data directory, a scratch repository with a bug, and
 # five shell agents.  It is also the first thing that a newcomer sees, so it explains itself.
@@ -11225,6 +11801,9 @@ COMMANDS: dict[str, Command] = {
     "run": Command(cmd_run, "FILE|-", "run a task file to its end and print the result", (
         Option("--parallel N", "at most so many at once (without a daemon)", "int"),
         Option("--dry-run", "check the file and show what would run")), 1, 1),
+    "image build": Command(cmd_image_build, "", "make the container image for agents, with ct in it", (
+        Option("--base IMAGE", f"what it is made from; otherwise {DEFAULT_BASE}, with the CLIs"),
+        Option("--tag TAG", "its name; otherwise claude_image of the configuration"))),
     "list": Command(cmd_list, "[SELECTORS]", "tasks, newest first; also without a daemon", LISTING),
     "status": Command(cmd_show, "ID", "one task in full; also without a daemon", (), 1, 1),
     "ctl": Command(asks("pool.status", status_text), "", "the status table: what runs, asks or waits, and why"),

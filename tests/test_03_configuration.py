@@ -336,7 +336,10 @@ def test_the_template_documents_every_key_and_marks_the_unused():
 
 def test_the_keys_of_this_version_are_the_active_ones():
     assert {key.name for key in c.CONFIG_KEYS if key.active} == {
-        "data_dir", "socket_path", "server_addr", "server_names", "max_concurrent", "default_timeout", "stall_timeout", "shutdown_timeout",
+        "claude_image", "gemini_image", "container_engine", "ssh_auth_sock", "containers.memory", "containers.cpus",
+        "containers.pids", "containers.network",
+        "data_dir", "socket_path", "server_addr", "server_names", "max_concurrent", "default_timeout", "stall_timeout",
+        "shutdown_timeout",
         "on_shutdown", "stop_grace", "claude_binary_path", "gemini_binary_path", "claude_config_dir",
         "keep_logs", "keep_sandboxes",
         "keep_executions",

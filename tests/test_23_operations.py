@@ -159,7 +159,7 @@ def test_a_batch_is_stored_whole_or_not_at_all(daemon):
     (shell_task("true", project="knwon"), ["project", "did you mean 'known'"]),
     (shell_task("true", depends_on=["nope"]), ["depends_on", "'nope'"]),
     (shell_task("true", parent_task_id="nope"), ["'nope'"]),
-    (shell_task("true", agent={"isolation": "container", "repository_url": "git@x:y"}), ["no containers yet"]),
+    (shell_task("x", agent={"type": "local", "repository_url": "git@x:y"}), ["agent.isolation", "local", "container"]),
     (shell_task("true", acceptance_criteria="good"), ["acceptance_criteria", "verify"]),
     (shell_task("true", nmae="x"), ["nmae", "did you mean 'name'"]),
 ])
