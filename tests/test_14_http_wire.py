@@ -484,6 +484,18 @@ def test_an_answer_has_its_length_its_type_and_the_fields_of_every_answer():
     assert parsed(c.encode_response(c.HttpResponse(b"x"), DATE, connection="close"))[1]["Connection"] == "close"
 
 
+def test_answers_that_differ_in_one_thing_differ_in_it_whatever_was_encoded_before():
+    plain = c.HttpResponse(b"x")
+    for connection in ("", "close", "keep-alive", ""):
+        assert parsed(c.encode_response(plain, DATE, connection=connection))[1].get("Connection", "") == connection
+    for response in (plain, plain.replace(status=404), plain.replace(content_type="text/css"), plain.replace(fields=(("A", "b"),)), plain):
+        line, fields, _ = parsed(c.encode_response(response, DATE))
+        assert (line.split()[1], fields["Content-Type"], fields.get("A")) == (str(response.status), response.content_type, dict(response.fields).get("A"))
+    for number in range(500):
+        assert parsed(c.encode_response(plain.replace(fields=(("ETag", str(number)),)), DATE))[1]["ETag"] == str(number)
+    assert len(c._HEADS) <= 201, "what is remembered is bounded"
+
+
 def test_an_answer_to_head_has_the_length_and_no_body():
     _, fields, body = parsed(c.encode_response(c.HttpResponse(b"12345"), DATE, True))
     assert (fields["Content-Length"], body) == ("5", b"")
