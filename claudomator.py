@@ -1093,11 +1093,12 @@ def find_cycle(edges: dict[str, list[str]]) -> list[str] | None:
 
 
 class _TaskReader(Checker):
-    """Reads the tasks of one document; ``now`` (unix seconds) is what a delay counts from."""
+    """Reads the tasks of one document; ``now`` (unix seconds) is what a delay counts from, ``check(agent, project)`` gives
+    more faults as (key path, text)."""
 
-    def __init__(self, source: str, now: float) -> None:
+    def __init__(self, source: str, now: float, check: Callable | None = None) -> None:
         super().__init__(source)
-        self.source, self.now = source, now
+        self.source, self.now, self.check = source, now, check
         self.links: dict[str, list[tuple]] = {}  # (where, depends_on) of each task, by name
 
     def value(self, key: Key, value, path: str) -> object:
@@ -1171,6 +1172,8 @@ class _TaskReader(Checker):
         given = {} if given is None else self._renamed(given, _OLD_DIR_KEY, "project_dir", "agent.")
         agent = AgentConfig(**self.group(TASK_GROUPS["agent"], given, "agent"))
         self._check(fields["name"] or "", agent, fields["project"])
+        for path, text in self.check(agent, fields["project"] or "") if self.check else ():
+            self.problem(path, text)
         self.links.setdefault(fields["name"] or "", []).append((self.where, fields["depends_on"]))
         fields["retry"] = fields["retry"] or RetryPolicy()
         return TaskSpec(agent=agent, **fields) if len(self.problems) == before else None
@@ -1197,9 +1200,10 @@ class _TaskReader(Checker):
             self.problem("agent.isolation", "container needs agent.repository_url, agent.project_dir or project")
 
 
-def parse_tasks(document, source: str, now: float) -> list[TaskSpec]:
-    """The tasks of a parsed file; ``now`` is what a delay counts from.  Raises ``InvalidInput`` with every problem."""
-    reader, path = _TaskReader(source, now), ""
+def parse_tasks(document, source: str, now: float, check: Callable | None = None) -> list[TaskSpec]:
+    """The tasks of a parsed file; ``now`` is what a delay counts from, ``check`` knows more that may be wrong (see
+    ``_TaskReader``).  Raises ``InvalidInput`` with every problem."""
+    reader, path = _TaskReader(source, now, check), ""
     tasks = [document] if isinstance(document, dict) else document
     if isinstance(document, dict) and "tasks" in document:
         tasks, path = document["tasks"], "tasks"
@@ -1309,14 +1313,14 @@ def _json_document(text: str, source: str) -> object:
         raise InvalidInput(f"{source}: {place}not JSON: {getattr(error, 'msg', error)}") from None
 
 
-def parse_task_text(text: str, source: str, now: float) -> list[TaskSpec]:
+def parse_task_text(text: str, source: str, now: float, check: Callable | None = None) -> list[TaskSpec]:
     """``parse_tasks`` of a text: JSON where it begins with ``{`` or ``[``, else YAML, which needs PyYAML."""
     text = text.removeprefix("\ufeff")
     if len(text) > MAX_TASK_TEXT:
         raise InvalidInput(f"{source}: longer than {MAX_TASK_TEXT >> 20} MiB")
     try:
         read = _json_document if text.lstrip()[:1] in ("{", "[") else _yaml_document
-        return parse_tasks(read(text, source), source, now)
+        return parse_tasks(read(text, source), source, now, check)
     except RecursionError:
         raise InvalidInput(f"{source}: nested too deeply") from None
 
@@ -7721,21 +7725,34 @@ SETTLED_KEYS = ("idempotency_key", "parent_task_id")  # of a task file: they can
 FRESH_TRIES = {"reason": "", "detail": "", "attempts": 0, "free_tries": 0, "idle_runs": 0, "not_before": None}
 
 
-def complete_spec(spec: TaskSpec, config: Config, kinds) -> TaskSpec:
-    """A spec with what its project gives.  Raises ``InvalidInput`` for an unknown project or agent type."""
-    agent, where = spec.agent, f"task {spec.name!r}: "
+def misfits(agent: AgentConfig, project: str, config: Config, kinds) -> list[tuple[str, str]]:
+    """What a task asks for that there is not with this configuration, as (key path, text)."""
+    found = []
     if agent.type and agent.type not in kinds:
-        raise InvalidInput(f"{where}agent.type: {agent.type!r} is not available here{did_you_mean(agent.type, kinds)};"
-                           f" there are: {', '.join(kinds)}")
-    isolation = isolation_of(agent)
-    if (agent.isolation or agent.repository_url) and isolation != "none" and not runner_of(agent.type, config).sandboxed:
-        raise InvalidInput(f"{where}agent.isolation: a {agent.type} agent has no tools for a {isolation}; leave it out")
+        found.append(("agent.type", f"{agent.type!r} is not available here{did_you_mean(agent.type, kinds)};"
+                                    f" there are: {', '.join(kinds)}"))
+    elif (agent.isolation or agent.repository_url) and not runner_of(agent.type, config).sandboxed \
+            and isolation_of(agent) != "none":
+        found.append(("agent.isolation", f"a {agent.type} agent has no tools for a {isolation_of(agent)}; leave it out"))
+    if project and config.project_named(project) is None:
+        names = [known.name for known in config.projects]
+        found.append(("project", f"there is no project {project!r} in the configuration{did_you_mean(project, names)}"))
+    return found
+
+
+def misfit_check(config: Config, kinds) -> Callable:
+    """``misfits`` as the check of ``parse_tasks``."""
+    return lambda agent, project: misfits(agent, project, config, kinds)
+
+
+def complete_spec(spec: TaskSpec, config: Config, kinds) -> TaskSpec:
+    """A spec with what its project gives.  Raises ``InvalidInput`` for what there is not here."""
+    agent, faults = spec.agent, misfits(spec.agent, spec.project, config, kinds)
     if spec.acceptance_criteria:
-        raise InvalidInput(f"{where}acceptance_criteria: this version has no checker yet; use verify")
+        faults.append(("acceptance_criteria", "this version has no checker yet; use verify"))
+    if faults:
+        raise InvalidInput(f"task {spec.name!r}: " + "; ".join(f"{path}: {text}" for path, text in faults))
     project = config.project_named(spec.project) if spec.project else config.project_for_dir(agent.project_dir)
-    if project is None and spec.project:
-        raise InvalidInput(f"{where}project: there is no project {spec.project!r} in the configuration"
-                           + did_you_mean(spec.project, [known.name for known in config.projects]))
     directory = "" if agent.repository_url else agent.project_dir or (project.dir if project else "")
     return spec if project is None else spec.replace(
         agent=agent.replace(project_dir=directory), project=project.name, verify=spec.verify or project.verify)
@@ -8343,7 +8360,8 @@ def confine(core: Core, operation: Operation, params: dict, caller: Caller) -> d
 
 def _task_create(core: Core, params: dict) -> dict:
     specs = [spec.replace(auto_accept=spec.auto_accept or params["auto_accept"])
-             for spec in parse_tasks(params["tasks"], params["source"], core.store.clock())]
+             for spec in parse_tasks(params["tasks"], params["source"], core.store.clock(),
+                                     misfit_check(core.config, core.kinds))]
     if caller := params.get("caller"):
         own, names = core.store.get_task(caller.task_id), {spec.name for spec in specs}
         below = tasks_below(core, own.id)
@@ -12025,7 +12043,12 @@ def read_document(cli: Cli) -> tuple[object, str]:
         raise NotFound(f"there is no file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{source} cannot be read: {error}") from None
-    documents = [spec_to_json(spec) for spec in parse_task_text(text, source, time.time())]
+    try:
+        specs = parse_task_text(text, source, time.time())
+    except InvalidInput:
+        config = cli.load_config()  # costs time; now to tell with the rest what the configuration does not have
+        specs = parse_task_text(text, source, time.time(), misfit_check(config, known_kinds(config)))
+    documents = [spec_to_json(spec) for spec in specs]
     for document in documents:
         if directory := document["agent"].get("project_dir"):
             document["agent"]["project_dir"] = os.path.abspath(cli.expand(directory))
@@ -12144,7 +12167,9 @@ def cmd_run(cli: Cli) -> int:
 
 def _dry_run(cli: Cli, document: dict, source: str) -> int:
     config = cli.load_config()
-    tasks = [complete_spec(spec, config, known_kinds(config)) for spec in parse_tasks(document, source, time.time())]
+    kinds = known_kinds(config)
+    tasks = [complete_spec(spec, config, kinds)
+             for spec in parse_tasks(document, source, time.time(), misfit_check(config, kinds))]
     rows = [[task.name, task.agent.type or "chosen at start", task.agent.project_dir or "none",
              format_duration(task.timeout_s or config.default_timeout_s),
              ", ".join(dependency.task for dependency in task.depends_on)] for task in tasks]
