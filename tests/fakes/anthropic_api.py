@@ -83,8 +83,9 @@ MCP_SCENARIOS = {  # of a claude that has Claudomator's MCP server; the fake CLI
         say(mcp("create_subtask", **SUBTASK)),
         say(mcp("report_summary", summary="A subtask fixes the tests."), mcp("get_task")),
         say(text("It is on its way.")))[step],
-    "mcp_ask": lambda prompt, step: say(text("Asked." if prompt == 1 else "Done.\n\n## Summary\nIt is decided."))
-    if step or prompt > 1 else say(mcp("ask_operator", question="Which database", options=["pg", "sqlite"])),
+    "mcp_ask": lambda prompt, step: say(text("That was it.")) if step else say(
+        mcp("ask_operator", question="Which database", options=["pg", "sqlite"]) if prompt == 1 else
+        mcp("report_summary", summary="It is decided.")),
 }
 
 
