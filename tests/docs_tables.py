@@ -69,6 +69,41 @@ def operations():
     return "\n".join(lines).rstrip()
 
 
+def routes():
+    lines = []
+    for operation in c.OPERATIONS.values():
+        for route in operation.routes:
+            free = c.free_params(operation, route)
+            where = "query" if route.method == "GET" else "body"
+            rows = [(f"`{name}`" + (" (required)" if param.required else ""), where, c.PARAM_CHECKS[param.kind][0],
+                     param.help + (f" (default `{c.format_json(param.default)}`)" if param.default not in (None, "") else ""))
+                    for name, param in free.items()]
+            if route.body:
+                rows.insert(0, ("", "body", "JSON", {"tasks": "a task document, or an object with it as `tasks` and the"
+                                                     " parameters below", "changes": "an object: keys of a task file with"
+                                                     " their new values"}[route.body]))
+            answer = {"json": f"`{c.format_json(operation.result)}`", "text": "`text/plain`: the log as it is",
+                      "events": "`text/event-stream`"}[route.form]
+            lines += [f"### `{route.method} {route.path}`", "",
+                      f"`{operation.name}`: {operation.help}. Answer {route.status}: {answer}", ""]
+            lines += [table(("parameter", "in", "value", "meaning"), rows), ""] if rows else []
+    return "\n".join(lines).rstrip()
+
+
+def shapes():
+    def words(shape):
+        return f"[{words(shape[0])}]" if isinstance(shape, list) else shape
+    return table(("name", "fields"), [(f"`{name}`", ", ".join(f"`{field}` {words(shape)}" for field, shape in fields.items()))
+                                      for name, fields in c.RESULT_SHAPES.items() if name != "Error"])
+
+
+def callers():
+    return table(("operation", "what it does", "who may call it"),
+                 [(f"`{operation.name}`", operation.help,
+                   c.SCOPES[operation.scope] + (f" (control socket only: {operation.local})" if operation.local else ""))
+                  for operation in c.OPERATIONS.values()])
+
+
 def commands():
     return table(("command", "what it does"),
                  [(f"`claudomator {name} {command.usage}`".replace(" `", "`"), command.help)
@@ -88,6 +123,8 @@ BLOCKS = {
     "docs/configuration.md": {"config keys": config_keys},
     "docs/states.md": {"diagram": states_diagram, "moves": states_table, "reasons": reasons},
     "docs/control-protocol.md": {"operations": operations},
+    "docs/http-api.md": {"routes": routes, "shapes": shapes},
+    "docs/security.md": {"callers": callers},
     "docs/cli.md": {"commands": commands, "exit codes": exit_codes},
     "docs/architecture.md": {"contents": contents},
 }

@@ -26,7 +26,8 @@ def wait_until(condition, timeout_s=10.0, what="the condition"):
 def clean_environment(home, **more):
     """An environment that reaches nothing of this machine's user."""
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "TZ", "TMPDIR") if name in os.environ}
-    return {**kept, "HOME": str(home), "PYTHONPATH": str(PROGRAM.parent), "GIT_CONFIG_NOSYSTEM": "1", **more}
+    return {**kept, "HOME": str(home), "PYTHONPATH": str(PROGRAM.parent), "GIT_CONFIG_NOSYSTEM": "1",
+            "CLAUDOMATOR_SERVER_ADDR": "", **more}  # no HTTP port: many daemons run at once
 
 
 class DaemonProcess:
@@ -48,7 +49,11 @@ class DaemonProcess:
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen([*COMMAND, "serve"], env=self.env, stdin=subprocess.DEVNULL, stdout=log,
                                             stderr=log)
+        self.wait_for_socket()
+        return self
 
+    def wait_for_socket(self):
+        """Wait until the process listens."""
         def listens():
             assert self.process.poll() is None, self.log()
             try:
@@ -57,11 +62,16 @@ class DaemonProcess:
             except c.Unreachable:
                 return False
         wait_until(listens, 20, "listening")
-        return self
 
     @property
     def socket_path(self):
         return str(self.data_dir / "claudomator.sock")
+
+    @property
+    def http_address(self):
+        """HOST:PORT of the HTTP port of a daemon that was given one (by CLAUDOMATOR_SERVER_ADDR)."""
+        wait_until(lambda: "http://" in self.log(), 20, "listening")
+        return self.log().rpartition("http://")[2].partition(",")[0]
 
     @property
     def client(self):
@@ -85,6 +95,25 @@ class DaemonProcess:
         result = self.call("task.wait", ids=[task_id], timeout_s=timeout_s)
         assert not result["timed_out"], result["tasks"]
         return result["tasks"][0]
+
+    def state(self, task_id):
+        return self.call("task.get", id=task_id)["task"]["state"]
+
+    def row(self, task_id):
+        """The newest execution as the database has it (read beside the daemon)."""
+        store = c.Store(str(self.data_dir / "claudomator.db"), readonly=True)
+        try:
+            return store.last_execution(store.get_task(task_id))
+        finally:
+            store.close()
+
+    def started(self, task_id):
+        """The newest execution once its agent has printed something."""
+        def printed():
+            found = self.row(task_id)
+            path = self.data_dir / "executions" / found.id / "stdout.log" if found else None
+            return found if path and path.exists() and path.stat().st_size else None
+        return wait_until(printed, what="the agent's first output")
 
     def log(self):
         return self.log_path.read_text(encoding="utf-8", errors="replace")
@@ -129,6 +158,50 @@ class DaemonProcess:
         if self.process is not None and self.process.poll() is None:
             self.terminate()
         self.end_agents()
+
+
+class AgentJob:
+    """A repository, a data directory and an agent; a subclass writes the task file: ``write_task(scenario, ...)``."""
+
+    def __init__(self, tmp_path, file_name, config_text, env):
+        self.bare, self.copy = make_repository(tmp_path)
+        self.head, self.task_file = self.git("rev-parse", "main"), tmp_path / file_name
+        self.daemon = DaemonProcess(tmp_path, config_text, {"HOME": str(tmp_path / "home"), **env})
+
+    def git(self, *args) -> str:
+        done = subprocess.run(["git", "-C", self.bare, *args], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    def run(self, *args, **more) -> tuple[int, dict, dict]:
+        """(exit code, task, its last execution) of ``claudomator run FILE``."""
+        done = self.daemon.cli("run", self.write_task(*args, **more), "--json", timeout=60)
+        assert done.stdout, done.stderr
+        task = c.parse_json(done.stdout)["tasks"][0]
+        run = task["execution"]
+        print(task["state"], run["reason"], run["detail"], done.stderr)  # shown where a test fails
+        return done.returncode, task, run
+
+    def submit(self, *args, **more) -> str:
+        """Queue the task on the running daemon; returns its id."""
+        return self.daemon.cli("ctl", "submit", self.write_task(*args, **more)).stdout.split()[0]
+
+    def wait(self, task_id) -> dict:
+        result = self.daemon.call("task.wait", ids=[task_id], timeout_s=60)
+        assert not result["timed_out"], self.daemon.log()
+        return result["tasks"][0]
+
+    def runs(self, task_id) -> list[dict]:
+        """The task's executions, oldest first."""
+        return self.daemon.call("execution.list", id=task_id)["executions"][::-1]
+
+    def subjects(self) -> list[str]:
+        """What was pushed, oldest first."""
+        return self.git("log", "--reverse", "--format=%s", f"{self.head}..main").splitlines()
+
+    def wait_for_tool(self) -> pathlib.Path:
+        """The sandbox, once the agent's tool has started in it."""
+        sandboxes = self.daemon.data_dir / "sandboxes"
+        return wait_until(lambda: next(sandboxes.glob("*/tool-started"), None), 30, "the tool's start").parent
 
 
 def shell_task(script, name="task", **more):

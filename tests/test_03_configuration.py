@@ -336,7 +336,10 @@ def test_the_template_documents_every_key_and_marks_the_unused():
 
 def test_the_keys_of_this_version_are_the_active_ones():
     assert {key.name for key in c.CONFIG_KEYS if key.active} == {
-        "data_dir", "socket_path", "max_concurrent", "default_timeout", "stall_timeout", "shutdown_timeout",
+        "claude_image", "gemini_image", "container_engine", "ssh_auth_sock", "containers.memory", "containers.cpus",
+        "containers.pids", "containers.network",
+        "data_dir", "socket_path", "server_addr", "server_names", "api_token", "max_concurrent", "default_timeout",
+        "stall_timeout", "shutdown_timeout",
         "on_shutdown", "stop_grace", "claude_binary_path", "gemini_binary_path", "claude_config_dir",
         "keep_logs", "keep_sandboxes",
         "keep_executions",
@@ -347,7 +350,7 @@ def test_the_keys_of_this_version_are_the_active_ones():
         "local_model.endpoint", "local_model.model", "local_model.timeout_seconds", "local_model.default_temperature",
         "local_model.api_key",
         "prices.*.input", "prices.*.cached", "prices.*.output", "runners.*.command", "runners.*.resume",
-        "runners.*.format", "runners.*.fields"}
+        "runners.*.format", "runners.*.fields", "classifier", "agents.*.models", "agents.*.good_for"}
 
 
 def test_differences_name_changed_keys_and_those_that_need_a_restart():

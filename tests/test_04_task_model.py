@@ -123,8 +123,7 @@ def test_isolation_stays_as_given():
     ({"repository_url": "u", "isolation": "sandbox"}, "isolation: sandbox cannot use repository_url"),
     ({"repository_url": "u", "isolation": "none"}, "isolation: none cannot use repository_url"),
     ({"isolation": "sandbox"}, "isolation: sandbox needs agent.project_dir or project"),
-    ({"isolation": "container"}, "isolation: container needs agent.repository_url"),
-    ({"isolation": "container", "project_dir": "/x"}, "isolation: container needs agent.repository_url")])
+    ({"isolation": "container"}, "isolation: container needs agent.repository_url, agent.project_dir or project")])
 def test_settings_that_exclude_each_other_are_refused(agent, words):
     assert f"agent.{words}" in only_problem({"name": "t", "agent": {"instructions": "x", **agent}})
 

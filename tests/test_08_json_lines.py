@@ -116,8 +116,20 @@ def test_any_line_is_taken():
     assert (agent.lines, agent.garbage_lines, agent.stream_tail) == (2, 1, ("no json",))
 
 
+def test_lines_that_no_field_is_in_are_passed_over_and_say_nothing_else():
+    fields = {"text": "item.text if item.type=message", "status": "error.code if ok=false", "tokens_in": "usage.in"}
+    passed, read = b'{"a":"' + b"x" * 5000 + b'"}\n', b'{"item":{"type":"message","text":"hello"}}\n'
+    agent = facts_of(passed + b'{"a":\n' + read + b'{"usage":{"in":5}}\n{ "usage": {"in": 6} }\r\n' + passed, fields)
+    assert (agent.lines, agent.garbage_lines, agent.final_text, agent.tokens_in) == (6, 1, "hello", 11)
+    assert set(c.JsonLinesStream(fields)._needles) == {b"message", b"false", b'"usage"'}
+    sums = {"text": "t", "tokens_in": "a.x + b.y if n=1 and kind=turn.done", "tokens_out": "c + d"}
+    assert set(c.JsonLinesStream(sums)._needles) == {b'"t"', b"turn.done", b'"c"', b'"d"'}
+    agent = facts_of(b'{"n":1,"kind":"turn.done","b":{"y":4}}\n{"d":2}\n{"c":1}\n', sums)
+    assert (agent.tokens_in, agent.tokens_out) == (4, 3)
+
+
 def test_a_log_is_shown_as_text():
     fields = c.runner_of("codex", CONFIG).fields
-    shown = [c.render_log_line(line, "jsonl", fields=fields) for line in
+    shown = [c.render_log_line(line, "jsonl", reader=c.JsonLinesStream(fields)) for line in
              (ROOT / "data/codex/codex_ok.jsonl").read_bytes().splitlines()]
     assert [text for text in shown if text] == ["All done."]

@@ -274,6 +274,8 @@ def test_an_agent_that_cannot_be_started():
                       stderr_tail="timeout: failed to run command 'claude': No such file")
     assert verdict.reason == "spawn_failed" and "not on PATH" in verdict.detail
     assert "claude_binary_path" in verdict.detail
+    verdict = c.judge(agent=c.AgentFacts(), exit_code=127, kind="local", program_key="")
+    assert verdict.detail == "local is not installed or not on PATH; install it"
     assert reason_of(c.AgentFacts(), 126) == reason_of(c.AgentFacts(), 125) == "spawn_failed"
     assert reason_of(c.AgentFacts(lines=1), 127) == "agent_error"
     verdict = c.judge(agent=c.AgentFacts(), exit_code=None, spawn_error="no such program: claude",

@@ -199,11 +199,25 @@ def test_the_configured_environment_wins_over_the_hosts_and_ours_over_both():
 
 @pytest.mark.parametrize("build", [claude, shell])
 def test_an_agent_is_told_its_task_run_files_and_round(build):
-    env = build(where=dict(round=2)).env
+    env = build(where=dict(round=2, api_url="unix:///data/agent.sock", api_token="t0ken")).env
     assert {name: value for name, value in env.items() if name.startswith("CLAUDOMATOR_")} == {
         "CLAUDOMATOR_TASK_ID": "task-1", "CLAUDOMATOR_EXECUTION_ID": "run-1", "CLAUDOMATOR_PROJECT_DIR": "/srv/repo",
         "CLAUDOMATOR_ROUND": "2", "CLAUDOMATOR_QUESTION_FILE": "/data/executions/run-1/question.json",
-        "CLAUDOMATOR_SUMMARY_FILE": "/data/executions/run-1/summary.txt"}
+        "CLAUDOMATOR_SUMMARY_FILE": "/data/executions/run-1/summary.txt",
+        "CLAUDOMATOR_API_URL": "unix:///data/agent.sock", "CLAUDOMATOR_API_TOKEN": "t0ken"}
+
+
+def test_the_token_shows_in_no_repr():
+    where = dict(api_token="t0ken", api_url="unix:///x")
+    assert "t0ken" not in repr(context(**where)) + repr(claude(where=where)) and claude(where=where).env["CLAUDOMATOR_API_TOKEN"]
+
+
+def test_secrets_are_the_configurations_the_keys_and_what_pass_env_names():
+    given = config('api_token = "first"\ngithub_token = "two"\n[local_model]\napi_key = "three"\n[agents.shell]\n'
+                   'env = {A = "four"}\npass_env = ["B", "ABSENT"]')
+    host = {"B": "five", "ANTHROPIC_API_KEY": "six", "GEMINI_API_KEY": "seven", "HOME": "/root", "GOOGLE_CLOUD_PROJECT": "x"}
+    assert given.secrets == {"first", "two", "three", "four"} and "first" not in repr(given)
+    assert c.secrets_given(given, host) == {"first", "two", "three", "four", "five", "six", "seven"}
 
 
 def test_a_host_without_a_path_gets_a_usual_one():
@@ -457,3 +471,4 @@ def test_the_kinds_are_the_built_in_ones_and_the_configured_ones():
     assert c.runner_binary("codex", config(CODEX)) == "codex" and c.runner_binary("gemini", config()) == "gemini"
     assert config(CODEX).program_key("codex") == "runners.codex.command"
     assert config(CODEX).program_key("gemini") == "gemini_binary_path"
+    assert config(CODEX).program_key("local") == config(CODEX).program_key("shell") == ""

@@ -22,10 +22,6 @@ def daemon(tmp_path_factory):
         yield process
 
 
-def state(daemon, task_id):
-    return daemon.call("task.get", id=task_id)["task"]["state"]
-
-
 def events_of(daemon, task_id):
     stream, last = daemon.new_client().stream("events.watch", since=0, task=task_id), None
     found = []
@@ -95,7 +91,8 @@ def right_params(daemon):
         "pool.status": {"ended": 3}, "pool.pause": {"agent": "claude"},
         "pool.resume": {"agent": "claude"}, "pool.drain": {"wait": False}, "project.list": {}, "sandbox.list": {},
         "sandbox.rm": {"ids": [done]}, "task.delete": {"ids": [other]}, "daemon.status": {}, "daemon.reload": {},
-        "daemon.backup": {"path": str(daemon.home / "backup.db")},
+        "daemon.backup": {"path": str(daemon.home / "backup.db")}, "daemon.health": {}, "daemon.version": {},
+        "daemon.openapi": {},
     }
 
 
@@ -163,7 +160,7 @@ def test_a_batch_is_stored_whole_or_not_at_all(daemon):
     (shell_task("true", project="knwon"), ["project", "did you mean 'known'"]),
     (shell_task("true", depends_on=["nope"]), ["depends_on", "'nope'"]),
     (shell_task("true", parent_task_id="nope"), ["'nope'"]),
-    (shell_task("true", agent={"isolation": "container", "repository_url": "git@x:y"}), ["no containers yet"]),
+    (shell_task("x", agent={"type": "local", "repository_url": "git@x:y"}), ["agent.isolation", "local", "container"]),
     (shell_task("true", acceptance_criteria="good"), ["acceptance_criteria", "verify"]),
     (shell_task("true", nmae="x"), ["nmae", "did you mean 'name'"]),
 ])
@@ -199,7 +196,7 @@ def test_dependencies_may_be_given_by_the_beginning_of_an_id(daemon):
     first = daemon.add("true", auto_accept=True)
     second = daemon.add("true", depends_on=[first[:13]])
     assert daemon.call("task.get", id=second)["task"]["depends_on"] == [first]
-    assert daemon.wait(second)["state"] == c.READY and state(daemon, first) == c.COMPLETED
+    assert daemon.wait(second)["state"] == c.READY and daemon.state(first) == c.COMPLETED
 
 
 def test_a_dependency_that_cannot_be_met_fails_what_waits_for_it(daemon):
@@ -226,7 +223,7 @@ def test_reject_sends_back_with_a_comment_that_reaches_the_next_run(daemon):
     daemon.wait(task_id)
     assert "the tests are missing" in text_of_log(daemon, id=task_id)[0]
     daemon.call("task.accept", ids=[task_id])
-    assert state(daemon, task_id) == c.COMPLETED
+    assert daemon.state(task_id) == c.COMPLETED
 
 
 def test_an_answer_reaches_the_run_that_goes_on(daemon):
@@ -262,7 +259,7 @@ def test_edit_checks_like_creation_and_the_queue_follows(daemon):
     other = daemon.add("true", depends_on=[task_id])
     assert "cycle" in refused(daemon, "task.edit", "invalid", ids=[task_id], changes={"depends_on": [other]})
     assert "cycle" in refused(daemon, "task.edit", "invalid", ids=[task_id], changes={"depends_on": [task_id]})
-    assert state(daemon, task_id) == c.QUEUED
+    assert daemon.state(task_id) == c.QUEUED
     changed = daemon.call("task.edit", ids=[task_id], changes={
         "start_at": None, "name": "now", "auto_accept": True, "agent": {"instructions": "echo changed"}})["tasks"][0]
     assert (changed["name"], changed["agent"]["type"]) == ("now", "shell")
@@ -305,7 +302,7 @@ def test_delete_takes_files_and_sandbox_with_it(daemon, tmp_path):
     assert not directory.exists() and not os.path.exists(run["sandbox_dir"])
     refused(daemon, "task.get", "not_found", id=task_id)
     running = daemon.add("sleep 100")
-    wait_until(lambda: state(daemon, running) == c.RUNNING)
+    wait_until(lambda: daemon.state(running) == c.RUNNING)
     assert "cancel it first" in refused(daemon, "task.delete", "wrong_state", ids=[running])
     daemon.call("task.cancel", ids=[running])
 
@@ -379,7 +376,7 @@ def with_open_child(daemon, **child):
     """(parent that is BLOCKED on its child, the child, PENDING)."""
     parent = daemon.add("sleep 0.3")
     child_id = daemon.add("true", queue=False, parent_task_id=parent, **child)
-    wait_until(lambda: state(daemon, parent) == c.BLOCKED)
+    wait_until(lambda: daemon.state(parent) == c.BLOCKED)
     return parent, child_id
 
 
@@ -390,7 +387,7 @@ def test_a_parent_is_blocked_until_its_subtasks_end_then_ready(daemon):
     assert "asks nothing" in refused(daemon, "task.answer", "wrong_state", id=parent, text="x")
     assert "subtasks" in refused(daemon, "task.delete", "wrong_state", ids=[parent])
     daemon.call("task.run", ids=[child])
-    assert daemon.wait(parent)["state"] == c.READY and state(daemon, child) == c.COMPLETED
+    assert daemon.wait(parent)["state"] == c.READY and daemon.state(child) == c.COMPLETED
 
 
 def test_a_failed_subtask_fails_its_parent(daemon):
@@ -512,7 +509,7 @@ def test_pause_holds_the_queue_and_resume_lets_it_go(daemon):
     assert daemon.call("pool.pause")["paused"]
     task_id = daemon.add("true")
     assert "paused" in daemon.call("task.get", id=task_id)["task"]["why"]
-    assert state(daemon, task_id) == c.QUEUED
+    assert daemon.state(task_id) == c.QUEUED
     assert not daemon.call("pool.resume")["paused"]
     assert daemon.wait(task_id)["state"] == c.READY
     assert daemon.call("pool.pause", project="known")["paused_projects"] == ["known"]
@@ -522,9 +519,9 @@ def test_pause_holds_the_queue_and_resume_lets_it_go(daemon):
 
 def test_drain_answers_when_nothing_runs(daemon):
     task_id = daemon.add("sleep 0.3")
-    wait_until(lambda: state(daemon, task_id) == c.RUNNING)
+    wait_until(lambda: daemon.state(task_id) == c.RUNNING)
     answer = daemon.call("pool.drain", wait=True)
-    assert answer["draining"] and answer["running"] == 0 and state(daemon, task_id) == c.READY
+    assert answer["draining"] and answer["running"] == 0 and daemon.state(task_id) == c.READY
     daemon.call("pool.resume")
 
 

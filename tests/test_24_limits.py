@@ -59,7 +59,7 @@ class World:
             (self.root / "resets").write_text(str(int(resets)))
 
     def config(self):
-        text = f'data_dir = "{self.root}/data"\nclaude_binary_path = "{self.agent}"\n{self.config_text}'
+        text = f'data_dir = "{self.root}/data"\nserver_addr = ""\nclaude_binary_path = "{self.agent}"\n{self.config_text}'
         return c.parse_config_text(text, "config.toml", str(self.root))
 
     async def start(self):

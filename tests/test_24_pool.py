@@ -34,10 +34,6 @@ def executions(daemon, task_id):
     return daemon.call("task.get", id=task_id)["executions"][::-1]
 
 
-def state(daemon, task_id):
-    return daemon.call("task.get", id=task_id)["task"]["state"]
-
-
 def events(daemon, kind, task_id):
     client, found = daemon.new_client(), []
     last = client.call("daemon.status")["last_event"]
@@ -55,25 +51,6 @@ def newest_execution(daemon):
         return next((found for found in store.running_executions() if found.pid), None)
     finally:
         store.close()
-
-
-def is_running(daemon, task_id):
-    """The execution once its supervisor is known."""
-    with_store = c.Store(str(daemon.data_dir / "claudomator.db"), readonly=True)
-    try:
-        found = with_store.last_execution(with_store.get_task(task_id))
-        return found if found and found.pid and found.status == c.RUNNING else None
-    finally:
-        with_store.close()
-
-
-def started(daemon, task_id):
-    """The execution once its agent has printed something."""
-    def printed():
-        found = is_running(daemon, task_id)
-        path = daemon.data_dir / "executions" / found.id / "stdout.log" if found else None
-        return found if path and path.exists() and path.stat().st_size else None
-    return wait_until(printed, what="the agent's first output")
 
 
 def sandboxes(daemon):
@@ -117,16 +94,7 @@ def start_patched(daemon, patch):
     with open(daemon.log_path, "ab") as log:
         daemon.process = subprocess.Popen([sys.executable, "-c", LAUNCHER.format(patch=patch)], env=daemon.env,
                                           stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    wait_until(lambda: os.path.exists(daemon.socket_path) and can_connect(daemon), 20, "listening")
-
-
-def can_connect(daemon):
-    assert daemon.process.poll() is None, daemon.log()
-    try:
-        daemon.client.connect()
-        return True
-    except c.Unreachable:
-        return False
+    daemon.wait_for_socket()
 
 
 @contextlib.contextmanager
@@ -223,7 +191,7 @@ def test_an_adopted_log_tells_its_events_once_and_the_session_goes_on(tmp_path):
 def test_an_agent_that_was_silent_without_a_daemon_is_stalled_at_once(tmp_path):
     with DaemonProcess(tmp_path) as daemon:
         task_id = daemon.add("echo up; sleep 300", stall_timeout="30s")
-        found = started(daemon, task_id)
+        found = daemon.started(task_id)
         daemon.kill9()
         log = daemon.data_dir / "executions" / found.id
         for name in ("stdout.log", "stderr.log"):
@@ -263,14 +231,14 @@ def test_a_running_row_that_nobody_drives_is_found_while_the_daemon_lives(tmp_pa
             assert daemon.wait(orphan)["state"] == c.READY and runs(tmp_path / "runs") == 1
             wait_until(lambda: executions(daemon, astray)[0]["reason"] == "lost")
             assert leftover.wait(5) == -15
-        assert state(daemon, astray) == c.PENDING
+        assert daemon.state(astray) == c.PENDING
         (tmp_path / "go").touch()
 
 
 def test_an_execution_of_a_kind_that_is_gone_from_this_version_is_adopted(tmp_path):
     with DaemonProcess(tmp_path) as daemon:
         task_id = daemon.add(f"echo up; while [ ! -e {tmp_path}/go ]; do sleep 0.02; done")
-        found = started(daemon, task_id)
+        found = daemon.started(task_id)
         daemon.kill9()
         store = c.Store(str(daemon.data_dir / "claudomator.db"))
         store.update_execution(found.id, agent="of-the-future")
@@ -452,13 +420,13 @@ def test_an_end_that_the_disk_refuses_is_recorded_when_there_is_room_and_nothing
                   f"while [ ! -e {tmp_path}/{{0}} ]; do sleep 0.02; done; echo end")
         ids = {name: daemon.add(script.format(name), name=name) for name in ("ends", "goes-on")}
         for task_id in ids.values():
-            started(daemon, task_id)
+            daemon.started(task_id)
         with full_disk(daemon):
             with pytest.raises(c.ClaudomatorError, match="make room"):
                 daemon.add("true")
             (tmp_path / "ends").touch()
             wait_until(lambda: daemon.log().count("cannot be recorded") > 1)
-            assert state(daemon, ids["ends"]) == c.RUNNING and daemon.call("daemon.status")["running"] == 2
+            assert daemon.state(ids["ends"]) == c.RUNNING and daemon.call("daemon.status")["running"] == 2
         later = daemon.add(f"echo start >> {tmp_path}/later.runs", name="later")
         (tmp_path / "goes-on").touch()
         for name, task_id in {**ids, "later": later}.items():
@@ -511,7 +479,7 @@ def test_what_an_agent_reports_while_the_disk_is_full_is_told_once_when_there_is
     with patched_daemon(tmp_path, NOTED_UNDO.format(path=str(undone)), f'claude_binary_path = "{agent}"\n') as daemon:
         outgrow(daemon)
         task_id = daemon.add("Say hello", agent={"type": "claude"})
-        started(daemon, task_id)
+        daemon.started(task_id)
         with full_disk(daemon):
             (tmp_path / "go").touch()
             wait_until(lambda: undone.exists() and undone.stat().st_size > 1, what="refused commits")

@@ -27,7 +27,7 @@ def daemon(tmp_path_factory):
 @pytest.fixture
 def inside(tmp_path):
     """A daemon in a thread of this process, so that a test can look into it."""
-    config = c.parse_config({"data_dir": str(tmp_path / "data")}, "test", str(tmp_path))
+    config = c.parse_config({"data_dir": str(tmp_path / "data"), "server_addr": ""}, "test", str(tmp_path))
     daemon, loop = c.Daemon(config, None, lambda level, message: None), asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()

@@ -11,24 +11,11 @@ import claudomator as c
 from tests.support import COMMAND, DaemonProcess, shell_task, wait_until
 
 
-def state(daemon, task_id):
-    return daemon.call("task.get", id=task_id)["task"]["state"]
-
-
-def row(daemon, task_id):
-    """The newest execution as the database has it (read beside the daemon)."""
-    store = c.Store(str(daemon.data_dir / "claudomator.db"), readonly=True)
-    try:
-        return store.last_execution(store.get_task(task_id))
-    finally:
-        store.close()
-
-
 def at_work(daemon, tmp_path):
     """(task id, execution) of an agent that works until ``go`` is there."""
     task_id = daemon.add(f": > {tmp_path}/up; while [ ! -e {tmp_path}/go ]; do sleep 0.02; done")
     wait_until((tmp_path / "up").exists)
-    return task_id, row(daemon, task_id)
+    return task_id, daemon.row(task_id)
 
 
 def test_descriptors_that_the_daemon_inherited_do_not_reach_its_agents(tmp_path):
@@ -114,7 +101,7 @@ def test_start_at_a_retry_delay_a_pause_and_a_park_outlive_the_daemon_and_end_in
         daemon.kill9()
         daemon.start()
         facts = daemon.call("daemon.status")
-        assert facts["paused_kinds"] == ["claude"] and state(daemon, later) == state(daemon, again) == c.QUEUED
+        assert facts["paused_kinds"] == ["claude"] and daemon.state(later) == daemon.state(again) == c.QUEUED
         assert [agent["kind"] for agent in daemon.call("agent.status")["agents"] if agent["parked"]] == ["claude"]
         assert daemon.wait(later)["state"] == c.READY and daemon.wait(again)["attempts"] == 2
         assert 1.9 < float((tmp_path / "later").read_text()) - began < 6
@@ -170,7 +157,7 @@ def test_a_ct_that_cannot_be_made_is_logged_and_stops_nothing(tools, tmp_path, m
 def test_an_agent_asks_and_reports_by_ct(tmp_path):
     with DaemonProcess(tmp_path) as daemon:
         asks = daemon.add("ct ask 'Which licence' --option MIT --option Apache-2.0")
-        reports = daemon.add("ct summary 'Mended the divisor.'; ct task list; [ $? = 64 ]")
+        reports = daemon.add("ct summary 'Mended the divisor.'; ct task list")
         assert daemon.wait(asks)["question"] == {"text": "Which licence", "options": ["MIT", "Apache-2.0"]}
         done = daemon.wait(reports)
         assert (done["state"], done["summary"]) == ("READY", "Mended the divisor."), done

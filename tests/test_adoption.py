@@ -33,26 +33,8 @@ def execution(daemon, task_id):
     return daemon.call("task.get", id=task_id)["executions"][0]
 
 
-def row(daemon, task_id):
-    """The newest execution as the database has it (read beside the daemon)."""
-    store = c.Store(str(daemon.data_dir / "claudomator.db"), readonly=True)
-    try:
-        return store.last_execution(store.get_task(task_id))
-    finally:
-        store.close()
-
-
 def log_of(daemon, task_id):
     return (daemon.data_dir / "executions" / execution(daemon, task_id)["id"] / "stdout.log").read_text()
-
-
-def running(daemon, task_id):
-    """The execution's row once its agent has started to print."""
-    def started():
-        found = row(daemon, task_id)
-        path = daemon.data_dir / "executions" / found.id / "stdout.log" if found else None
-        return found if path and path.exists() and path.stat().st_size else None
-    return wait_until(started, what="the agent's first line")
 
 
 def is_alive(pid):
@@ -70,7 +52,7 @@ def test_three_agents_survive_a_kill_9_and_end_as_if_nothing_had_happened(daemon
         "ending": f"echo begin; while [ ! -e {tmp_path}/early ]; do sleep 0.02; done; echo done; exit 3",
     }
     ids = {name: daemon.add(noting(tmp_path, name, script), name=name) for name, script in scripts.items()}
-    rows = {name: running(daemon, task_id) for name, task_id in ids.items()}
+    rows = {name: daemon.started(task_id) for name, task_id in ids.items()}
     daemon.kill9()
     assert all(is_alive(found.pid) for found in rows.values())
     (tmp_path / "early").touch()
@@ -106,7 +88,7 @@ def test_what_was_killed_beside_the_daemon_is_settled_and_never_runs_beside_itse
     lost = victims != "agent"
     script = noting(tmp_path, "agent", f"echo $$ > {tmp_path}/pid; echo up; [ -e {tmp_path}/second ] && exit 0; sleep 60")
     task_id = daemon.add(script)
-    found = running(daemon, task_id)
+    found = daemon.started(task_id)
     agent = int((tmp_path / "pid").read_text())
     daemon.kill9()
     (tmp_path / "second").touch()  # if it runs again, it succeeds
@@ -128,7 +110,7 @@ def test_what_was_killed_beside_the_daemon_is_settled_and_never_runs_beside_itse
 
 def test_a_stranger_who_got_the_pid_is_neither_adopted_nor_touched(daemon, tmp_path):
     task_id = daemon.add(noting(tmp_path, "agent", f"echo up; [ -e {tmp_path}/second ] && exit 0; sleep 60"))
-    found = running(daemon, task_id)
+    found = daemon.started(task_id)
     daemon.kill9()
     (tmp_path / "second").touch()
     os.kill(found.pid, signal.SIGKILL)
@@ -160,7 +142,7 @@ def test_a_claimed_execution_that_never_started_goes_back_to_the_queue(daemon, t
 
 def test_the_timeout_is_enforced_while_no_daemon_lives(daemon, tmp_path):
     task_id = daemon.add("echo up; trap '' TERM; while true; do sleep 1; done", timeout="1s")
-    found = running(daemon, task_id)
+    found = daemon.started(task_id)
     daemon.kill9()
     wait_until(lambda: not is_alive(found.pid) and not c.marked_processes([found.id]), 25, "the end by timeout")
     daemon.start()
@@ -190,7 +172,7 @@ def test_killed_while_it_prepares_or_checks_the_work_the_daemon_does_it_again_an
 
 def test_a_stopping_daemon_leaves_its_agents_at_work(daemon, tmp_path):
     task_id = daemon.add(noting(tmp_path, "agent", f"echo up; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done"))
-    found = running(daemon, task_id)
+    found = daemon.started(task_id)
     assert daemon.terminate() == 0 and is_alive(found.pid)
     assert "1 agent at work without the daemon" in daemon.log()
     daemon.start()
@@ -201,9 +183,9 @@ def test_a_stopping_daemon_leaves_its_agents_at_work(daemon, tmp_path):
 def test_a_draining_daemon_waits_for_its_agents(tmp_path):
     with DaemonProcess(tmp_path, 'on_shutdown = "drain"\nshutdown_timeout = "20s"\n') as daemon:
         task_id = daemon.add("echo up; sleep 0.3; echo end")
-        running(daemon, task_id)
+        daemon.started(task_id)
         assert daemon.terminate() == 0
-        assert row(daemon, task_id).status == c.COMPLETED
+        assert daemon.row(task_id).status == c.COMPLETED
 
 
 # -- a stop is a stop
@@ -222,7 +204,7 @@ def test_cancel_returns_when_nothing_of_the_agent_is_left_and_strangers_live(dae
     with subprocess.Popen(["sh", "-c", "trap '' TERM; while true; do sleep 0.2; done"]) as stranger:
         try:
             task_id = daemon.add(STUBBORN)
-            found = running(daemon, task_id)
+            found = daemon.started(task_id)
             wait_until(lambda: "escaped" in log_of(daemon, task_id))
             assert len(c.marked_processes([found.id])) >= 3
             cancelled = daemon.call("task.cancel", ids=[task_id])["tasks"][0]
@@ -236,10 +218,10 @@ def test_cancel_returns_when_nothing_of_the_agent_is_left_and_strangers_live(dae
 @pytest.mark.slow
 def test_a_cancel_that_the_daemon_did_not_live_to_finish_is_finished_by_the_next(daemon, tmp_path):
     task_id = daemon.add(STUBBORN)
-    found = running(daemon, task_id)
+    found = daemon.started(task_id)
     client = daemon.new_client()
     client._send("task.cancel", {"ids": [task_id]})
-    wait_until(lambda: row(daemon, task_id).stop_reason == "cancelled")
+    wait_until(lambda: daemon.row(task_id).stop_reason == "cancelled")
     daemon.kill9()
     daemon.start()
     ended = daemon.wait(task_id, 30)
@@ -255,9 +237,9 @@ def test_cancel_reaches_a_clone_and_a_check_too(tmp_path):
         wait_until((tmp_path / "seen").exists)
         (tmp_path / "slow").touch()
         cloning = daemon.add("true", agent={"project_dir": str(copy)})
-        wait_until(lambda: (found := row(daemon, cloning)) and found.sandbox_dir and os.path.isdir(found.sandbox_dir))
+        wait_until(lambda: (found := daemon.row(cloning)) and found.sandbox_dir and os.path.isdir(found.sandbox_dir))
         for task_id in (checked, cloning):
-            found = row(daemon, task_id)
+            found = daemon.row(task_id)
             assert daemon.call("task.cancel", ids=[task_id])["tasks"][0]["state"] == c.CANCELLED
             assert not c.marked_processes([found.id])
         log = subprocess.run(["git", "-C", str(bare), "log", "--format=%s", "main"], capture_output=True, text=True, check=True)

@@ -24,20 +24,14 @@ REALS = [pytest.param((pathlib.Path(path), ""), id=f"real-{number}", marks=pytes
         "no claude on PATH, and CLAUDOMATOR_TEST_CLAUDE names none")])]
 
 
-class Job:
-    """A repository, a data directory and an agent; ``run`` is ``claudomator run FILE.yaml``."""
+class Job(support.AgentJob):
+    """A job for claude from a YAML file."""
 
     def __init__(self, tmp_path, binary, version, api):
-        self.bare, self.copy = support.make_repository(tmp_path)
-        self.head, self.task_file = self.git("rev-parse", "main"), tmp_path / "task.yaml"
         config = f'claude_binary_path = "{binary}"\n[agents.claude]\nmodel = "sonnet"\n'
         config += f'env = {{ FAKE_CLAUDE_VERSION = "{version}" }}\n' if version else ""
-        self.daemon = support.DaemonProcess(tmp_path, config, {
-            "ANTHROPIC_API_KEY": "sk-ant-fake", "ANTHROPIC_BASE_URL": api.url, "HOME": str(tmp_path / "home")})
-
-    def git(self, *args) -> str:
-        done = subprocess.run(["git", "-C", self.bare, *args], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+        super().__init__(tmp_path, "task.yaml", config, {
+            "ANTHROPIC_API_KEY": "sk-ant-fake", "ANTHROPIC_BASE_URL": api.url})
 
     def write_task(self, scenario, agent="", more=""):
         self.task_file.write_text(f"""\
@@ -53,32 +47,6 @@ agent:
 """)
         return str(self.task_file)
 
-    def run(self, scenario, agent="", more="") -> tuple[int, dict, dict]:
-        """(exit code, task, its last execution)."""
-        done = self.daemon.cli("run", self.write_task(scenario, agent, more), "--json", timeout=60)
-        assert done.stdout, done.stderr
-        task = c.parse_json(done.stdout)["tasks"][0]
-        run = task["execution"]
-        print(task["state"], run["reason"], run["detail"], done.stderr)  # shown where a test fails
-        return done.returncode, task, run
-
-    def submit(self, scenario) -> str:
-        """Queue the task on the running daemon; returns its id."""
-        return self.daemon.cli("ctl", "submit", self.write_task(scenario)).stdout.split()[0]
-
-    def wait(self, task_id) -> dict:
-        result = self.daemon.call("task.wait", ids=[task_id], timeout_s=30)
-        assert not result["timed_out"], self.daemon.log()
-        return result["tasks"][0]
-
-    def runs(self, task_id) -> list[dict]:
-        """The task's executions, oldest first."""
-        return self.daemon.call("execution.list", id=task_id)["executions"][::-1]
-
-    def subjects(self) -> list[str]:
-        """What was pushed, oldest first."""
-        return self.git("log", "--reverse", "--format=%s", f"{self.head}..main").splitlines()
-
     def is_cost(self, run, calls) -> bool:
         """Whether the run's tokens and cost are those of so many ordinary API answers, and of nothing else."""
         log = (self.daemon.data_dir / "executions" / run["id"] / "stdout.log").read_bytes()
@@ -89,11 +57,6 @@ agent:
 
     def prompt(self, run) -> str:
         return (self.daemon.data_dir / "executions" / run["id"] / "prompt.txt").read_text()
-
-    def wait_for_tool(self) -> pathlib.Path:
-        """The sandbox, once the agent's tool has started in it."""
-        sandboxes = self.daemon.data_dir / "sandboxes"
-        return support.wait_until(lambda: next(sandboxes.glob("*/tool-started"), None), 20, "the tool's start").parent
 
 
 @pytest.fixture

@@ -21,58 +21,23 @@ PRICES = "".join(f'[prices."{model}"]\ninput = 1.25\ncached = 0.5\noutput = 10\n
     "gemini-2.5-flash", "gemini-3.5-flash-lite", "gemini-3.8-flash"))
 
 
-class Job:
-    """A repository, a data directory and gemini; ``run`` is ``claudomator run FILE.json``."""
+class Job(support.AgentJob):
+    """A job for gemini from a JSON file."""
 
     def __init__(self, tmp_path, binary, api):
-        self.bare, self.copy = support.make_repository(tmp_path)
-        self.head, self.task_file = self.git("rev-parse", "main"), tmp_path / "task.json"
         home = tmp_path / "home"
         (home / ".gemini").mkdir(parents=True)
         # with another base URL than Google's the CLI wants to be told how it logs in
         (home / ".gemini" / "settings.json").write_text('{"security": {"auth": {"selectedType": "gemini-api-key"}}}')
         config = f'gemini_binary_path = "{binary}"\n[agents.gemini]\nmodel = "gemini-2.5-flash"\n{PRICES}'
-        self.daemon = support.DaemonProcess(tmp_path, config, {
-            "GEMINI_API_KEY": "fake", "GOOGLE_GEMINI_BASE_URL": api.url, "HOME": str(home)})
-
-    def git(self, *args) -> str:
-        done = subprocess.run(["git", "-C", self.bare, *args], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+        super().__init__(tmp_path, "task.json", config, {
+            "GEMINI_API_KEY": "fake", "GOOGLE_GEMINI_BASE_URL": api.url})
 
     def write_task(self, scenario, more=None, **agent) -> str:
         agent = {"type": "gemini", "project_dir": str(self.copy), "instructions": f"Do the task.\nSCENARIO: {scenario}",
                  **agent}
         self.task_file.write_text(json.dumps({"name": "job", "agent": agent, **(more or {})}))
         return str(self.task_file)
-
-    def run(self, scenario, more=None, **agent) -> tuple[int, dict, dict]:
-        """(exit code, task, its last execution)."""
-        done = self.daemon.cli("run", self.write_task(scenario, more, **agent), "--json", timeout=60)
-        assert done.stdout, done.stderr
-        task = c.parse_json(done.stdout)["tasks"][0]
-        run = task["execution"]
-        print(task["state"], run["reason"], run["detail"], done.stderr)  # shown where a test fails
-        return done.returncode, task, run
-
-    def submit(self, scenario, **agent) -> str:
-        return self.daemon.cli("ctl", "submit", self.write_task(scenario, **agent)).stdout.split()[0]
-
-    def wait(self, task_id) -> dict:
-        result = self.daemon.call("task.wait", ids=[task_id], timeout_s=60)
-        assert not result["timed_out"], self.daemon.log()
-        return result["tasks"][0]
-
-    def runs(self, task_id) -> list[dict]:
-        """The task's executions, oldest first."""
-        return self.daemon.call("execution.list", id=task_id)["executions"][::-1]
-
-    def subjects(self) -> list[str]:
-        """What was pushed, oldest first."""
-        return self.git("log", "--reverse", "--format=%s", f"{self.head}..main").splitlines()
-
-    def wait_for_tool(self) -> pathlib.Path:
-        sandboxes = self.daemon.data_dir / "sandboxes"
-        return support.wait_until(lambda: next(sandboxes.glob("*/tool-started"), None), 30, "the tool's start").parent
 
 
 def is_priced(run) -> bool:

@@ -94,7 +94,7 @@ def row(metric: str, ratio: float, unit: str, target: str, ok: bool, peer: str) 
 def run() -> list[dict]:
     """The rows; the timed cases take turns, and the medians are compared."""
     with tempfile.TemporaryDirectory() as home:
-        binaries, env = install(home), clean_environment(home)
+        binaries, env = install(home), clean_environment(home, CLAUDOMATOR_SERVER_ADDR="127.0.0.1:0")
         del env["PYTHONPATH"]
         python = [os.path.realpath(f"{binaries}/python"), "-I", "-S"]
         daemon = IdleDaemon(binaries, f"{home}/data", env)

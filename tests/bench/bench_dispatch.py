@@ -32,7 +32,7 @@ async def bare_loop(root: str, count: int) -> float:
 
 async def through_the_daemon(root: str, count: int) -> float:
     """Seconds per no-op shell task from QUEUED to COMPLETED, everything durable."""
-    config = c.parse_config({"data_dir": root, "max_concurrent": AT_ONCE}, "bench", root)
+    config = c.parse_config({"data_dir": root, "max_concurrent": AT_ONCE, "server_addr": ""}, "bench", root)
     daemon = c.Daemon(config, None, lambda level, message: None)
     await daemon.start()
     specs = [c.TaskSpec(name=f"task {n}", auto_accept=True, agent=c.AgentConfig(type="shell", instructions="exit 0"))

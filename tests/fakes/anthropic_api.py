@@ -3,15 +3,14 @@
 What the "model" does is chosen by a line ``SCENARIO: name`` in a conversation's first prompt; a model named
 ``no-such-model`` does not exist.  An answer depends on how many prompts the conversation has had (``prompt``, from 1)
 and on how many answers were given since the last one (``step``, from 0), so that a resumed session goes on.
-``python3 anthropic_api.py`` prints its URL and serves, for tries by hand.
+``python3 -m tests.fakes.anthropic_api`` prints its URL and serves, for tries by hand.
 """
 import json
 import os
 import sys
-import threading
-import time
 import uuid
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.fakes import stand_in
 
 BIG = 5_000_000
 NOTHING = {"input_tokens": 0, "output_tokens": 0}
@@ -123,21 +122,7 @@ def place_of(messages: list) -> tuple[str, int, int, str]:
     return scenario, prompt, step, last
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args) -> None:
-        pass
-
-    def _json(self, status: int, value) -> None:
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
+class Handler(stand_in.Handler):
     def do_HEAD(self) -> None:
         self._json(200, {})
 
@@ -199,24 +184,11 @@ class Handler(BaseHTTPRequestHandler):
         self._event("message_stop")
 
 
-class StandIn:
+class StandIn(stand_in.StandIn):
     """The server in a thread; ``seen`` lists what the CLI asked.  A context manager."""
 
-    def __enter__(self):
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._server.seen = self.seen = []
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+    handler = Handler
 
 
 if __name__ == "__main__":
-    with StandIn() as server:
-        print(server.url, flush=True)
-        while True:
-            time.sleep(3600)
+    stand_in.serve(StandIn)

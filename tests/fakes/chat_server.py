@@ -91,6 +91,14 @@ class Handler(BaseHTTPRequestHandler):
         asked = requests[-1]["body"]["messages"][0]["role"] == "system"
         self.stream(chunk("<think>hm</think>\nIt was summed up." if asked else "Just some words."), END, DONE)
 
+    def on_choice(self, requests) -> None:
+        """What the test put into ``answer``."""
+        self.stream(chunk("<think>{}</think>" + self.server.stand_in.answer), END, DONE)
+
+    def on_late_choice(self, requests) -> None:
+        self.server.stand_in.release.wait(60)
+        self.on_choice(requests)
+
     def on_crlf(self, requests) -> None:
         self.stream((chunk("one ") + chunk("two") + END + DONE).replace(b"\n", b"\r\n"))
 

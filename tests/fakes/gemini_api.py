@@ -3,14 +3,13 @@
 What the "model" does is chosen by a line ``SCENARIO: name`` in the conversation's prompts; an answer depends on how
 many prompts the conversation has had (``prompt``, from 1) and on how many answers were given since the last one (``step``,
 from 0), so that a resumed session goes on.  The commands are those of the replaying fake beside this file.
-``python3 gemini_api.py`` prints its URL and serves, for tries by hand.
+``python3 -m tests.fakes.gemini_api`` prints its URL and serves, for tries by hand.
 """
 import json
 import re
-import threading
-import time
 import uuid
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.fakes import stand_in
 
 USAGE = {"promptTokenCount": 1000, "candidatesTokenCount": 50, "totalTokenCount": 1060, "thoughtsTokenCount": 10,
          "cachedContentTokenCount": 200}
@@ -64,20 +63,7 @@ def place_of(contents: list) -> tuple[str, int, int]:
     return scenario, max(prompt, 1), step
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args) -> None:
-        pass
-
-    def _json(self, status: int, value) -> None:
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
+class Handler(stand_in.Handler):
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers.get("content-length") or 0)) or b"{}")
         path = self.path.partition("?")[0]
@@ -108,24 +94,11 @@ class Handler(BaseHTTPRequestHandler):
         return {"candidates": [candidate], "modelVersion": "gemini-2.5-flash", "usageMetadata": USAGE}
 
 
-class StandIn:
+class StandIn(stand_in.StandIn):
     """The server in a thread; ``seen`` lists what the CLI asked.  A context manager."""
 
-    def __enter__(self):
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._server.seen = self.seen = []
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+    handler = Handler
 
 
 if __name__ == "__main__":
-    with StandIn() as server:
-        print(server.url, flush=True)
-        while True:
-            time.sleep(3600)
+    stand_in.serve(StandIn)

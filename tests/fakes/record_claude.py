@@ -1,6 +1,6 @@
 """Records what a real ``claude`` prints for each scenario of ``anthropic_api.py`` into tests/data/claude/.
 
-    python3 tests/fakes/record_claude.py PATH_OF_CLAUDE [SCENARIO...]
+    python3 -m tests.fakes.record_claude PATH_OF_CLAUDE [SCENARIO...]
 
 A run of one character is kept as ``c...<5000000 chars>``, as in the other recordings; ``claude`` beside this file
 undoes that.  Paths of this machine become /workspace.
@@ -15,7 +15,7 @@ import tempfile
 import time
 import uuid
 
-import anthropic_api
+from tests.fakes import anthropic_api
 
 DATA = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data", "claude")
 ANSWERS = {"question": ["The answer is: pg", "The answer is: 16"], "slow_tool": ["You were interrupted. Go on."]}

@@ -1,0 +1,285 @@
+"""Section 21, without an engine: tests/fakes/docker has its commands, its words and its exit codes.
+
+What only a real engine shows (limits, adoption, stops) is in tests/test_container_job.py.
+"""
+import json
+import os
+import pathlib
+import socket
+
+import claudomator as c
+import pytest
+from tests import support
+
+FAKES = pathlib.Path(__file__).parent / "fakes"
+
+
+class Engine:
+    """The fake engine's memory."""
+
+    def __init__(self, path):
+        self.path = path
+        path.mkdir()
+
+    def mode(self, word):
+        (self.path / "mode").write_text(word)
+
+    def calls(self, word=""):
+        path = self.path / "calls"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [call for call in map(json.loads, lines) if not word or call[0] == word]
+
+    def containers(self):
+        return [path.name for path in self.path.glob("container-*")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """(daemon, engine, bare repository): one for all, as each test looks only at its own task."""
+    path = tmp_path_factory.mktemp("containers")
+    engine, (bare, copy) = Engine(path / "engine"), support.make_repository(path)
+    (path / "login").mkdir()
+    (path / "login" / ".credentials.json").write_text("{}")
+    daemon = support.DaemonProcess(path, f"""\
+claude_config_dir = "{path}/login"
+max_concurrent = 8
+[containers]
+cpus = 0
+[agents.shell]
+env = {{ SECRET = "s3cr3t" }}
+[agents.claude]
+env = {{ FAKE_CLAUDE_VERSION = "2.1.329", PATH = "{FAKES}:{os.environ["PATH"]}", IS_SANDBOX = "1" }}
+[[projects]]
+name = "p"
+dir = "{copy}"
+setup = "echo made-by-setup > made; echo made >> .git/info/exclude"
+verify = "grep -q made-by-setup made"
+""", {"PATH": f"{FAKES}:{os.environ['PATH']}", "DOCKER_FAKE": str(engine.path), "ANTHROPIC_API_KEY": "k3y"})
+    with daemon:
+        yield daemon, engine, bare
+
+
+def add(place, script, **more):
+    daemon, engine, bare = place
+    return daemon.add(script, agent={"repository_url": str(bare), **more.pop("agent", {})}, **more)
+
+
+def git(bare, *words):
+    import subprocess
+    return subprocess.run(["git", "-C", bare, *words], capture_output=True, text=True, check=True).stdout
+
+
+def test_the_whole_way_of_a_task(place):
+    daemon, engine, bare = place
+    task = daemon.wait(add(place, "echo one > one; git add one; git commit -qm 'feat: one'; echo two > two; echo said;"
+                           " echo fine > $CLAUDOMATOR_SUMMARY_FILE", verify="cat one two"))
+    assert (task["state"], task["summary"]) == ("READY", "fine"), (task, daemon.log())
+    run = task["execution"]
+    assert [commit["message"] for commit in run["commits"]] == ["feat: one", c.AUTOCOMMIT_SUBJECT]
+    assert git(bare, "show", "main:one") == "one\n" and git(bare, "show", "main:two") == "two\n"
+    assert daemon.call("execution.get", id=run["id"])["execution"]["exit_code"] == 0
+    own = [call for call in engine.calls() if run["id"] in json.dumps(call)]
+    assert [call[0] for call in own] == ["run", "inspect", "run", "run", "ps", "rm"]  # agent; collect; verify; the end
+    assert "s3cr3t" not in json.dumps(own) and engine.containers() == []
+    assert "--rm" not in own[0] and "--rm" in own[2] and "--rm" in own[3]
+    assert own[2][own[2].index("--network") + 1] == "none"
+    assert not {"run", "work.bundle"} & set(os.listdir(daemon.data_dir / "executions" / run["id"] / "box"))
+
+
+def test_a_question_goes_on_in_the_same_session_sandbox_and_home(place):
+    daemon, engine, bare = place
+    agent = {"type": "claude", "repository_url": str(bare), "instructions": "Do it.\nSCENARIO: question\n"}
+    task_id = daemon.call("task.create", tasks={"name": "q", "agent": agent}, queue=True)["tasks"][0]["id"]
+    task = daemon.wait(task_id)
+    assert (task["state"], task["question"]["text"]) == ("BLOCKED", "Which database?"), (task, daemon.log())
+    sandbox = pathlib.Path(task["execution"]["sandbox_dir"])
+    home = sandbox / ".git" / c.BOX_DIR / "home" / ".claude"
+    assert (home / ".credentials.json").exists() and list(home.glob("projects/*/*.jsonl"))
+    assert daemon.call("sandbox.list")["sandboxes"][0]["ahead"] == 1, "the first commit is not in the sandbox"
+    for answer in ("pg", "16"):
+        daemon.call("task.answer", id=task_id, text=answer)
+        task = daemon.wait(task_id)
+    assert (task["state"], task["summary"]) == ("READY", "The database is set up."), (task, daemon.log())
+    runs = daemon.call("execution.list", id=task_id)["executions"]
+    assert {run["session_id"] for run in runs} == {runs[-1]["id"]}
+    assert git(bare, "log", "--format=%s", "-3", "main").splitlines() == ["feat: third", "feat: second", "feat: first"]
+
+
+def test_setup_and_verify_of_a_project_run_in_the_agents_copy(place):
+    daemon, engine, bare = place
+    task = daemon.wait(daemon.add("cat made; echo p > by-project", project="p", agent={"isolation": "container"}))
+    assert task["state"] == "READY", (task, daemon.log())
+    path = daemon.data_dir / "executions" / task["execution"]["id"]
+    assert (path / "stdout.log").read_text() == "made-by-setup\n" and git(bare, "show", "main:by-project") == "p\n"
+    names = [call[call.index("--name") + 1][48:54] for call in engine.calls("run") if task["execution"]["id"] in str(call)]
+    assert names == ["-setup", "", "-colle", "-gate-"]
+
+
+@pytest.mark.parametrize("script, words", [
+    ("echo a > c; git add c; git commit -qm a; git checkout -qb other HEAD^; echo b > c; git add c; git commit -qm b;"
+     " git rebase -q main >/dev/null 2>&1; exit 0", "unfinished"),
+    ("rm -rf .git", "destroyed its repository"),
+    ("git checkout -qb side; echo s > s; git add s; git commit -qm 'on the side'; git checkout -q main", "on the side")])
+def test_work_that_cannot_be_taken_is_refused_with_its_reason(place, script, words):
+    daemon, engine, bare = place
+    task = daemon.wait(add(place, script))
+    assert (task["state"], task["reason"]) == ("FAILED", "sandbox_failed") and words in task["detail"], task
+    assert os.path.isdir(task["execution"]["sandbox_dir"]) and engine.containers() == []
+
+
+def test_a_repository_inside_the_clone_is_left_out(place):
+    daemon, engine, bare = place
+    task = daemon.wait(add(place, "git init -q 'a b'; echo x > 'a b/x'; git init -q n; echo y > beside"))
+    assert task["state"] == "READY", (task, daemon.log())
+    assert git(bare, "ls-tree", "-r", "--name-only", "main").split().count("beside") == 1
+    assert "a b" not in git(bare, "ls-tree", "--name-only", "main")
+
+
+@pytest.mark.parametrize("mode, reason, words, tries", [
+    ("down", "sandbox_failed", "the container engine does not answer: start docker", 2),
+    ("missing", "spawn_failed", "run `claudomator image build`, or set claude_image", 1),
+    ("125", "spawn_failed", "range of CPUs", 1), ("127", "spawn_failed", "no such file or directory", 1)])
+def test_an_engine_that_cannot_is_told_apart_from_an_agent_that_fails(place, mode, reason, words, tries):
+    daemon, engine, bare = place
+    engine.mode(mode)
+    try:
+        task = daemon.wait(add(place, "true", retry={"max_attempts": 2, "backoff": ["10ms"]}))
+    finally:
+        engine.mode("")
+    assert (task["state"], task["reason"]) == ("FAILED", reason) and words in task["detail"], task
+    assert len(daemon.call("execution.list", id=task["id"])["executions"]) == tries
+
+
+def test_a_run_that_was_stopped_with_the_engine_is_lost_and_goes_on_when_the_engine_is_back(place):
+    daemon, engine, bare = place
+    script = f"[ ! -e {engine.path}/again ] || exit 0; touch {engine.path}/again; echo down >{engine.path}/mode; kill -TERM $$"
+    task_id = add(place, script)
+    try:
+        support.wait_until(lambda: len(daemon.call("execution.list", id=task_id)["executions"]) == 2, 20, "another run")
+    finally:
+        engine.mode("")
+    task = daemon.wait(task_id)
+    first = daemon.call("execution.list", id=task_id)["executions"][-1]
+    assert (task["state"], first["reason"]) == ("READY", "lost"), (task, daemon.log())
+
+
+@pytest.mark.parametrize("code", [125, 126, 127])
+def test_the_agents_own_exit_code_stays_the_agents(place, code):
+    task = place[0].wait(add(place, f"exit {code}"))
+    assert (task["reason"], task["execution"]["exit_code"]) == ("agent_error", code), task
+
+
+def test_an_engine_that_is_not_installed_names_the_key(tmp_path):
+    bare, copy = support.make_repository(tmp_path)
+    with support.DaemonProcess(tmp_path, 'container_engine = "podman"\n', {"PATH": "/nowhere:/usr/bin:/bin"}) as daemon:
+        task = daemon.wait(daemon.add("true", agent={"repository_url": str(bare)}))
+        assert task["reason"] == "spawn_failed" and "set container_engine" in task["detail"], task
+
+
+def test_the_image_is_built_with_the_configured_engine(place):
+    daemon, engine, bare = place
+    done = daemon.cli("image", "build", "--base", "mine:1", "--tag", "agent:x", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["image"] == "agent:x", done.stderr
+    assert "FROM mine:1" in done.stderr and engine.calls("build")[-1][1:3] == ["--tag", "agent:x"]
+    assert daemon.cli("image", "build", PATH="/usr/bin:/bin:/nowhere", DOCKER_FAKE="").returncode != 0
+
+
+LAUNCHER = """
+import os, sys
+import claudomator as c
+def die(*args, **kwargs):
+    os.kill(os.getpid(), 9)
+def after(owner, name):
+    was = getattr(owner, name)
+    setattr(owner, name, lambda *args, **kwargs: (was(*args, **kwargs), die()))
+{patch}
+sys.exit(c.main(["serve"]))
+"""
+
+
+@pytest.mark.parametrize("patch", ["c.Box.collect = die", "after(c.Box, 'collect')", "c._Finish.push = die",
+                                   "after(c._Finish, 'push')", "c.Run._settle_once = die"])
+def test_a_daemon_that_dies_while_it_takes_the_work_is_followed_by_one_that_takes_it_once(tmp_path, patch):
+    import subprocess
+    import sys
+    engine, (bare, copy) = Engine(tmp_path / "engine"), support.make_repository(tmp_path)
+    env = {"PATH": f"{FAKES}:{os.environ['PATH']}", "DOCKER_FAKE": str(engine.path)}
+    daemon = support.DaemonProcess(tmp_path, "", env)
+    with open(daemon.log_path, "ab") as log:
+        process = subprocess.Popen([sys.executable, "-c", LAUNCHER.format(patch=patch)], env=daemon.env,
+                                   stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        support.wait_until(lambda: os.path.exists(daemon.socket_path))
+        task_id = daemon.add("echo one > one; git add one; git commit -qm 'feat: one'; echo two > two",
+                             agent={"repository_url": str(bare)}, verify="cat one two")
+        assert process.wait(20) == -9
+    finally:
+        process.kill()
+    daemon.client.close()
+    daemon._client = None
+    with daemon:
+        task = daemon.wait(task_id)
+        assert task["state"] == "READY", (task, daemon.log())
+        subjects = ["feat: one", c.AUTOCOMMIT_SUBJECT]
+        assert [commit["message"] for commit in task["execution"]["commits"]] == subjects
+        assert git(bare, "log", "--reverse", "--format=%s", "main").splitlines() == ["first", *subjects]
+        assert len(daemon.call("execution.list", id=task_id)["executions"]) == 1 and engine.containers() == []
+
+
+# -- the parts
+
+
+def new_box(tmp_path, **more):
+    config = c.parse_config({"data_dir": str(tmp_path), **more}, "test", "/")
+    box = c.Box(config, {"PATH": "/bin", "HOME": str(tmp_path), "DOCKER_HOST": "d", "SECRET": "s"}, "e" * 36, "claude")
+    os.makedirs(box.files)
+    return box
+
+
+def test_the_client_of_the_engine_gets_nothing_of_the_agents():
+    host = {"PATH": "/bin", "HOME": "/h", "DOCKER_HOST": "d", "CONTAINERS_CONF": "c", "ANTHROPIC_API_KEY": "k"}
+    assert c.engine_env(host) == {name: host[name] for name in ("PATH", "HOME", "DOCKER_HOST", "CONTAINERS_CONF")}
+
+
+def test_the_api_socket_is_linked_and_linked_anew_and_nothing_is_followed(tmp_path):
+    box, own = new_box(tmp_path), tmp_path / "executions" / ("e" * 36) / "box" / "agent.sock"
+    box.share_socket()
+    assert not os.path.lexists(own)
+    for _ in range(2):
+        path = tmp_path / "agent.sock"
+        path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+            box.share_socket()
+            assert own.stat().st_ino == path.stat().st_ino
+    victim = tmp_path / "victim"
+    victim.write_text("v")
+    own.unlink()
+    own.symlink_to(victim)
+    box.share_socket()
+    assert victim.read_text() == "v" and own.lstat().st_ino == path.stat().st_ino
+    own.unlink()
+    own.mkdir()
+    box.share_socket()  # the agent's own loss, and no error
+    assert own.is_dir()
+
+
+def test_a_launch_keeps_command_and_secrets_out_of_the_engines_arguments(tmp_path):
+    box = new_box(tmp_path)
+    box.sandbox = c.Sandbox(str(tmp_path / "sandboxes" / "s"), "", "main", "", "", "")
+    launch = c.Launch(("claude", "--secret", "s3cr3t"), {"TOKEN": "t0ken", "PATH": "/host/bin"}, "the prompt", "claude",
+                      files=((f"{c.BOX_FILES}/policy", "p"),))
+    made = box.launch(launch, "/workspace", True, 60, 5)
+    assert not {"s3cr3t", "t0ken", "the prompt"} & set(" ".join(made.argv).split()) and made.env["DOCKER_HOST"] == "d"
+    files = dict(made.files)
+    assert sorted(os.path.basename(path) for path in files) == ["policy", "prompt.txt", "run"]
+    assert all(path.startswith(box.files + "/") for path in files)
+    script = files[f"{box.files}/run"]
+    assert "export TOKEN=t0ken" in script and "/host/bin" not in script and "--secret s3cr3t" in script
+    assert f"<{c.BOX_FILES}/prompt.txt" in script and "agent.sock" not in script
+    assert made.argv[-1] == f"{c.BOX_FILES}/run"
+
+
+def test_a_container_belongs_to_the_execution_in_its_name():
+    for name in (f"claudomator-{'e' * 36}", f"claudomator-{'e' * 36}-gate-abc123"):
+        assert c.execution_of_container(name) == "e" * 36
