@@ -5280,6 +5280,7 @@ def runner_binary(kind: str, config: Config) -> str:
 # there, everyone sees in /proc and in ``docker inspect``.  The time limit is kept inside, so that it holds when the
 # daemon, the supervisor and the engine's client are all gone.
 BOX_WORK, BOX_HOME, BOX_FILES = "/workspace", "/home/agent", "/run/claudomator"
+BOX_PROGRAM = f"{BOX_FILES}/claudomator.py"  # this program, where an agent's CLI starts it (section 30)
 BOX_LOGIN, BOX_REPO = "/run/claudomator-login", "/run/claudomator-repo"
 EXECUTION_LABEL, DATA_LABEL = "claudomator.execution", "claudomator.data"
 HOST_ONLY = ENVIRONMENT_ALLOWED - set("LANG LANGUAGE TZ HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy"
@@ -7581,6 +7582,8 @@ class Box:
                   (self.files, BOX_FILES, False)]
         mounts += [(os.path.join(self.directory, name), f"{BOX_FILES}/{name}", False)
                    for name in ("stdout.log", "stderr.log")]
+        if self.config.agent_settings(self.kind).mcp:
+            mounts.append((os.path.abspath(__file__), BOX_PROGRAM, True))
         argv = self._argv(self.name, (*mounts, *self._logins()), (f"{BOX_FILES}/run",), is_kept=True)
         return Launch(argv, engine_env(self.host), launch.stdin, launch.format, launch.session_id, files=(
             (f"{self.files}/run", script), (f"{self.files}/prompt.txt", launch.stdin or ""), *own))
@@ -9285,7 +9288,8 @@ class Workplace:
             cwd=box.inside(cwd) if box else cwd, project_dir=self.task.agent.project_dir,
             sandboxed=self.sandbox is not None, session_id=self.execution.session_id, resume=self.resumed, feedback=feedback,
             answer=resume.get("text", "") if resume.get("kind") == "answer" else "", round=self.execution.round,
-            is_root=os.geteuid() == 0, program=(sys.executable, "-I", os.path.abspath(__file__)),
+            is_root=os.geteuid() == 0,
+            program=("python3", "-I", BOX_PROGRAM) if box else (sys.executable, "-I", os.path.abspath(__file__)),
             tools_dir=("/usr/local/bin" if box else tools_dir) if os.path.exists(f"{tools_dir}/ct") else "",
             api_url=f"unix://{config.agent_socket_path}", api_token=agent_token(self.core.agent_key, self.execution.id))
         task = self.task
@@ -12857,6 +12861,7 @@ class McpServer:
         deadline = time.monotonic() + LAST_ANSWERS_S
         for _, thread in list(self._calls.values()):
             thread.join(max(0, deadline - time.monotonic()))
+        self._lock.acquire(timeout=LAST_ANSWERS_S)  # an answer that is being written is written whole
 
     def _send(self, line: bytes) -> None:
         with self._lock:
@@ -12918,12 +12923,13 @@ class McpServer:
             result = {"content": [{"type": "text", "text": text}], "structuredContent": facts, "isError": False}
         except Exception as error:  # also a fault of this program: an agent must not wait for ever
             result = failed_call(str(error) or type(error).__name__)
-        try:
-            if not call.stopped.is_set():
-                self._send(encode_result(request_id, result))
-        except OSError:
-            pass  # the client has left, which ends the reading too
-        del self._calls[request_id]
+        with self._lock:  # together: who has the answer may use its id again
+            del self._calls[request_id]
+            try:
+                if not call.stopped.is_set():
+                    self._write(encode_result(request_id, result))
+            except OSError:
+                pass  # the client has left, which ends the reading too
 
 
 def failed_call(text: str) -> dict:

@@ -619,6 +619,46 @@ def test_a_daemon_that_stays_away_is_given_up(monkeypatch, reached, waiting, mor
     assert clock.now == ends and clock.pauses[:4] == [0.25, 0.5, 1, 2] and max(clock.pauses) <= 8
 
 
+# With a real daemon
+
+CLIENT = """\
+import json, subprocess, sys
+server = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+def call(tool, **arguments):
+    request = {"jsonrpc": "2.0", "id": tool, "method": "tools/call", "params": {"name": tool, "arguments": arguments}}
+    server.stdin.write(json.dumps(request).encode() + b"\\n")
+    server.stdin.flush()
+    answer = json.loads(server.stdout.readline())
+    print(json.dumps(answer["result"]), flush=True)
+    return answer["result"]["structuredContent"] if not answer["result"]["isError"] else {}
+
+made = call("create_subtask", instructions="echo It is mended. > $CLAUDOMATOR_SUMMARY_FILE", agent="shell", tags=["t"])
+call("wait_subtask", id=made["task"]["id"])
+call("get_task")
+call("get_task", id="OTHER")
+call("create_subtask", instructions="x", timeout="soon")
+call("report_summary", summary="A subtask mended it.")
+"""
+
+
+def test_a_task_makes_a_subtask_and_waits_for_it(tmp_path):
+    with support.DaemonProcess(tmp_path) as daemon:
+        other = daemon.add("true", queue=False)
+        (tmp_path / "client.py").write_text(CLIENT.replace("OTHER", other))
+        task = daemon.wait(daemon.add(" ".join([sys.executable, str(tmp_path / "client.py"), *PROGRAM, "mcp"])))
+        log = (daemon.data_dir / "executions" / task["execution"]["id"] / "stdout.log").read_text()
+        made, waited, looked, refused, wrong, _ = map(json.loads, log.splitlines())
+        below, = daemon.call("task.subtasks", id=task["id"])["tasks"]
+    assert task["summary"] == "A subtask mended it."
+    assert (below["id"], below["state"], below["tags"]) == (made["structuredContent"]["task"]["id"], "COMPLETED", ["t"])
+    assert waited["structuredContent"]["ended"] and waited["structuredContent"]["task"]["summary"] == "It is mended."
+    assert looked["structuredContent"]["task"]["id"] == task["id"]
+    assert [each["id"] for each in looked["structuredContent"]["subtasks"]] == [below["id"]]
+    assert refused["isError"] and "that an agent of this task may reach; get_task without an id" in text_of(refused)
+    assert wrong["isError"] and "timeout" in text_of(wrong) and "soon" in text_of(wrong)
+
+
 # As claude gets it
 
 
