@@ -9938,6 +9938,7 @@ class Dispatcher:
         self._programs: dict[str, tuple[float, bool]] = {}
         self._bounds: tuple = (None, {})  # (the configuration, its bounds per kind)
         self._idle_waiters: list = []
+        self._waits: dict[str, int] = {}  # execution id: how often its agent waits for subtasks just now
         self._loop = None
         core.pool = self
         core.life.on_move, core.life.on_change, core.life.on_delete = self._moved, self._changed, self._deleted
@@ -10093,11 +10094,17 @@ class Dispatcher:
 
     # -- what bounds the pool
 
+    def lend(self, execution_id: str, waits: int) -> None:
+        """Count one more (1) or one less (-1) wait of an agent for its subtasks.  While it waits its slot is free: they
+        could never start where it has the last one."""
+        self._waits[execution_id] = self._waits.get(execution_id, 0) + waits
+        if not self._waits[execution_id]:
+            del self._waits[execution_id]
+        self.wake()
+
     def _running(self) -> Running:
-        by_kind: dict[str, int] = {}
-        for run in self.runs.values():
-            by_kind[run.execution.agent] = by_kind.get(run.execution.agent, 0) + 1
-        return Running(total=len(self.runs), by_kind=by_kind)
+        kinds = [run.execution.agent for run in self.runs.values() if run.execution.id not in self._waits]
+        return Running(total=len(kinds), by_kind={kind: kinds.count(kind) for kind in set(kinds)})
 
     def _limits(self, now: float) -> Limits:
         config, parks, health = self.core.config, self.core.store.parked_agents(), self.core.store.agent_health()
@@ -11162,7 +11169,7 @@ async def handle_api(core: Core, request: object) -> HttpResponse | HttpStream:
         if route.form == "text":
             return await log_response(core, operation.handler(core, {**params, "limit": min(
                 LOG_PART if params["limit"] is None else params["limit"], LOG_PART)}))
-        result = await call(core, operation, params)
+        result = await call(core, operation, params, caller)
         authenticate(core, operation, request.headers)  # an agent may have ended while it waited
         response = json_response(result, route.status)
     except ClaudomatorError as error:
@@ -11174,14 +11181,21 @@ async def handle_api(core: Core, request: object) -> HttpResponse | HttpStream:
     return response.replace(body=core.redactor.document(response.body))
 
 
-async def call(core: Core, operation: Operation, params: dict) -> dict:
+async def call(core: Core, operation: Operation, params: dict, caller: Caller) -> dict:
     """The result of an operation, once what it changed is on disk; what changes something goes on if its caller goes."""
     import asyncio
-    result = operation.handler(core, params)
-    if not isinstance(result, dict):
-        result = await (result if operation.lasting else asyncio.shield(result))
-    await core.store.durable()
-    return result
+    lends = caller.execution_id and operation.name == "task.wait"
+    if lends:
+        core.pool.lend(caller.execution_id, 1)
+    try:
+        result = operation.handler(core, params)
+        if not isinstance(result, dict):
+            result = await (result if operation.lasting else asyncio.shield(result))
+        await core.store.durable()
+        return result
+    finally:
+        if lends:
+            core.pool.lend(caller.execution_id, -1)
 
 
 async def log_response(core: Core, items: object) -> HttpResponse:
