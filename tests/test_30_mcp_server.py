@@ -369,7 +369,9 @@ def test_a_summary_is_written_whole_or_not_at_all(files):
         assert path.read_bytes() == "Fixed the divisor \u2713.\n".encode()
         assert "4096 bytes" in text_of(server.result("report_summary", summary="\u2713" * 1366))
         assert path.read_bytes() == "Fixed the divisor \u2713.\n".encode()
+        os.link(path, path.with_name("opened-before"))
         assert not server.result("report_summary", summary="x" * 4095)["isError"]
+        assert path.with_name("opened-before").read_bytes() == "Fixed the divisor \u2713.\n".encode()
         assert len(path.read_bytes()) == 4096 and path.stat().st_mode & 0o777 == 0o600
 
 
@@ -553,6 +555,7 @@ def test_a_wait_ends_with_its_time_and_says_how_to_go_on():
         result = server.result("wait_subtask", id=TASK_ID, timeout_s=0.6)
         assert "still RUNNING: call wait_subtask again" in text_of(result)
         assert result["structuredContent"]["ended"] is False
+        assert api.requests[0].path.endswith("?timeout_s=1") and api.requests[-1].path.endswith("?timeout_s=0")
         assert 2 <= len(api.requests) <= 6  # an API that answers at once is not hammered
 
 
