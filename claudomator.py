@@ -3899,8 +3899,8 @@ def render_event(event: dict, color: bool, tz_offset_s: float = 0) -> str:
 
 
 # ---- 12 Redaction (pure) ---------------------------------------------------------------------------------------
-# What the daemon says leaves it without its secrets: each is replaced by value, in a string, in bytes, and in a stream
-# that cuts it anywhere.  A secret also stands in JSON, and in JSON within JSON (an agent's log line in an answer), so
+# What the daemon says leaves it without its secrets: each is replaced by value, in a string, in bytes, and in a piece of
+# a log that cuts it anywhere.  A secret also stands in JSON, and in JSON within JSON (an agent's log line in an answer), so
 # its escaped forms are looked for too.  The tokens are made here: redaction knows an agent's by its shape, whichever
 # execution it is of.
 
@@ -4029,35 +4029,6 @@ class Redactor:
             return encoded
         end = encoded[len(encoded.rstrip()):]
         return format_json(self.value(parse_json(encoded))).encode() + end
-
-
-class RedactingStream:
-    """A redactor for bytes that come in pieces; it keeps back no more than what may be the beginning of a secret."""
-
-    def __init__(self, redactor: Redactor):
-        self._redactor, self._held, self._covered = redactor, b"", 0  # the first bytes of ``_held`` that a mark covers
-
-    def feed(self, data: bytes) -> bytes:
-        """What can be said by now."""
-        data = self._held + data
-        return self._pass_on(data, len(data) - self._redactor.unfinished(data))
-
-    def finish(self) -> bytes:
-        """The rest."""
-        return self._pass_on(self._held, len(self._held))
-
-    def _pass_on(self, data: bytes, cut: int) -> bytes:
-        pieces, at = [], min(self._covered, cut)
-        covered = self._covered
-        for start, stop in self._redactor.spans(data):
-            if start >= cut:
-                break
-            if start >= covered:
-                pieces += [data[at:start], REDACTED.encode()]
-            covered = max(covered, stop)
-            at = min(covered, cut)
-        self._held, self._covered = data[cut:], max(0, covered - cut)
-        return b"".join((*pieces, data[at:cut]))
 
 
 # ---- 13 Control wire (pure) ------------------------------------------------------------------------------------
@@ -11956,7 +11927,8 @@ class Cli:
                 config = self.load_config()
                 self._core = Core(config, Store(config.db_path, readonly=True), stderr_log)
                 self.say("(no daemon runs; this is what the database says)")
-        return OPERATIONS[method].handler(self._core, check_params(OPERATIONS[method], params))
+        result = OPERATIONS[method].handler(self._core, check_params(OPERATIONS[method], params))
+        return self._core.redactor.value(result)
 
     def color(self) -> bool:
         """Whether stdout gets colours."""
