@@ -38,6 +38,7 @@ Contents
     27 Daemon
     28 Control client
     29 Command line
+    30 MCP server
     31 Demo
     32 Commands
 """
@@ -682,6 +683,7 @@ CONFIG_KEYS: tuple[Key, ...] = (
         example=("ANTHROPIC_API_KEY",)),
     Key("agents.*.on_quota", "choice wait|other_agent|fail", "wait",
         "what queued tasks do while the quota is used up"),
+    Key("agents.*.mcp", "bool", False, "give claude Claudomator's tools by MCP: subtasks, a question, a summary"),
     Key("containers.memory", "string", "4g", "memory of a container, as the engine writes it; empty: no limit"),
     Key("containers.cpus", "number >= 0", 2, "processors of a container, at most those of the machine; 0: no limit"),
     Key("containers.pids", "integer >= 0", 2048, "processes and threads of a container; 0: no limit"),
@@ -901,6 +903,8 @@ def _check_config(checker: Checker, read: dict[str, dict]) -> None:
         names = [str(name) for name in (*(values["env"] or ()), *(values["pass_env"] or ()))]
         if any(not name or "=" in name or "\0" in name for name in names):
             checker.problem(f"agents.{kind}", "a name in env or pass_env is empty or holds '='")
+        if values["mcp"] and kind != "claude":
+            checker.problem(f"agents.{kind}.mcp", "only claude takes MCP servers from Claudomator")
     projects = [fields["name"] for fields in read["projects[]"].values()]
     for group, what, known in (("agent", "agent kind", kinds), ("project", "project", projects)):
         for name in read[f"budgets.{group}.*"]:
@@ -4894,6 +4898,7 @@ GEMINI_CREDENTIALS = tuple(
     " GOOGLE_APPLICATION_CREDENTIALS GEMINI_CLI_HOME".split())
 CLAUDE_MAX_RETRIES = 2  # by itself claude retries for three minutes in a slot; the queue does the waiting instead
 LOCAL_API_KEY = "CLAUDOMATOR_LOCAL_API_KEY"  # how the key comes to a local agent's process: argv is for all to see
+MCP_SERVER = "claudomator"  # its name to claude, whose names for its tools are mcp__claudomator__TOOL
 LOCAL_MODE = "_local"  # the argument that makes this program the process of a local agent
 LONGEST_VARIABLE = 100_000  # bytes; the kernel refuses a variable or argument of 128 KiB (MAX_ARG_STRLEN)
 
@@ -4911,6 +4916,10 @@ Your task:
 CT_PREAMBLE = """\
 - The command ct writes both files for you: ct ask "your question" --option a --option b, and ct summary "what you did".
 """
+MCP_PREAMBLE = """\
+- The MCP tools ask_operator and report_summary of the server claudomator write both files for you.{subtasks}
+"""
+MCP_SUBTASKS = " Its tools\n  create_subtask, wait_subtask and get_task give a part of the work to another agent."
 SUBTASKS_PREAMBLE = """\
 - You may give a part of the work to another agent, as a subtask:
   ct task submit --name NAME --instructions "what to do" --wait
@@ -5000,16 +5009,27 @@ def secrets_given(config: Config, host: dict) -> set[str]:
     return config.secrets | {host[name] for name in names if name in host}
 
 
-def preamble(context: RunContext) -> str:
-    """What an agent must know of where it runs; put in front of the instructions unless ``skip_planning``."""
+def preamble(context: RunContext, mcp: bool = False) -> str:
+    """What an agent must know of where it runs, and of the tools that it has; put in front of the instructions unless
+    ``skip_planning``."""
     where = f"is {context.cwd}. Work only there."
     if context.sandboxed:
         where = (f"{context.cwd} is a throw-away git clone. Work only there. Commit your work\n  with git in clear, small"
                  " commits; what you leave uncommitted is committed for you, and all is pushed.")
-    tools = CT_PREAMBLE if context.tools_dir else ""
+    tools = MCP_PREAMBLE.format(subtasks=MCP_SUBTASKS if context.api_url else "") if mcp else ""
+    tools += CT_PREAMBLE if context.tools_dir else ""
     tools += SUBTASKS_PREAMBLE if context.tools_dir and context.api_url else ""
     return PREAMBLE.format(where=where, question=f"{context.execution_dir}/question.json", tools=tools,
                            summary=f"{context.execution_dir}/summary.txt")
+
+
+def mcp_config(context: RunContext, env: dict) -> str:
+    """The file for ``--mcp-config``: this program as the server.  It names the variables that the server needs and holds
+    no value, so no token; ``alwaysLoad`` because a tool that must be searched for is not found."""
+    command, *words = context.program
+    return format_json({"mcpServers": {MCP_SERVER: {
+        "type": "stdio", "command": command, "args": [*words, "mcp"], "alwaysLoad": True,
+        "env": {name: f"${{{name}}}" for name in env if name.startswith("CLAUDOMATOR_")}}}}) + "\n"
 
 
 def build_claude(task: Task, context: RunContext, config: Config, host: dict) -> Launch:
@@ -5029,8 +5049,10 @@ def build_claude(task: Task, context: RunContext, config: Config, host: dict) ->
     allowed = list(agent.allowed_tools)
     if not agent.skip_planning and "Bash" not in allowed:
         allowed.append("Bash")  # asking and reporting, as the preamble says, takes a shell
+    allowed += [f"mcp__{MCP_SERVER}"] if settings.mcp else []  # all of its tools
+    mcp_file = f"{context.execution_dir}/mcp.json"
     for flag, values in (("--allowedTools", allowed), ("--disallowedTools", agent.disallowed_tools),
-                         ("--add-dir", agent.context_files)):
+                         ("--add-dir", agent.context_files), ("--mcp-config", [mcp_file] if settings.mcp else [])):
         for value in values:
             argv += [flag, value]
     argv += agent.additional_args
@@ -5040,7 +5062,8 @@ def build_claude(task: Task, context: RunContext, config: Config, host: dict) ->
         env.setdefault("CLAUDE_CONFIG_DIR", config.claude_config_dir)
     if context.is_root and mode == "bypassPermissions":
         env.setdefault("IS_SANDBOX", "1")  # without it claude refuses to run as root
-    return Launch(tuple(argv), env, _prompt(task, context, preamble(context)), "claude", context.session_id)
+    return Launch(tuple(argv), env, _prompt(task, context, preamble(context, settings.mcp)), "claude",
+                  context.session_id, files=((mcp_file, mcp_config(context, env)),) if settings.mcp else ())
 
 
 def _prompt(task: Task, context: RunContext, head: str) -> str:
@@ -5232,6 +5255,7 @@ def runner_binary(kind: str, config: Config) -> str:
 # there, everyone sees in /proc and in ``docker inspect``.  The time limit is kept inside, so that it holds when the
 # daemon, the supervisor and the engine's client are all gone.
 BOX_WORK, BOX_HOME, BOX_FILES = "/workspace", "/home/agent", "/run/claudomator"
+BOX_PROGRAM = f"{BOX_FILES}/claudomator.py"  # this program, where an agent's CLI starts it (section 30)
 BOX_LOGIN, BOX_REPO = "/run/claudomator-login", "/run/claudomator-repo"
 EXECUTION_LABEL, DATA_LABEL = "claudomator.execution", "claudomator.data"
 HOST_ONLY = ENVIRONMENT_ALLOWED - set("LANG LANGUAGE TZ HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy"
@@ -7533,6 +7557,8 @@ class Box:
                   (self.files, BOX_FILES, False)]
         mounts += [(os.path.join(self.directory, name), f"{BOX_FILES}/{name}", False)
                    for name in ("stdout.log", "stderr.log")]
+        if self.config.agent_settings(self.kind).mcp:
+            mounts.append((os.path.abspath(__file__), BOX_PROGRAM, True))
         argv = self._argv(self.name, (*mounts, *self._logins()), (f"{BOX_FILES}/run",), is_kept=True)
         return Launch(argv, engine_env(self.host), launch.stdin, launch.format, launch.session_id, files=(
             (f"{self.files}/run", script), (f"{self.files}/prompt.txt", launch.stdin or ""), *own))
@@ -9251,7 +9277,8 @@ class Workplace:
             cwd=box.inside(cwd) if box else cwd, project_dir=self.task.agent.project_dir,
             sandboxed=self.sandbox is not None, session_id=self.execution.session_id, resume=self.resumed, feedback=feedback,
             answer=resume.get("text", "") if resume.get("kind") == "answer" else "", round=self.execution.round,
-            is_root=os.geteuid() == 0, program=(sys.executable, "-I", os.path.abspath(__file__)),
+            is_root=os.geteuid() == 0,
+            program=("python3", "-I", BOX_PROGRAM) if box else (sys.executable, "-I", os.path.abspath(__file__)),
             tools_dir=("/usr/local/bin" if box else tools_dir) if os.path.exists(f"{tools_dir}/ct") else "",
             api_url=f"unix://{config.agent_socket_path}", api_token=agent_token(self.core.agent_key, self.execution.id))
         task = self.task
@@ -12516,6 +12543,425 @@ def cmd_image_build(cli: Cli) -> int:
     return cli.document({"image": tag, "base": base, "ct": os.path.isfile(ct_path)}, lambda: f"built {tag} from {base}")
 
 
+# ---- 30 MCP server ---------------------------------------------------------------------------------------------
+# The Model Context Protocol on stdio (revision 2025-06-18), for an agent whose CLI starts it: JSON-RPC 2.0, a message a
+# line, as section 13 has it.  The process runs where the agent runs, maybe in a container, keeps no state, and reaches
+# the daemon as ``ct`` does: by the HTTP API with the token of the run.  Each tool call has a thread, because a wait takes
+# minutes and an agent asks for several things at once.  stdout carries the protocol and nothing else.
+
+PROTOCOL_VERSIONS = ("2025-06-18", "2025-03-26", "2024-11-05")  # the second knows batches, which no client sends
+API_URL, API_TOKEN, OWN_TASK = "CLAUDOMATOR_API_URL", "CLAUDOMATOR_API_TOKEN", "CLAUDOMATOR_TASK_ID"
+API_REQUEST_S = 30.0
+POLL_S = 25  # one long poll; proxies between us and the daemon cut a silence of 60 s
+RESEND_S, FIRST_S, RESTART_S = 10.0, 60.0, 600.0  # what a call bears; a wait where the API never answered, where it did
+PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0  # between two tries; doubles
+CALLS_AT_ONCE, LAST_ANSWERS_S = 64, 1.0  # how long the calls under way may still answer once stdin has ended
+SUBTASK_MODEL, SUBTASK_USD, SUBTASK_WAIT_S = "sonnet", 3.0, 600.0  # where a call names none
+
+
+class ToolCall:
+    """A call under way.  ``stopped`` is set once nobody waits for its answer; ``progress(text)`` keeps its client
+    patient."""
+
+    def __init__(self, progress: Callable = lambda text: None) -> None:
+        import threading
+        self.stopped, self.progress, self._connection = threading.Event(), progress, None
+
+    def stop(self) -> None:
+        """Ends it, also while it reads an answer."""
+        self.stopped.set()
+        self.attach(self._connection)
+
+    def attach(self, connection) -> None:
+        """Notes the socket that the call reads from."""
+        import socket
+        self._connection = connection
+        if self.stopped.is_set() and connection is not None:
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # it is closed already
+
+
+class AgentApi:
+    """The HTTP API as the token of a run sees it, a connection a request.  Raises ``Unreachable`` where it does not
+    answer now, which may pass, else ``ClaudomatorError`` with what it refused."""
+
+    def __init__(self, url: str, token: str) -> None:
+        self.url, self._token, self._reached = url, token, False
+
+    def _exchange(self, call: ToolCall, method: str, path: str, body: str | None, timeout_s: float,
+                  headers: dict) -> tuple[int, bytes]:
+        import socket
+        from http.client import HTTPConnection, HTTPException
+        from urllib.parse import urlsplit
+        try:
+            parts = urlsplit(self.url)
+            _require(parts.scheme == "http" and parts.hostname or parts.scheme == "unix" and parts.path)
+            connection = HTTPConnection(parts.hostname or "localhost", parts.port, timeout_s)
+        except ValueError:
+            raise InvalidInput(f"{self.url!r} is no address of the API: {API_URL} must be http://HOST:PORT or"
+                               " unix:///PATH") from None
+        try:
+            if parts.scheme == "unix":
+                connection.sock, prefix = socket.socket(socket.AF_UNIX), ""
+                connection.sock.settimeout(timeout_s)
+                with short_socket_path(parts.path) as address:
+                    connection.sock.connect(address)
+            else:
+                connection.connect()
+                prefix = parts.path.rstrip("/")
+            call.attach(connection.sock)
+            connection.request(method, prefix + path, body, {
+                "Authorization": f"Bearer {self._token}", "Accept": "application/json", "Connection": "close", **headers})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: a token or path that no header can hold
+            raise Unreachable(f"the Claudomator API at {self.url} cannot be reached"
+                              f" ({getattr(error, 'strerror', None) or error or type(error).__name__})") from None
+        finally:
+            call.attach(None)
+            connection.close()
+
+    def ask(self, call: ToolCall, method: str, path: str, document: dict | None = None,
+            timeout_s: float = API_REQUEST_S, **headers: str) -> dict:
+        """The document that one request is answered with; ``headers`` with ``_`` for ``-``."""
+        body = None if document is None else format_json(document)
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        status, data = self._exchange(call, method, path, body, timeout_s, {
+            **named, **({"Content-Type": "application/json"} if body else {})})
+        answered = parse_json_or(data, None)
+        if 200 <= status < 300 and isinstance(answered, dict):
+            self._reached = True
+            return answered
+        error = answered.get("error") if isinstance(answered, dict) else None
+        told = clean_text(error.get("message"), DETAIL_LIMIT) if isinstance(error, dict) else ""
+        told = told or f"{self.url} answered HTTP {status}, but not as Claudomator's API does"
+        if status in (429, 502, 503, 504):
+            raise Unreachable(told)
+        raise ClaudomatorError(safe_text(told) + {
+            401: f"; {API_TOKEN} is wrong or its run is over: say so in your last message",
+            403: "; you reach your own task and its subtasks, by the id that create_subtask gave",
+            404: "; get_task without an id shows your task and its subtasks"}.get(status, ""))
+
+    def persist(self, call: ToolCall, *request, waiting: bool = False, deadline: float = float("inf"), **more) -> dict:
+        """``ask`` what does no harm twice, again with growing pauses while the daemon restarts."""
+        give_up, pause_s = 0.0, PAUSE_S
+        while True:
+            try:
+                return self.ask(call, *request, **more)
+            except Unreachable as error:
+                now = time.monotonic()
+                lasting_s = RESEND_S if not waiting else RESTART_S if self._reached else FIRST_S
+                give_up = give_up or min(now + lasting_s, deadline)
+                if now >= give_up or call.stopped.wait(min(pause_s, give_up - now)):
+                    raise Unreachable(f"{error}; the daemon may be down: call it again later, or go on without"
+                                      " and say so in your summary") from None
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def task_facts(task: object) -> dict:
+    """What an agent wants to know of a task: short, because it is read by a model.  Raises ``ClaudomatorError``."""
+    if not isinstance(task, dict) or not all(task.get(name) and isinstance(task[name], str) for name in ("id", "state")):
+        raise ClaudomatorError("the API's answer holds no task: this program and the daemon are of different versions;"
+                               " go on without subtasks, and say so in your summary")
+    run = task.get("execution") if isinstance(task.get("execution"), dict) else {}
+    facts = {name: task.get(name) for name in ("id", "name", "state", "reason", "detail", "why", "question", "summary")}
+    facts.update({name: run.get(name) for name in ("cost_usd", "commits", "changestats")})
+    return {name: value for name, value in facts.items() if value not in (None, "", [])}
+
+
+def first_task(answered: dict) -> dict:
+    """The first task of an answer."""
+    tasks = answered.get("tasks")
+    return task_facts(tasks[0] if isinstance(tasks, list) and tasks else None)
+
+
+ADVICE: dict[str, str] = {
+    PENDING: "nothing runs it: a person must queue it, so do not wait for it",
+    COMPLETED: "its commits, if it made any, are pushed: fetch them before you build on them",
+    READY: "it is done, and a person will look at it; its commits are pushed",
+    BLOCKED: "it waits for a person, whom you cannot replace: do other work, or end: your task then waits for it",
+    **{state: "reason and detail say why: do that work yourself, or create another subtask with clearer instructions"
+       for state in FAILURE_STATES},
+}
+
+
+class McpTools:
+    """What the tools do.  Each takes its call and its parameters, and returns the structured result; its ``message`` is
+    for the agent.  Raises ``ClaudomatorError`` with a sentence that says what to do next."""
+
+    def __init__(self, environ: dict) -> None:
+        import threading
+        self._environ, self._api, self._writing = environ, None, threading.Lock()
+
+    def _variable(self, name: str) -> str:
+        if not self._environ.get(name):
+            raise ClaudomatorError(f"{name} is not set: Claudomator sets it in the environment of its tasks; this is none,"
+                                   " or it has no API, so go on without this tool")
+        return self._environ[name]
+
+    def _persist(self, *request, **more) -> dict:
+        if self._api is None:
+            self._api = AgentApi(self._variable(API_URL), self._variable(API_TOKEN))
+        return self._api.persist(*request, **more)
+
+    def create_subtask(self, call: ToolCall, instructions: str, name: str, agent: str, model: str, max_budget_usd: float,
+                       timeout: str, tags: tuple, project_dir: str) -> dict:
+        """Make a task below the agent's own, and queue it."""
+        chosen = {"type": agent, "model": model or (SUBTASK_MODEL if agent == "claude" else ""),
+                  "instructions": instructions, "max_budget_usd": max_budget_usd,
+                  "project_dir": project_dir or self._environ.get("CLAUDOMATOR_PROJECT_DIR", "")}
+        task = {"name": name or one_line(instructions.strip().splitlines()[0], 80), "tags": tags, "timeout": timeout,
+                "parent_task_id": self._variable(OWN_TASK), "agent": {at: value for at, value in chosen.items() if value}}
+        document = {"tasks": {at: value for at, value in task.items() if value}, "queue": True}
+        facts = first_task(self._persist(call, "POST", "/api/tasks", document, Idempotency_Key=os.urandom(16).hex()))
+        return {"message": f"The subtask is {facts['state']}. Call wait_subtask with its id {facts['id']} when you need"
+                           " its result; you may create more subtasks first.", "task": facts}
+
+    def wait_subtask(self, call: ToolCall, id: str, timeout_s: float) -> dict:
+        """Long polls until the task has ended or asks something, or until the time is over."""
+        began, pause_s = time.monotonic(), PAUSE_S
+        deadline = began + timeout_s
+        while True:
+            polled = time.monotonic()
+            left_s = max(0, min(POLL_S, round(deadline - polled)))
+            answered = self._persist(call, "GET", f"/api/tasks/{id}/wait?timeout_s={left_s}", waiting=True,
+                                     deadline=deadline, timeout_s=left_s + API_REQUEST_S)
+            facts, now = first_task(answered), time.monotonic()
+            state, asks = facts["state"], "question" in facts or answered.get("timed_out") is False
+            if state in SETTLED_STATES or state == PENDING or state == BLOCKED and asks:
+                return {"message": f"The subtask is {state}: {ADVICE.get(state)}.", "ended": state in SETTLED_STATES,
+                        "task": facts}
+            if now >= deadline:
+                return {"message": f"The subtask is still {state}: call wait_subtask again, or do other work meanwhile.",
+                        "ended": False, "task": facts}
+            call.progress(f"{id[:8]} is {state}")
+            if now - polled < min(left_s, 1) or not left_s:  # a server that answers at once is not to be hammered
+                call.stopped.wait(min(pause_s, deadline - now))
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def get_task(self, call: ToolCall, id: str) -> dict:
+        """A task and its subtasks."""
+        answered = self._persist(call, "GET", f"/api/tasks/{id or self._variable(OWN_TASK)}")
+        task, below = task_facts(answered.get("task")), answered.get("subtasks")
+        subtasks = [task_facts(each) for each in below] if isinstance(below, list) else []
+        return {"message": f"The task is {task['state']} and has {len(subtasks)} subtasks.", "task": task,
+                "subtasks": subtasks}
+
+    def ask_operator(self, call: ToolCall, question: str, options: tuple) -> dict:
+        """Leave a question in the question file."""
+        if not options and parse_question(format_json({"text": question})).kind != "question":
+            question += " ?"  # it would be taken for a report
+        self._leave("CLAUDOMATOR_QUESTION_FILE", format_json({"text": question, "options": options}), QUESTION_LIMIT)
+        return {"message": "The question is recorded. Stop now, without doing anything else: end your turn, and you will"
+                           " be resumed with the answer."}
+
+    def report_summary(self, call: ToolCall, summary: str) -> dict:
+        """Leave a summary in the summary file."""
+        self._leave("CLAUDOMATOR_SUMMARY_FILE", summary.strip() + "\n", SUMMARY_LIMIT)
+        return {"message": "The summary is recorded; another call replaces it."}
+
+    def _leave(self, variable: str, text: str, limit: int) -> None:
+        path = self._variable(variable)
+        if len(text.encode()) > limit:
+            raise ClaudomatorError(f"it has more than {limit} bytes: shorten it, and put the rest into a file of the"
+                                   " repository")
+        try:
+            with self._writing:
+                write_private(f"{path}.new", text)
+                os.replace(f"{path}.new", path)
+        except OSError as error:
+            raise ClaudomatorError(f"{path} cannot be written ({error.strerror}): say it in your last message instead,"
+                                   " and stop") from None
+
+
+class Tool(Record):
+    """A tool as agents see it: ``run(tools, call, **values)``; ``reads`` tells that it changes nothing, so that clients
+    run several at once."""
+
+    run: object
+    description: str
+    params: tuple
+    reads: bool = False
+
+
+MCP_TOOLS: dict[str, Tool] = {
+    "create_subtask": Tool(McpTools.create_subtask, (
+        "Give a part of your work to another agent, as a subtask, and queue it. It knows nothing but the instructions you"
+        " write, and works on a clone of its own, which has what is pushed and not your own commits."
+        " Returns at once with its id; call wait_subtask for its result. Good for independent parts that can be done at"
+        " the same time; it costs money, so do small things yourself."), (
+        Key("instructions", "string", "", "what to do, whole: files, goal, how to check it; nothing else is known to it",
+            required=True),
+        Key("name", "string", "", "a short name for people; else the first line of the instructions"),
+        Key("agent", "string", "claude", "the agent kind: claude, gemini, local, shell or a configured one"),
+        Key("model", "string", "", f"else {SUBTASK_MODEL} for claude, the agent's own for others"),
+        Key("max_budget_usd", "number 0.01..1000000", SUBTASK_USD, "the most that a run of it may cost"),
+        Key("timeout", "string", "", "its time limit, like 15m or 1h30m; else the configured one"),
+        Key("tags", "strings", (), "tags, by which people find it"),
+        Key("project_dir", "string", "", "the repository to work on; else your own"))),
+    "wait_subtask": Tool(McpTools.wait_subtask, (
+        "Wait until a subtask has ended (COMPLETED, READY, FAILED, TIMED_OUT, CANCELLED, BUDGET_EXCEEDED) or asks a person"
+        " (BLOCKED); returns its state, summary, commits and cost. It survives a restart of the daemon. Waiting costs"
+        " nothing; still running after timeout_s seconds is no error, just call it again."), (
+        Key("id", "word", "", "the id that create_subtask gave", required=True),
+        Key("timeout_s", "number 0..3600", SUBTASK_WAIT_S, "how many seconds to wait at most")), reads=True),
+    "ask_operator": Tool(McpTools.ask_operator, (
+        "Ask the person who gave you this task, when you cannot go on without a decision. Nobody answers while you work:"
+        " after this call end your turn at once; you will be resumed with the answer, in the same working directory. Do"
+        " not ask what you can find out or decide yourself."), (
+        Key("question", "string", "", "the question, with all that is needed to decide it", required=True),
+        Key("options", "strings", (), "possible answers, if there are only a few"))),
+    "report_summary": Tool(McpTools.report_summary, (
+        "Say in 2 to 5 sentences what you changed, how you checked it and what is left. It is what the person reads of"
+        " your work. Call it once, when you are done."), (
+        Key("summary", "string", "", f"the sentences; {SUMMARY_LIMIT} bytes at most", required=True),)),
+    "get_task": Tool(McpTools.get_task, (
+        "Look at a task now, without waiting: its state, question, summary, commits and cost, and its subtasks. Without"
+        " an id it is your own task."), (
+        Key("id", "word", "", "the id of one of your subtasks; else your own task"),), reads=True),
+}
+
+
+def json_schema(key: Key) -> dict:
+    """A parameter as JSON Schema."""
+    word, _, bound = key.kind.partition(" ")
+    low, _, high = bound.partition("..")
+    schema = {"strings": {"type": "array", "items": {"type": "string"}}, "number": {"type": "number"}}.get(
+        word, {"type": "string"})
+    return {**schema, "description": key.help, **({"minimum": float(low), "maximum": float(high)} if bound else {}),
+            **({"default": key.default} if key.default else {}), **({"minLength": 1} if key.required else {})}
+
+
+def describe_tool(name: str) -> dict:
+    """A tool as ``tools/list`` shows it."""
+    tool = MCP_TOOLS[name]
+    return {"name": name, "description": tool.description, "inputSchema": {
+        "type": "object", "properties": {key.name: json_schema(key) for key in tool.params},
+        "required": [key.name for key in tool.params if key.required], "additionalProperties": False},
+        "annotations": {"readOnlyHint": tool.reads, "destructiveHint": False}}
+
+
+class McpServer:
+    """The protocol: bytes in by ``receive``, lines out by ``write``, which gets one whole message each time."""
+
+    def __init__(self, environ: dict, write: Callable) -> None:
+        import threading
+        self._tools, self._write, self._lock = McpTools(environ), write, threading.Lock()
+        self._splitter = RequestSplitter()
+        self._calls: dict[object, tuple] = {}  # request id: (ToolCall, Thread)
+
+    def receive(self, data: bytes) -> None:
+        """Take the client's next bytes; answers come when they are there, in any order."""
+        for line in self._splitter.feed(data):
+            request_id = None
+            try:
+                if isinstance(line, WireError):
+                    raise line
+                request = parse_request(line)
+                request_id = request.id
+                result = self._answer(request)
+                if result is not None and request_id is not None:
+                    self._send(encode_result(request_id, result))
+            except WireError as error:
+                self._send(encode_error(error.request_id if request_id is None else request_id, error))
+
+    def finish(self) -> None:
+        """The client has gone, or sends no more: what can be answered soon still is."""
+        deadline = time.monotonic() + LAST_ANSWERS_S
+        for _, thread in list(self._calls.values()):
+            thread.join(max(0, deadline - time.monotonic()))
+        self._lock.acquire(timeout=LAST_ANSWERS_S)  # an answer that is being written is written whole
+
+    def _send(self, line: bytes) -> None:
+        with self._lock:
+            self._write(line)
+
+    def _answer(self, request: Request) -> dict | None:
+        """The result, or ``None`` where there is none, or not yet."""
+        if request.method == "initialize":
+            asked = request.params.get("protocolVersion")
+            return {"protocolVersion": asked if asked in PROTOCOL_VERSIONS else PROTOCOL_VERSIONS[0],
+                    "capabilities": {"tools": {}}, "serverInfo": {"name": "claudomator", "version": __version__}}
+        if request.method == "ping":
+            return {}
+        if request.method == "tools/list":
+            return {"tools": [describe_tool(name) for name in MCP_TOOLS]}
+        if request.id is None:  # notifications/initialized and others need nothing
+            gone = request.params.get("requestId") if request.method == "notifications/cancelled" else None
+            if isinstance(gone, (str, int)) and gone in self._calls:
+                self._calls[gone][0].stop()
+            return None
+        if request.method == "tools/call":
+            return self._begin(request)
+        raise WireError(METHOD_NOT_FOUND, f"there is no method {request.method[:60]!r} here: this server has tools only")
+
+    def _begin(self, request: Request) -> dict | None:
+        """Start a call's thread; a result only where it does not start."""
+        import threading
+        name, arguments = request.params.get("name"), request.params.get("arguments")
+        tool = MCP_TOOLS.get(name) if isinstance(name, str) else None
+        if tool is None:
+            raise WireError(INVALID_PARAMS, f"there is no tool {describe_value(name)}"
+                                            f"{did_you_mean(str(name)[:60], MCP_TOOLS)}; tools/list lists them")
+        if arguments is not None and not isinstance(arguments, dict):
+            raise WireError(INVALID_PARAMS, f"arguments must be an object, not {describe_value(arguments)}")
+        if request.id in self._calls:
+            raise WireError(INVALID_REQUEST, "a call with this id is still under way: each request needs an id of its own")
+        if len(self._calls) >= CALLS_AT_ONCE:
+            return failed_call(f"{CALLS_AT_ONCE} calls are under way: wait for some of them before you call more")
+        call = ToolCall(self._progress_of(request.params.get("_meta")))
+        thread = threading.Thread(target=self._run, args=(request.id, call, tool, arguments or {}), daemon=True)
+        self._calls[request.id] = call, thread
+        thread.start()
+        return None
+
+    def _progress_of(self, meta: object) -> Callable:
+        """What tells the client that a call is alive, where the client asked for that."""
+        token, began = meta.get("progressToken") if isinstance(meta, dict) else None, time.monotonic()
+        return lambda text: None if token is None else self._send(encode_notification("notifications/progress", {
+            "progressToken": token, "progress": round(time.monotonic() - began, 3), "message": text}))
+
+    def _run(self, request_id, call: ToolCall, tool: Tool, arguments: dict) -> None:
+        try:
+            checker = Checker("")
+            values = checker.group({key.name: key for key in tool.params}, arguments, "")
+            checker.finish()
+            facts = tool.run(self._tools, call, **values)
+            rest = {name: value for name, value in facts.items() if name != "message"}
+            text = facts["message"] + (f"\n{format_json(rest)}" if rest else "")
+            result = {"content": [{"type": "text", "text": text}], "structuredContent": facts, "isError": False}
+        except Exception as error:  # also a fault of this program: an agent must not wait for ever
+            result = failed_call(str(error) or type(error).__name__)
+        with self._lock:  # together: who has the answer may use its id again
+            del self._calls[request_id]
+            try:
+                if not call.stopped.is_set():
+                    self._write(encode_result(request_id, result))
+            except OSError:
+                pass  # the client has left, which ends the reading too
+
+
+def failed_call(text: str) -> dict:
+    """The result of a call that did not do what it should; the agent reads the text."""
+    return {"content": [{"type": "text", "text": text}], "isError": True}
+
+
+def cmd_mcp(cli: Cli) -> int:
+    """``mcp``: serve until stdin ends."""
+    def write(line: bytes) -> None:
+        rest = memoryview(line)
+        while rest:
+            rest = rest[os.write(1, rest):]
+
+    server = McpServer(cli.environ, write)
+    while data := os.read(0, 1 << 16):
+        server.receive(data)
+    server.finish()
+    return EXIT_OK
+
+
 # ---- 31 Demo ---------------------------------------------------------------------------------------------------
 # The whole way without any account: a daemon on a temporary data directory, a scratch repository with a bug, and
 # five shell agents.  It is also the first thing that a newcomer sees, so it explains itself.
@@ -12662,6 +13108,7 @@ COMMANDS: dict[str, Command] = {
     "init": Command(cmd_init, "", "write a commented configuration file and say what is installed"),
     "serve": Command(cmd_serve, "", "run the daemon in the foreground"),
     "demo": Command(cmd_demo, "", "see the whole way in half a minute, without any account"),
+    "mcp": Command(cmd_mcp, "", "serve an agent's MCP client on stdio: subtasks, a question, a summary"),
     "run": Command(cmd_run, "FILE|-", "run a task file to its end and print the result", (
         Option("--parallel N", "at most so many at once (without a daemon)", "int"),
         Option("--dry-run", "check the file and show what would run")), 1, 1),

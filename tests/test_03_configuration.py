@@ -350,7 +350,7 @@ def test_the_keys_of_this_version_are_the_active_ones():
         "local_model.endpoint", "local_model.model", "local_model.timeout_seconds", "local_model.default_temperature",
         "local_model.api_key",
         "prices.*.input", "prices.*.cached", "prices.*.output", "runners.*.command", "runners.*.resume",
-        "runners.*.format", "runners.*.fields", "classifier", "agents.*.models", "agents.*.good_for"}
+        "runners.*.format", "runners.*.fields", "classifier", "agents.*.models", "agents.*.good_for", "agents.*.mcp"}
 
 
 def test_differences_name_changed_keys_and_those_that_need_a_restart():

@@ -198,7 +198,7 @@ def test_every_command_gives_one_json_document(daemon, cli, tmp_path):
         "ctl agent park": ["claude"], "ctl agent unpark": ["claude"], "ctl pool": [], "ctl budget": [],
         "ctl pool pause": ["--agent", "claude"],
         "ctl pool drain": None, "ctl pool resume": ["--agent", "claude"], "ctl project": [], "ctl sandbox": [], "ctl sandbox list": [], "ctl sandbox rm": [done], "ctl backup": [tmp_path / "b.db"], "ctl reload": [],
-        "ctl call": ["daemon.status"], "ctl logs": [done], "ctl watch": None, "serve": None, "demo": None,
+        "ctl call": ["daemon.status"], "ctl logs": [done], "ctl watch": None, "serve": None, "demo": None, "mcp": None,
         "image build": None,  # wants an engine: tests/test_21_containers.py
     }
     assert set(calls) == set(c.COMMANDS)
