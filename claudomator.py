@@ -236,6 +236,8 @@ def parse_json(text: str | bytes) -> object:
         return json.loads(stripped)  # says what is wrong
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
+    except ValueError as error:  # Python's own words for it name a switch of Python
+        raise ValueError("a number has too many digits" if "digits" in str(error) else str(error)) from None
     if end != len(stripped):
         raise ValueError(f"more text after the JSON value at character {end}")
     return value
@@ -423,6 +425,17 @@ def nearest(word: str, known) -> str | None:
     return folded[found[0]] if found else None
 
 
+MAX_ITEMS = 100_000  # of all lists of a document
+MAX_PROBLEMS = 50  # told at once; to look for what each of 200,000 wrong keys may mean would stop the daemon
+
+
+def unknown_names(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """A line for each unknown parameter, or for the first ones."""
+    wrong = [name for name in names if name not in known]
+    more = [f"and {len(wrong) - MAX_PROBLEMS} more"] if len(wrong) > MAX_PROBLEMS else []
+    return [f"{name[:60]}: unknown parameter{did_you_mean(name, known)}" for name in wrong[:MAX_PROBLEMS]] + more
+
+
 def did_you_mean(word: str, known) -> str:
     """`` (did you mean 'x'?)`` for an error message, or an empty string."""
     name = nearest(word, known)
@@ -541,12 +554,14 @@ def convert_value(kind: str, value, home: str = "") -> object:
     """``value`` as the program uses it: durations in seconds, paths absolute.  Raises ``ValueError(hint)``."""
     word, _, bound = kind.partition(" ")
     types = {"bool": (bool,), "integer": (int,), "number": (int, float)}.get(word)
+    if word == "integer" and type(value) is float and value.is_integer():
+        value = int(value)  # to JSON 3.0 is as good as 3
     if types:  # NaN is in no range
         _require(type(value) in types and -MAX_INTEGER <= value <= MAX_INTEGER and _within(value, bound))
         return float(value) if word == "number" else value
     if word in ("strings", "table"):  # the caller takes these apart
         raise ValueError(f"write [{value}]" if word == "strings" and type(value) is str and len(value) < 40 else "")
-    value = "0" if word == "duration" and type(value) is int and value == 0 else value
+    value = "0" if word == "duration" and type(value) in (int, float) and value == 0 else value
     if not isinstance(value, str):
         scalar = isinstance(value, (int, float)) or hasattr(value, "isoformat")
         raise ValueError("" if not scalar else "write it like 90s" if word == "duration" else "put it in quotes")
@@ -583,17 +598,26 @@ class Checker:
 
     def __init__(self, where: str, home: str = "") -> None:
         self.where, self.home = where, home
-        self.problems: list[str] = []
+        self.items, self.problems = 0, []
         self.unused: list[str] = []  # paths of keys that are set, but belong to a later version
 
     def problem(self, path: str, text: str) -> None:
-        """Notes one fault at a key path (empty: the document itself); control characters never reach a terminal."""
+        """Notes one fault at a key path (empty: the document itself); control characters never reach a terminal.
+        Of very many only the first ones are told."""
+        if len(self.problems) >= MAX_PROBLEMS:
+            return self.problems.append("")
         line = ": ".join(part for part in (self.where, path, text) if part)
         self.problems.append("".join(char if char.isprintable() else "?" for char in line))
 
     def wrong(self, path: str, expected: str, value, hint: str = "", secret: bool = False) -> None:
         """Notes that something else was expected than ``value``."""
         self.problem(path, f"expected {expected}, got {describe_value(value, secret)}{hint and f' ({hint})'}")
+
+    def count(self, items: int) -> None:
+        """Raises ``InvalidInput`` where the lists of a document have too many elements: reading them stops the daemon."""
+        self.items += items
+        if self.items > MAX_ITEMS:
+            raise InvalidInput(f"{self.where}: the lists of a document may have {MAX_ITEMS} elements in all")
 
     def scalar(self, kind: str, value, path: str, secret: bool = False) -> object:
         """The converted value, or ``None`` where it is not acceptable."""
@@ -607,6 +631,7 @@ class Checker:
         if value == "" == key.default or value is None:
             return key.default
         if key.kind == "strings" and isinstance(value, (list, tuple)):
+            self.count(len(value))
             return tuple(self.scalar("string", item, f"{path}[{i}]", key.secret) for i, item in enumerate(value))
         if key.kind == "table" and isinstance(value, dict):
             return {str(at): self.scalar("string", item, f"{path}.{at}", key.secret) for at, item in value.items()}
@@ -619,7 +644,8 @@ class Checker:
             return {key.field: key.default for key in keys.values()}
         prefix = path and path + "."
         for name in [str(name)[:60] for name in table if name not in keys and name not in others]:
-            self.problem(prefix + name, "unknown key" + did_you_mean(name, [*keys, *others]))
+            hint = did_you_mean(name, [*keys, *others]) if len(self.problems) < MAX_PROBLEMS else ""
+            self.problem(prefix + name, f"unknown key{hint}")
         values = {}
         for leaf, key in keys.items():
             given = table.get(leaf)
@@ -633,7 +659,9 @@ class Checker:
     def finish(self) -> None:
         """Raises ``InvalidInput`` with all problems, if there are any."""
         if self.problems:
-            raise InvalidInput(f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)} found", self.problems)
+            count = len(self.problems)
+            more = [f"and {count - MAX_PROBLEMS} more"] if count > MAX_PROBLEMS else []
+            raise InvalidInput(f"{count} problem{'s' * (count > 1)} found", self.problems[:MAX_PROBLEMS] + more)
 
 
 CONFIG_KEYS: tuple[Key, ...] = (
@@ -1115,6 +1143,7 @@ class _TaskReader(Checker):
         if not isinstance(value, (list, tuple)):
             return self.wrong(path, "a list of tasks", value, "write [x]") or ()
         found: dict[str, Dependency] = {}
+        self.count(len(value))
         for i, item in enumerate(value):
             item = {"task": item} if isinstance(item, str) else item
             if not isinstance(item, dict):
@@ -1204,6 +1233,9 @@ class _TaskReader(Checker):
             self.problem("agent.isolation", "container needs agent.repository_url, agent.project_dir or project")
 
 
+MAX_TASKS = 5000  # of one document; the daemon does nothing else while it reads them
+
+
 def parse_tasks(document, source: str, now: float, check: Callable | None = None) -> list[TaskSpec]:
     """The tasks of a parsed file; ``now`` is what a delay counts from, ``check`` knows more that may be wrong (see
     ``_TaskReader``).  Raises ``InvalidInput`` with every problem."""
@@ -1218,6 +1250,8 @@ def parse_tasks(document, source: str, now: float, check: Callable | None = None
         tasks = reader.wrong(path, "a list of tasks" if path else "a task or a list of tasks", tasks) or ()
     elif not tasks:
         reader.problem(path, "expected at least one task")
+    elif len(tasks) > MAX_TASKS:
+        raise InvalidInput(f"{source}: {len(tasks)} tasks in one document; send at most {MAX_TASKS} at once")
     specs = [reader.task(task, index) for index, task in enumerate(tasks, 1)]
     for reader.where, depends_on in [link for named in reader.links.values() for link in named]:
         for i, target in enumerate(depends_on):
@@ -4166,7 +4200,8 @@ _TCHAR = b"!#$%&'*+-.^_`|~" + _ALNUM  # RFC 9110 section 5.6.2
 _FIELD_TEXT = b"\t" + bytes(range(0x20, 0x7F)) + bytes(range(0x80, 0x100))  # RFC 9110 section 5.5, with SP and HTAB
 _PCHAR = b"-._~!$&'()*+,;=:@%/" + _ALNUM  # RFC 3986 section 3.3, with "/"
 _HEX = b"0123456789abcdefABCDEF"
-_ONLY_ONCE = ("host", "content-length", "transfer-encoding", "authorization", "origin", "content-type", "expect")
+_ONLY_ONCE = ("host", "content-length", "transfer-encoding", "authorization", "origin", "content-type", "expect",
+              "idempotency-key")
 
 
 class HttpError(ClaudomatorError):
@@ -5924,7 +5959,7 @@ class Transactions:
         if rows:
             some = ", ".join(f"{row[0][:13]} ({row[1]})" for row in rows)
             raise NotFound(f"{prefix!r} is the beginning of several {table.noun} ids: {some} ...; give more of it")
-        raise NotFound(f"there is no {table.noun} whose id begins with {prefix!r};"
+        raise NotFound(f"there is no {table.noun} whose id begins with {prefix[:60]!r};"
                        " `claudomator ctl list --all` shows the tasks")
 
     def _insert(self, table: _Table, record: Record) -> Record:
@@ -7039,10 +7074,10 @@ def clone_source(top: str, env: dict) -> str:
     return top
 
 
-def create_sandbox(project_dir: str, path: str, *, env: dict, setup: str = "", timeout_s: float = 600.0,
-                   log_path: str | None = None) -> Sandbox:
+def create_sandbox(project_dir: str, path: str, *, env: dict, setup: str = "", setup_env: dict | None = None,
+                   timeout_s: float = 600.0, log_path: str | None = None) -> Sandbox:
     """Clone a project into ``path`` and prepare it; what an earlier, interrupted call left there is removed first.
-    ``setup`` is a shell command, run in the clone.  Raises ``SandboxError`` (``sandbox_failed``)."""
+    ``setup`` is a shell command, run in the clone with ``setup_env``.  Raises ``SandboxError`` (``sandbox_failed``)."""
     if not os.path.isabs(project_dir) or not os.path.isdir(project_dir):
         raise SandboxError(f"project_dir {project_dir!r} is not the full path of a directory that exists")
     path, project_dir = os.path.abspath(path), os.path.realpath(project_dir)
@@ -7052,7 +7087,8 @@ def create_sandbox(project_dir: str, path: str, *, env: dict, setup: str = "", t
     source = clone_source(top, env)
     branch, start_head, note = _clone_and_settle(source, path, top, env)
     if setup:
-        _run_shell(setup, "setup", "sandbox_failed", env=env, cwd=path, timeout_s=timeout_s, log_path=log_path)
+        _run_shell(setup, "setup", "sandbox_failed", env=env if setup_env is None else setup_env, cwd=path,
+                   timeout_s=timeout_s, log_path=log_path)
     workdir = os.path.normpath(os.path.join(path, os.path.relpath(project_dir, top)))
     sandbox = Sandbox(path, source, branch, start_head, workdir if os.path.isdir(workdir) else path, note)
     # Written last: a clone without it was never handed out.
@@ -7232,11 +7268,12 @@ class SandboxResult(Record):
     note: str
 
 
-def finish_sandbox(sandbox: Sandbox, *, env: dict, build: str = "", verify: str = "", timeout_s: float = 600.0,
-                   log_path: str | None = None, attempts: int = 5, pause_s: float = 0.3,
+def finish_sandbox(sandbox: Sandbox, *, env: dict, shell_env: dict | None = None, build: str = "", verify: str = "",
+                   timeout_s: float = 600.0, log_path: str | None = None, attempts: int = 5, pause_s: float = 0.3,
                    on_step: Callable | None = None, inside: Callable | None = None) -> SandboxResult:
     """Commit what the agent left, build, verify, record and push.  The sandbox stays; the caller removes it.
-    ``env`` is that of build, verify and git; its execution mark tells a repeated call from another run.  ``attempts``:
+    ``env`` is that of git, and of build and verify without a ``shell_env``: they run what an agent may have written,
+    and must not see more than it did.  Its execution mark tells a repeated call from another run.  ``attempts``:
     how often to push when others come first, with a random pause of about ``pause_s`` between.  ``on_step(name)`` is
     called before each step (commit, build, verify, push, rebase) and while it waits for another task (waiting); what
     it raises stops the work.  ``inside(command, directory)`` is the argv that runs build and verify elsewhere, in a
@@ -7246,16 +7283,17 @@ def finish_sandbox(sandbox: Sandbox, *, env: dict, build: str = "", verify: str 
     def shell(command: str, what: str, directory: str) -> None:
         if command:
             step(what)
-            _run_shell(command, what, f"{what}_failed", env=env, cwd=directory, timeout_s=timeout_s, log_path=log_path,
-                       argv=inside(command, directory) if inside else ())
+            _run_shell(command, what, f"{what}_failed", env=shell_env, cwd=directory, timeout_s=timeout_s,
+                       log_path=log_path, argv=inside(command, directory) if inside else ())
 
+    shell_env = env if shell_env is None else shell_env
     step = on_step or (lambda name: None)
     work = _Finish(sandbox, env, step, lambda: shell(verify, "verify", sandbox.workdir))
     try:
         work.recover()
         if work.stage():
             shell(*(build, "build", sandbox.workdir) if build else
-                  find_build(sandbox.workdir, sandbox.path, env, bool(inside)))
+                  find_build(sandbox.workdir, sandbox.path, shell_env, bool(inside)))
             _commit(sandbox.path, AUTOCOMMIT_SUBJECT, env)
         work.verify()
         branch = work.push(attempts, pause_s) if work.has_commits() else ""
@@ -8285,8 +8323,7 @@ def check_params(operation: Operation, params: dict) -> dict:
     if not params and not operation.params:
         return {}
     known = {param.name: param for param in operation.params}
-    problems = [f"{name}: unknown parameter{did_you_mean(name, known)}" for name in params if name not in known]
-    values = {}
+    problems, values = unknown_names(params, known), {}
     for name, param in known.items():
         (expected, is_right, default), value = PARAM_CHECKS[param.kind], params.get(name)
         if value is None and param.required:
@@ -8400,7 +8437,7 @@ def _task_create(core: Core, params: dict) -> dict:
 
 
 def _task_list(core: Core, params: dict) -> dict:
-    states, limit = [state.upper() for state in params["states"]], max(1, min(params["limit"], 1000))
+    states, limit = [state.upper() for state in params["states"]], min(params["limit"], 1000)
     for state in states:
         if state not in MOVES:
             raise InvalidInput(f"states: there is no state {state!r}{did_you_mean(state, MOVES)}")
@@ -8408,7 +8445,7 @@ def _task_list(core: Core, params: dict) -> dict:
         states=states, tag=params["tag"], project=params["project"], agent=params["agent"], limit=limit + 1,
         parent=core.store.resolve_task(params["parent"]) if params["parent"] else "", before_seq=params["before"])
     return {"tasks": [{**shown, "seq": task.seq} for task, shown in zip(tasks, core.show_why(tasks[:limit]))],
-            "next": tasks[limit - 1].seq if len(tasks) > limit else None}
+            "next": tasks[limit - 1].seq if 0 < limit < len(tasks) else None}
 
 
 def _task_get(core: Core, params: dict) -> dict:
@@ -8609,7 +8646,7 @@ def _agent_park(core: Core, params: dict) -> dict:
             until = parse_time(text) if "-" in text else now + parse_duration(text)
         except ValueError:
             until = -1.0
-        if until < now:
+        if not now <= until < YEAR_10000_S:
             raise InvalidInput(f"until: expected a delay like 2h or a time to come like 2026-12-01T22:00:00Z,"
                                f" got {text!r}")
     core.life.park(params["agent"], until, "operator", "parked by the operator")
@@ -8876,11 +8913,12 @@ def free_params(operation: Operation, route: Route) -> dict[str, Param]:
 
 def decode_query(free: dict[str, Param], pairs: list) -> dict:
     """The parameters of a query string's (name, text) pairs.  Raises ``UsageError`` naming every fault."""
-    params, problems = {}, []
+    params, problems = {}, unknown_names([name for name, _ in pairs], free)
+    if any("token" in name.lower() for name, _ in pairs if name not in free):  # URLs end up in logs and histories
+        problems.append("a token belongs in the header Authorization: Bearer TOKEN, never in a URL")
     for name, text in pairs:
         param = free.get(name)
         if param is None:
-            problems.append(f"{name}: unknown parameter{did_you_mean(name, free)}")
             continue
         expected, is_right, _ = PARAM_CHECKS[param.kind]
         value = text if param.kind == "str" else text.split(",") if param.kind == "names" else \
@@ -8912,9 +8950,7 @@ def decode_body(route: Route, free: dict[str, Param], headers: dict, body: bytes
         return {route.body: params}
     if not isinstance(params, dict):
         raise UsageError(f"the body must be a JSON object, got {describe_value(params)}")
-    problems = [f"{name[:60]}: unknown parameter{did_you_mean(name, free)}" for name in params
-                if name not in free and name != route.body]
-    if problems:
+    if problems := unknown_names(params, {*free, route.body}):
         raise UsageError("\n  ".join(["the body's parameters are not right", *problems]), problems=problems)
     return params
 
@@ -8929,10 +8965,10 @@ def decode_params(operation: Operation, route: Route, variable: str, request: ob
         params = decode_body(route, free, headers, request.body)
     if path:
         params[path.name] = variable.split(",") if path.kind == "ids" else variable
-    if (key := headers.get("idempotency-key")) and operation.name == "task.create":
+    if (key := headers.get("idempotency-key")) is not None and operation.name == "task.create":
         task = params["tasks"]
-        if not isinstance(task, dict) or "tasks" in task or task.get("idempotency_key", key) != key:
-            raise UsageError("Idempotency-Key is for a single task, and the same as its idempotency_key if it has one")
+        if not key or not isinstance(task, dict) or "tasks" in task or task.get("idempotency_key", key) != key:
+            raise InvalidInput("Idempotency-Key is for a single task, and the same as its idempotency_key if it has one")
         params["tasks"] = {**task, "idempotency_key": key}
     if (last := headers.get("last-event-id")) and route.form == "events":
         run, _, seq = last.rpartition(":")
@@ -9015,6 +9051,8 @@ def key_schema(key: Key) -> dict:
                   "word": {"type": "string", "pattern": "^[a-z0-9_-]*$"},
                   "duration": {"type": "string", "pattern": f"^{DURATION_PATTERN}$"},
                   "time": {"type": "string", "pattern": f"^({TIME_PATTERN}|{DURATION_PATTERN})$"}}.get(word, text)
+    if key.kind == "duration":  # the number 0 needs no unit
+        return {**schema, "type": ["string", "integer", "null"], "maximum": 0, "minimum": 0, "description": key.help}
     schema = {**schema, "description": f"{key.help} ({kind_words(key.kind)})"}
     if key.required:
         return {**schema, **({"maxLength": MAX_NAME, "pattern": NAME_PATTERN} if key.name == "name" else
@@ -9037,7 +9075,8 @@ def task_schema() -> dict:
     schema, retry, delays = group_schema(""), group_schema("retry"), group_schema("retry")
     retry["properties"]["backoff"] = {"enum": ["exponential", "linear", None]}
     delays["properties"]["backoff"] = {"type": "array", "minItems": 1,
-                                       "items": {"type": "string", "pattern": f"^{DURATION_PATTERN}$"}}
+                                       "items": {"type": ["string", "integer"], "pattern": f"^{DURATION_PATTERN}$",
+                                                 "minimum": 0, "maximum": 0}}
     retry |= {"required": ["max_attempts"]}
     retry["properties"]["max_attempts"] = {"type": "integer", "minimum": 1, "maximum": MAX_INTEGER}
     delays |= {"required": ["backoff"]}
@@ -9109,7 +9148,7 @@ def describe_route(operation: Operation, route: Route) -> dict:
         parameters.insert(0, {"name": name, "in": "path", "required": True, "description": path.help,
                               "schema": {"type": "string", "pattern": f"^{word}$"}})
     if operation.name == "task.create":
-        parameters.append({"name": "Idempotency-Key", "in": "header", "schema": {"type": "string"},
+        parameters.append({"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "minLength": 1},
                            "description": "a second single task with the same key is the first one"})
     if parameters:
         described["parameters"] = parameters
@@ -9194,9 +9233,19 @@ class Workplace:
         self.feedback: dict | None = None  # what a failed check says to the next round
 
     def _environment(self) -> dict:
-        """For git, setup, build and verify: the daemon's own, with the mark so that a stop reaches them."""
+        """For git, with its credential helpers: the daemon's own, with the mark so that a stop reaches it."""
         key = self.core.config.ssh_auth_sock if self.task.agent.repository_url else ""
         return {**os.environ, MARK: self.execution.id, **({"SSH_AUTH_SOCK": key} if key else {})}
+
+    def _shell_environment(self) -> dict:
+        """For setup, build and verify on the host, which run what an agent may have edited: as much as the agent gets
+        but for its keys and its token, and the mark.  A container gets nothing of it: there it is its client's."""
+        if self.box:
+            return self._environment()
+        settings, project_dir = self.core.config.agent_settings(self.execution.agent), self.task.agent.project_dir
+        return agent_environment(self.core.host_env, settings, (), RunContext(
+            execution_id=self.execution.id, execution_dir=self.directory, cwd="", project_dir=project_dir,
+            round=self.execution.round), self.task)
 
     async def _prepare(self) -> None:
         """Make the execution's directory and its sandbox, or take the sandbox of the run that this one continues."""
@@ -9250,7 +9299,8 @@ class Workplace:
             return
         setup = self.project.setup if self.project and not self.box else ""
         self.sandbox = await in_thread(create_sandbox, self.task.agent.project_dir, path, env=self._environment(),
-                                       setup=setup, timeout_s=self.execution.timeout_s,
+                                       setup=setup, setup_env=self._shell_environment(),
+                                       timeout_s=self.execution.timeout_s,
                                        log_path=os.path.join(self.directory, "prepare.log"))
 
     def _working_directory(self) -> str:
@@ -9298,7 +9348,7 @@ class Workplace:
         """Autocommit, build, verify and push; a failure replaces the verdict.  Returns (verdict, facts)."""
         if not self.execution.sandbox_dir:
             if self.task.verify:
-                result = await in_thread(run_command, ["/bin/sh", "-c", self.task.verify], env=self._environment(),
+                result = await in_thread(run_command, ["/bin/sh", "-c", self.task.verify], env=self._shell_environment(),
                                          cwd=self._working_directory(), timeout_s=self.execution.timeout_s)
                 if result.exit_code != 0:
                     return self._undelivered("verify_failed", f"verify failed: {self.task.verify}", result.output), {}
@@ -9309,8 +9359,9 @@ class Workplace:
             if self.box:
                 await self._collect()
             result = await in_thread(
-                finish_sandbox, self.sandbox, env=env, build=self.project.build if self.project else "",
-                verify=self.task.verify, timeout_s=self.execution.timeout_s,
+                finish_sandbox, self.sandbox, env=env, shell_env=self._shell_environment(),
+                build=self.project.build if self.project else "", verify=self.task.verify,
+                timeout_s=self.execution.timeout_s,
                 log_path=os.path.join(self.directory, "deliver.log"), on_step=self._unless_cancelled,
                 inside=(lambda command, directory: self.box.gate(command, directory, env)) if self.box else None)
         except SandboxError as error:
@@ -11151,9 +11202,10 @@ async def handle_api(core: Core, request: object) -> HttpResponse | HttpStream:
             params["timeout_s"] = min(LONGEST_POLL_S if params["timeout_s"] is None else params["timeout_s"], LONGEST_POLL_S)
         if route.form == "events":
             stream = EventChunks(core, operation, request, operation.handler(core, params))
-            if request.method == "HEAD":
-                return HttpResponse(content_type="text/event-stream")
             await stream.begin()
+            if request.method == "HEAD":
+                await stream.aclose()
+                return HttpResponse(content_type="text/event-stream")
             return HttpStream(stream)
         if route.form == "text":
             return await log_response(core, operation.handler(core, {**params, "limit": min(
@@ -11238,7 +11290,7 @@ class EventChunks:
             self._ahead = None
             return b"event: end\n" + self._data(item.result)
         self._ask()
-        if "text" not in item:
+        if "seq" in item:  # an event; it may hold a text too
             return f"id: {item['seq']}\n".encode() + self._data(item)
         return f"id: {item['execution_id']}:{item['next']}\n".encode() + self._data(item)
 

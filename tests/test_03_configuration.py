@@ -102,7 +102,7 @@ GOOD = {"string": '"text"', "word": '"codex"', "bool": "true", "integer": "7", "
         "strings": '["a", "b"]', "table": '{A = "b"}', "path": '"/p"', "program": '"/bin/x"',
         "url": '"https://example.org/x"', "address": '"127.0.0.1:1"'}
 BAD = {"string": ["3", "[]", "true", "{}", "2026-01-01", r'"a\u0000b"'], "bool": ['"true"', "1", "0"],
-       "integer": ['"3"', "true", "1.0", "-1", "9223372036854775808", "nan"],
+       "integer": ['"3"', "true", "1.5", "-1", "9223372036854775808", "nan"],
        "number": ['"3"', "false", "-0.1", "nan", "inf", "-inf"],
        "duration": ["30", '"soon"', '"-1s"', '"3651d"', '"15"', "true", '""', '"' + "9" * 400 + 's"'],
        "choice": ['"other"', "3", "[]"], "strings": ['"a"', '["a", 3]', "{}", "[[]]"],
