@@ -655,7 +655,8 @@ CONFIG_KEYS: tuple[Key, ...] = (
     Key("gemini_image", "string", "claudomator-agent:latest", "container image for gemini"),
     Key("container_engine", "choice docker|podman", "docker", "what runs containers"),
     Key("claude_config_dir", "path", "", "given to claude as CLAUDE_CONFIG_DIR; empty: claude's own default"),
-    Key("ssh_auth_sock", "path", "", "SSH agent socket for cloning repository_url and pushing to it; no agent gets it"),
+    Key("ssh_auth_sock", "path", "", "SSH agent socket for cloning repository_url and pushing to it; agents get it only"
+        " by containers.ssh_agent"),
     Key("workspace_root", "path", "", "directory whose repositories are offered as projects", active=False),
     Key("webhook_url", "url", "", "gets a JSON POST per finished or blocked task", active=False),
     Key("webhook_secret", "string", "", "the secret that GitHub signs its webhooks with", active=False, secret=True),
@@ -686,6 +687,7 @@ CONFIG_KEYS: tuple[Key, ...] = (
     Key("containers.cpus", "number >= 0", 2, "processors of a container, at most those of the machine; 0: no limit"),
     Key("containers.pids", "integer >= 0", 2048, "processes and threads of a container; 0: no limit"),
     Key("containers.network", "string", "", "the engine's network for agents (none, host, a name); empty: its default"),
+    Key("containers.ssh_agent", "bool", False, "agents get ssh_auth_sock, read-only; with it they can push past verify"),
     Key("local_model.endpoint", "url", "", "a server with OpenAI's chat completions; empty: none",
         example="http://localhost:11434/v1"),
     Key("local_model.model", "string", "llama3.1:8b", "its model, for tasks that name none"),
@@ -733,7 +735,7 @@ _DEFAULT_SETTINGS: dict[str, AgentSettings] = {}  # of kinds without a table of 
 
 
 class ContainerSettings(KeyedRecord, keys=CONFIG_GROUPS["containers"]):
-    """``[containers]``: what bounds a container."""
+    """``[containers]``: what bounds a container, and what it is lent."""
 
 
 class LocalModelSettings(KeyedRecord, keys=CONFIG_GROUPS["local_model"]):
@@ -907,6 +909,8 @@ def _check_config(checker: Checker, read: dict[str, dict]) -> None:
             if name not in known:
                 names = ", ".join(map(str, known)) or "none is configured"
                 checker.problem(f"budgets.{group}.{name}", f"no such {what}{did_you_mean(name, known)}: {names}")
+    if read["containers"]["ssh_agent"] and not read[""]["ssh_auth_sock"]:
+        checker.problem("containers.ssh_agent", "there is no agent to lend: set ssh_auth_sock to the path of its socket")
     address, signed = read[""]["server_addr"], read[""]["webhook_secret"] or read[""]["allow_unsigned_webhooks"]
     if address and not signed and not checker.problems:  # GitHub's webhooks come in over HTTP
         host = split_address(address)[0]
@@ -5258,9 +5262,11 @@ def runner_binary(kind: str, config: Config) -> str:
 # daemon, the supervisor and the engine's client are all gone.
 BOX_WORK, BOX_HOME, BOX_FILES = "/workspace", "/home/agent", "/run/claudomator"
 BOX_LOGIN, BOX_REPO = "/run/claudomator-login", "/run/claudomator-repo"
+BOX_SSH_AGENT, BOX_GOOGLE = "/run/claudomator-ssh-agent.sock", "/run/claudomator-google.json"
+GOOGLE_FILE = "GOOGLE_APPLICATION_CREDENTIALS"
 EXECUTION_LABEL, DATA_LABEL = "claudomator.execution", "claudomator.data"
 HOST_ONLY = ENVIRONMENT_ALLOWED - set("LANG LANGUAGE TZ HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy"
-                                      " no_proxy".split()) | {"GEMINI_CLI_HOME", "GOOGLE_APPLICATION_CREDENTIALS"}
+                                      " no_proxy".split()) | {"GEMINI_CLI_HOME", GOOGLE_FILE}
 LOGIN_FILES = {"claude": (".claude", (".credentials.json", ".claude.json", "settings.json", "CLAUDE.md")),
                "gemini": (".gemini", ("oauth_creds.json", "google_accounts.json", "installation_id", "settings.json",
                                       "GEMINI.md"))}
@@ -7551,6 +7557,8 @@ class Box:
         if os.path.exists(self.config.agent_socket_path):
             env["CLAUDOMATOR_API_URL"] = f"unix://{BOX_FILES}/agent.sock"
         self.share_socket()
+        lent = self._lent(env)
+        env.update({name: place for name, (_, place, _) in lent.items()})
         stdin = f"{BOX_FILES}/prompt.txt" if reads_stdin else "/dev/null"
         script = entry_script(launch.replace(env=env), cwd, stdin, limit_s, grace_s)
         own = [(path.replace(BOX_FILES, self.files, 1), text) for path, text in launch.files]
@@ -7558,7 +7566,7 @@ class Box:
                   (self.files, BOX_FILES, False)]
         mounts += [(os.path.join(self.directory, name), f"{BOX_FILES}/{name}", False)
                    for name in ("stdout.log", "stderr.log")]
-        argv = self._argv(self.name, (*mounts, *self._logins()), (f"{BOX_FILES}/run",), is_kept=True)
+        argv = self._argv(self.name, (*mounts, *self._logins(), *lent.values()), (f"{BOX_FILES}/run",), is_kept=True)
         return Launch(argv, engine_env(self.host), launch.stdin, launch.format, launch.session_id, files=(
             (f"{self.files}/run", script), (f"{self.files}/prompt.txt", launch.stdin or ""), *own))
 
@@ -7569,6 +7577,20 @@ class Box:
         root = self.config.claude_config_dir if self.kind == "claude" else os.path.join(home, folder)
         return [(os.path.join(root, name), f"{BOX_LOGIN}/{folder}/{name}", True) for name in names
                 if root and os.path.isfile(os.path.join(root, name))]
+
+    def _lent(self, env: dict) -> dict[str, tuple[str, str, bool]]:
+        """What the configuration lends the agent: variables, each with the mount it names the inner place of.  Raises
+        ``SpawnError`` where the SSH agent is not there."""
+        lent, settings, path = {}, self.config.agent_settings(self.kind), self.config.ssh_auth_sock
+        if self.config.containers.ssh_agent:
+            if not os.path.exists(path):
+                raise SpawnError(f"the SSH agent's socket {path} is not there: start the agent, correct ssh_auth_sock, or"
+                                 " set ssh_agent = false in [containers]")
+            lent["SSH_AUTH_SOCK"] = path, BOX_SSH_AGENT, True
+        path = self.host.get(GOOGLE_FILE, "")
+        if GOOGLE_FILE in settings.pass_env and env.get(GOOGLE_FILE) == path and os.path.isfile(path):
+            lent[GOOGLE_FILE] = os.path.abspath(path), BOX_GOOGLE, True
+        return lent
 
     def share_socket(self) -> None:
         """Let the agent reach this daemon's API.  A hard link, not a mount: after a restart the socket is another one,
