@@ -57,7 +57,7 @@ def image(tmp_path_factory):
 class Job:
     """A repository, a daemon, and what the engine knows of its containers."""
 
-    def __init__(self, tmp_path, more="", env=None):
+    def __init__(self, tmp_path, more="", env=None, containers="", shell=""):
         self.bare, self.copy = support.make_repository(tmp_path)
         self.daemon = support.DaemonProcess(tmp_path, f"""\
 claude_image = "{IMAGE}"
@@ -69,8 +69,10 @@ network = "host"
 memory = "256m"
 cpus = 1
 pids = 200
+{containers}
 [agents.shell]
 env = {{ SECRET = "s3cr3t-of-the-config" }}
+{shell}
 [agents.claude]
 env = {{ FAKE_CLAUDE_VERSION = "2.1.329" }}
 {more if more.startswith("[") else ""}
@@ -101,6 +103,9 @@ env = {{ FAKE_CLAUDE_VERSION = "2.1.329" }}
 
     def runs(self, task_id) -> list[dict]:
         return self.daemon.call("execution.list", id=task_id)["executions"][::-1]
+
+    def said(self, run) -> str:
+        return (self.daemon.data_dir / "executions" / run["id"] / "stdout.log").read_text()
 
     def box(self, run) -> pathlib.Path:
         return self.daemon.data_dir / "executions" / run["id"] / "box"
@@ -160,8 +165,7 @@ def test_commits_and_what_was_not_committed_are_pushed_from_the_host(job):
     assert job.containers() == []
     run = task["execution"]
     assert [commit["message"] for commit in run["commits"]] == job.log()[1:] and not run["sandbox_dir"]
-    log = (job.daemon.data_dir / "executions" / run["id"] / "stdout.log").read_text()
-    assert log == f"{os.geteuid()}\n/workspace\n"
+    assert job.said(run) == f"{os.geteuid()}\n/workspace\n"
     support.wait_until(lambda: not list((job.daemon.data_dir / "sandboxes").glob("[!.]*")))
     assert not (job.box(run) / "work.bundle").exists()
 
@@ -183,7 +187,7 @@ def test_limits_hold_and_no_secret_is_seen_from_outside(job):
     assert not (job.box(run) / "run").exists(), "the script with the secrets is still there"
     (job.box(run) / "summary.txt.go").touch()
     assert job.daemon.wait(task_id)["state"] == "READY"
-    log = (job.daemon.data_dir / "executions" / run["id"] / "stdout.log").read_text()
+    log = job.said(run)
     assert "s3cr3t-of-the-config" in log and "CapEff:\t0000000000000000" in log
     if (support.PROGRAM.parent / "ct.py").exists():
         assert "/usr/local/bin/ct" in log
@@ -357,36 +361,74 @@ echo a > a; git -c core.fsmonitor= -c core.hooksPath=/dev/null -c filter.x.clean
 
 
 def test_the_agent_reaches_the_api_across_a_restart_of_the_daemon(job):
-    path = job.daemon.data_dir / "agent.sock"
-    ask = ("python3 -c 'import os, socket; s = socket.socket(socket.AF_UNIX);"
-           ' s.connect(os.environ["CLAUDOMATOR_API_URL"].removeprefix("unix://")); print(s.recv(9).decode(), flush=True)\'')
-
-    def listen(word):
-        if path.exists():
-            path.unlink()
-        server = socket.socket(socket.AF_UNIX)
-        server.bind(str(path))
-        server.listen()
-        server.settimeout(20)
-        return server, word
-
-    def answer(server, word):
-        server.accept()[0].sendall(word)
-        server.close()
-    if path.exists():
-        pytest.skip("the daemon serves agent.sock itself: tests of section 26 cover this")
-    first = listen(b"one")
-    task_id = job.add(f"{ask}; {WAITS} {ask}")
-    answer(*first)
+    status = "ct task status $CLAUDOMATOR_TASK_ID"
+    task_id = job.add(f"{status}; {WAITS} {status}")
     run = job.started(task_id)
-    second = listen(b"two")
+    before = os.stat(job.daemon.data_dir / "agent.sock").st_ino
+    job.daemon.kill9()
+    job.daemon._client = None
+    job.daemon.start()
     own = job.box(run) / "agent.sock"
-    support.wait_until(lambda: own.stat().st_ino == path.stat().st_ino, 10, "the new socket")
+    support.wait_until(lambda: own.stat().st_ino == os.stat(job.daemon.data_dir / "agent.sock").st_ino != before, 10,
+                       "the new socket")
     (job.box(run) / "summary.txt.go").touch()
-    answer(*second)
-    assert job.daemon.wait(task_id)["state"] == "READY"
-    log = (job.daemon.data_dir / "executions" / run["id"] / "stdout.log").read_text()
-    assert log.split() == ["one", "begun", "two"]
+    task = job.daemon.wait(task_id)
+    assert task["state"] == "READY", (task, job.said(run))
+    assert job.said(run).count("RUNNING") == 2 and "begun" in job.said(run)
+
+
+def test_an_agent_waits_with_ct_for_its_subtask_across_a_restart_and_asks(job):
+    """``ct`` in the image, with the token of the run, over the mounted socket of two daemons."""
+    task_id = job.add("""\
+if [ -e asked ]; then cat asked; ct summary "all is done"; exit; fi
+ct task submit --name below --agent shell --wait --instructions '
+  echo begun; until [ -e $CLAUDOMATOR_SUMMARY_FILE.go ]; do sleep 0.05; done; echo below > below'
+echo $? > asked
+ct ask "Which one?" --option pg --option sqlite
+""")
+    below, = support.wait_until(lambda: job.daemon.call("task.subtasks", id=task_id)["tasks"], 20, "the subtask")
+    run = job.started(below["id"])
+    job.daemon.kill9()
+    job.daemon._client = None
+    job.daemon.start()
+    (job.box(run) / "summary.txt.go").touch()
+    task = job.daemon.wait(task_id, 60)
+    assert (task["state"], task["question"]["text"]) == ("BLOCKED", "Which one?"), (task, job.daemon.log())
+    assert task["question"]["options"] == ["pg", "sqlite"] and job.said(task["execution"]).startswith("COMPLETED\n")
+    assert job.daemon.call("task.get", id=below["id"])["task"]["agent"]["repository_url"] == str(job.bare)
+    job.daemon.call("task.answer", id=task_id, text="pg")
+    task = job.daemon.wait(task_id, 30)
+    assert (task["state"], task["summary"], job.said(task["execution"])[:2]) == ("READY", "all is done", "0\n"), task
+    assert job.containers() == [] and "below" in subprocess.run(
+        ["git", "-C", job.bare, "ls-tree", "--name-only", "main"], capture_output=True, text=True).stdout
+
+
+def test_the_ssh_agent_and_googles_key_are_lent_read_only_and_reached(tmp_path, image):
+    """A socket that listens stands in for the SSH agent."""
+    path, key = tmp_path / "ssh agent.sock", tmp_path / "key.json"
+    key.write_text('{"type": "service_account"}')
+    key.chmod(0o600)
+    job = Job(tmp_path, f'ssh_auth_sock = "{path}"', {"GOOGLE_APPLICATION_CREDENTIALS": str(key)},
+              "ssh_agent = true\n", 'pass_env = ["GOOGLE_APPLICATION_CREDENTIALS"]')
+    ask = ("import os, socket; s = socket.socket(socket.AF_UNIX); s.connect(os.environ['SSH_AUTH_SOCK']); s.sendall(b'hello'); "
+           "print(s.recv(9).decode())")
+    with socket.socket(socket.AF_UNIX) as agent, job.daemon:
+        agent.bind(str(path))
+        agent.listen()
+        agent.settimeout(20)
+        task_id = job.add(f"""python3 -c "{ask}"; cat $GOOGLE_APPLICATION_CREDENTIALS; echo
+rm -f $SSH_AUTH_SOCK $GOOGLE_APPLICATION_CREDENTIALS; echo x > $GOOGLE_APPLICATION_CREDENTIALS; chmod 777 $SSH_AUTH_SOCK; true""")
+        connection, _ = agent.accept()
+        with connection:
+            assert connection.recv(5) == b"hello"
+            connection.sendall(b"identity")
+        task = job.daemon.wait(task_id)
+        assert task["state"] == "READY" and job.said(task["execution"]) == 'identity\n{"type": "service_account"}\n', task
+        errors = (job.daemon.data_dir / "executions" / task["execution"]["id"] / "stderr.log").read_text()
+        assert errors.count("Read-only file system") == 2 and key.read_text() == '{"type": "service_account"}'
+        path.unlink()
+        task = job.daemon.wait(job.add("true"))
+        assert task["reason"] == "spawn_failed" and "is not there: start the agent" in task["detail"], task
 
 
 def test_the_login_is_copied_into_a_home_that_the_session_keeps(tmp_path, image):
@@ -453,8 +495,7 @@ def test_setup_runs_inside_and_before_the_agent(tmp_path, image):
         task_id = job.daemon.add("cat made; echo x > x", project="p", agent={"isolation": "container"})
         task = job.daemon.wait(task_id)
         assert task["state"] == "READY", (task, job.daemon.log())
-        log = (job.daemon.data_dir / "executions" / task["execution"]["id"] / "stdout.log").read_text()
-        assert log == "/workspace\n" and job.log() == ["first", c.AUTOCOMMIT_SUBJECT]
+        assert job.said(task["execution"]) == "/workspace\n" and job.log() == ["first", c.AUTOCOMMIT_SUBJECT]
         assert not (job.copy / "x").exists()
 
 
