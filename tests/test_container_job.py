@@ -1,7 +1,8 @@
 """The real job in containers, with a real engine: CLAUDOMATOR_TEST_DOCKER is its DOCKER_HOST, and
 CLAUDOMATOR_TEST_DOCKER_BASE a local image with bash, git, coreutils and python3 (claudomator-base:bookworm).
 
-The agents are shell scripts, and the replaying fake of ``claude``, which stands in the image.
+The agents are shell scripts, the replaying fake of ``claude``, which stands in the image, and the real CLIs that
+CLAUDOMATOR_TEST_CLAUDE and CLAUDOMATOR_TEST_GEMINI name, against stand-ins for their APIs on loopback.
 """
 import json
 import os
@@ -16,6 +17,7 @@ import time
 import claudomator as c
 import pytest
 from tests import support
+from tests.fakes import anthropic_api, gemini_api
 
 ENGINE = os.environ.get("CLAUDOMATOR_TEST_DOCKER", "")
 BASE = os.environ.get("CLAUDOMATOR_TEST_DOCKER_BASE", "claudomator-base:bookworm")
@@ -32,9 +34,22 @@ RUN ln -s /opt/tests/fakes/claude /usr/local/bin/claude.py && \\
 """
 
 
+REAL_CLAUDE = (os.environ.get("CLAUDOMATOR_TEST_CLAUDE") or "").split(":")[0]
+REAL_GEMINI, NODE = os.environ.get("CLAUDOMATOR_TEST_GEMINI") or "", shutil.which("node") or ""
+
+
 def docker(*words, check=True) -> str:
     env = {**os.environ, "DOCKER_HOST": ENGINE, "DOCKER_BUILDKIT": "0"}
     return subprocess.run(["docker", *words], env=env, capture_output=True, text=True, check=check, timeout=120).stdout
+
+
+def build_agent_image(directory, base, tag):
+    """``claudomator image build`` from a local image."""
+    daemon = support.DaemonProcess(directory, '[containers]\nnetwork = "host"\n',
+                                   {"DOCKER_HOST": ENGINE, "DOCKER_BUILDKIT": "0"})
+    done = daemon.cli("image", "build", "--base", base, "--tag", tag, "--json", timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"image": tag, "base": base, "ct": True}
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +60,7 @@ def image(tmp_path_factory):
     shutil.copytree(HERE / "data" / "claude", context / "data")
     (context / "Dockerfile").write_text(FAKE_DOCKERFILE)
     docker("build", "--network", "host", "--tag", WITH_FAKE, str(context))
-    daemon = support.DaemonProcess(context, '[containers]\nnetwork = "host"\n',
-                                   {"DOCKER_HOST": ENGINE, "DOCKER_BUILDKIT": "0"})
-    done = daemon.cli("image", "build", "--base", WITH_FAKE, "--tag", IMAGE, "--json", timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"image": IMAGE, "base": WITH_FAKE,
-                                       "ct": (support.PROGRAM.parent / "ct.py").exists()}
+    build_agent_image(context, WITH_FAKE, IMAGE)
     return IMAGE
 
 
@@ -538,3 +548,103 @@ def test_files_of_another_user_in_the_agents_copy_are_taken_back(image):
         finally:
             engine.chmod(mode)
         assert done.stdout == "removed False\n", done.stderr
+
+
+# -- the real CLIs
+
+
+class RealJob:
+    """A daemon whose containers hold the real CLI of ``kind``."""
+
+    def __init__(self, tmp_path, kind, image, env):
+        self.kind, (self.bare, _) = kind, support.make_repository(tmp_path)
+        self.daemon = support.DaemonProcess(tmp_path, f"""\
+{kind}_image = "{image}"
+[containers]
+network = "host"
+[agents.{kind}]
+model = "{"sonnet" if kind == "claude" else "gemini-2.5-flash"}"
+""", {"DOCKER_HOST": ENGINE, **env})
+
+    def run(self, scenario) -> str:
+        agent = {"type": self.kind, "repository_url": str(self.bare), "instructions": f"Do it.\nSCENARIO: {scenario}"}
+        return self.daemon.call("task.create", tasks={"name": scenario, "agent": agent}, queue=True)["tasks"][0]["id"]
+
+    def git(self, *words) -> list[str]:
+        done = subprocess.run(["git", "-C", self.bare, *words], text=True, capture_output=True, check=True)
+        return done.stdout.splitlines()
+
+
+def real_image(tmp_path_factory, kind):
+    """An agent image with the CLI of this machine.  claude is one native program.  gemini needs node 20, and Debian's
+    own is 18: this machine's goes along, as the base is built for the same C library."""
+    context, tag = tmp_path_factory.mktemp(kind), f"claudomator-{kind}:real"
+    if kind == "claude":
+        shutil.copy(os.path.realpath(REAL_CLAUDE), context / "claude")
+        lines = ["COPY claude /usr/local/bin/claude"]
+    else:
+        program = pathlib.Path(os.path.realpath(REAL_GEMINI))
+        modules = next(path for path in program.parents if path.name == "node_modules")
+        shutil.copy(os.path.realpath(NODE), context / "node")
+        shutil.copytree(modules, context / "node_modules", symlinks=True)
+        lines = ["COPY node /usr/local/bin/node", "COPY node_modules /opt/gemini/node_modules",
+                 f"RUN ln -s /opt/gemini/node_modules/{program.relative_to(modules)} /usr/local/bin/gemini"]
+    (context / "Dockerfile").write_text("\n".join([f"FROM {BASE}", *lines, ""]))
+    docker("build", "--network", "host", "--tag", f"{tag}-base", str(context))
+    build_agent_image(context, f"{tag}-base", tag)
+    shutil.rmtree(context)
+    return tag
+
+
+@pytest.fixture(scope="module")
+def claude_image(tmp_path_factory):
+    return real_image(tmp_path_factory, "claude")
+
+
+@pytest.fixture(scope="module")
+def gemini_image(tmp_path_factory):
+    return real_image(tmp_path_factory, "gemini")
+
+
+@pytest.fixture(params=[
+    pytest.param("claude", marks=pytest.mark.skipif(not REAL_CLAUDE, reason="CLAUDOMATOR_TEST_CLAUDE names no claude")),
+    pytest.param("gemini", marks=pytest.mark.skipif(not REAL_GEMINI or not NODE, reason="no CLAUDOMATOR_TEST_GEMINI, or no node"))])
+def real(request, tmp_path):
+    kind, image = request.param, request.getfixturevalue(f"{request.param}_image")
+    with (anthropic_api if kind == "claude" else gemini_api).StandIn() as api:
+        env = {"claude": {"ANTHROPIC_API_KEY": "sk-ant-fake", "ANTHROPIC_BASE_URL": api.url},
+               "gemini": {"GEMINI_API_KEY": "fake", "GOOGLE_GEMINI_BASE_URL": api.url, "HOME": str(tmp_path / "home")}}[kind]
+        login = tmp_path / "home" / ".gemini" / "settings.json"
+        login.parent.mkdir(parents=True)
+        login.write_text('{"security": {"auth": {"selectedType": "gemini-api-key"}}}')
+        job = RealJob(tmp_path, kind, image, env)
+        with job.daemon:
+            yield job
+        names = docker("ps", "--all", "--filter", f"label={c.DATA_LABEL}={job.daemon.data_dir}", "--format", "{{.Names}}")
+        assert names == "", "containers are left"
+
+
+def test_a_real_cli_in_a_container_answers(real):
+    task = real.daemon.wait(real.run("text"), 60)
+    assert (task["state"], task["reason"], task["execution"]["exit_code"]) == ("READY", None, 0), (task, real.daemon.log())
+    assert real.git("log", "--format=%s", "main") == ["first"] and task["execution"]["tokens_in"] > 0
+
+
+def test_what_a_real_cli_wrote_in_a_container_is_committed_and_pushed(real):
+    task = real.daemon.wait(real.run("write"), 60)
+    assert (task["state"], task["summary"]) == ("READY", "The file is there."), (task, real.daemon.log())
+    assert real.git("log", "--format=%s", "main") == [c.AUTOCOMMIT_SUBJECT, "first"]
+    assert real.git("show", "main:made.txt") == ["made by the agent"]
+
+
+def test_a_real_cli_resumes_its_session_in_another_container(real):
+    task_id = real.run("question")
+    for question, answer in (("Which database?", "pg"), ("Which version?", "sixteen")):
+        task = real.daemon.wait(task_id, 60)
+        assert (task["state"], task["question"] and task["question"]["text"]) == ("BLOCKED", question), (task, real.daemon.log())
+        real.daemon.call("task.answer", id=task_id, text=answer)
+    task = real.daemon.wait(task_id, 60)
+    assert task["state"] == "READY", (task, real.daemon.log())
+    runs = real.daemon.call("execution.list", id=task_id)["executions"]
+    assert len(runs) == 3 and {run["session_id"] for run in runs} == {runs[-1]["id"]}
+    assert [line[:5] for line in real.git("log", "--format=%s", "main")] == ["feat:"] * 3 + ["first"]
