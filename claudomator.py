@@ -1446,9 +1446,9 @@ REASONS: dict[str, dict] = {
     "timed_out": {"retry": True, "state": TIMED_OUT, "next": "raise timeout (ctl edit ID), then run it again"},
     "stalled": {"retry": True, "state": TIMED_OUT, "next": "raise stall_timeout if silence is normal, then run again"},
     "cancelled": {"state": CANCELLED, "next": "ctl run ID starts it again"},
-    "spawn_failed": {"state": FAILED, "next": "install the agent or set its path in the configuration"},
+    "spawn_failed": {"state": FAILED, "next": "do what the detail says, then run it again"},
     "lost": {"free": True, "state": FAILED, "next": "it vanished with its supervisor several times; run it again"},
-    "sandbox_failed": {"retry": True, "state": FAILED, "next": "check project_dir and its remote, then run it again"},
+    "sandbox_failed": {"retry": True, "state": FAILED, "next": "put right what the detail names, then run it again"},
     "build_failed": {"retry": True, "state": FAILED, "next": "the work is kept in the sandbox; see ctl sandbox list"},
     "verify_failed": {"retry": True, "state": FAILED, "next": "the work is kept in the sandbox; see ctl sandbox list"},
     "push_failed": {"retry": True, "state": FAILED, "next": "merge by hand in the kept sandbox, or run it again"},
@@ -5270,9 +5270,11 @@ HOST_ONLY = ENVIRONMENT_ALLOWED - set("LANG LANGUAGE TZ HTTP_PROXY HTTPS_PROXY N
 LOGIN_FILES = {"claude": (".claude", (".credentials.json", ".claude.json", "settings.json", "CLAUDE.md")),
                "gemini": (".gemini", ("oauth_creds.json", "google_accounts.json", "installation_id", "settings.json",
                                       "GEMINI.md"))}
-DEFAULT_BASE = "node:22-bookworm-slim"
+DEFAULT_BASE = "docker.io/library/node:22-bookworm-slim"  # in full: podman does not know every short name
 IMAGE_CLIS = "@anthropic-ai/claude-code @google/gemini-cli"
 NO_IMAGE = ("no such image", "image not known", "unable to find image", "no such object")
+NO_ENGINE = ("cannot connect", "connection refused", "unable to connect", "error during connect",
+             "failed to connect to the docker api")
 OUT_OF_MEMORY = "\nError: the container ran out of memory: raise containers.memory in the configuration\n"
 
 
@@ -5339,15 +5341,24 @@ def container_argv(config: Config, image: str, *, name: str, execution_id: str, 
 
 
 def engine_fault(engine: str, said: str, image: str = "", image_key: str = "") -> tuple[str, str]:
-    """(reason, detail) of an engine that did not do what it was told, by what it said."""
-    words = clean_text(" ".join(said.split()), 300)
-    if image and any(known in said.lower() for known in NO_IMAGE):
-        return "spawn_failed", (f"the container image {image} is not there: run `claudomator image build`, or set"
-                                f" {image_key} in the configuration to an image that is")
-    if "annot connect" in said or "connection refused" in said or "unable to connect" in said.lower():
+    """(reason, detail) of an engine that did not do what it was told, by what it said: about ``image``, the value of
+    ``image_key``, or about none."""
+    import re
+    words, lower = clean_text(re.split(r" Usage: | Run '", " ".join(said.split()))[0], 300), said.lower()
+    if lower.startswith("cannot run"):  # run_command's words, not the engine's
+        return "spawn_failed", (f"the container engine cannot be run: install {engine}, put it on the daemon's PATH, or"
+                                f" set container_engine in the configuration ({words})")
+    if image_key and any(known in lower for known in NO_IMAGE):
+        return "spawn_failed", (f"the container image {image or repr('')} is not there: run `claudomator image build`, or"
+                                f" set {image_key} in the configuration to an image that is")
+    if "permission denied while trying to connect" in lower:
+        return "spawn_failed", (f"the daemon's user may not use {engine}: make it a member of the group {engine} and start"
+                                f" the daemon from a new login, or set DOCKER_HOST to an engine of its own ({words})")
+    if any(known in lower for known in NO_ENGINE):
         return "sandbox_failed", (f"the container engine does not answer: start {engine}, or set DOCKER_HOST for the"
                                   f" daemon ({words})")
-    return "spawn_failed", f"{engine} could not start the container: {words or 'it says nothing'}"
+    advice = f"; correct [containers] or {image_key} in the configuration" if image_key else ""
+    return "spawn_failed", f"{engine} refuses: {words or 'it says nothing'}{advice}"
 
 
 def container_end(exit_code: int | None, state: dict | None, said: str) -> str:
@@ -7510,11 +7521,8 @@ class Box:
         return os.path.normpath(os.path.join(BOX_WORK, os.path.relpath(path, self.sandbox.path)))
 
     def check_image(self) -> None:
-        """Raises ``SpawnError`` where the image is not there, ``SandboxError`` where the engine does not answer."""
+        """Raises ``SandboxError`` where the image is not there (its reason: spawn_failed), or the engine does not answer."""
         result = run_engine(self.config, self.host, "image", "inspect", "--format", "{{.Id}}", self.image)
-        if result.exit_code == 127 and result.output.startswith("cannot run"):
-            raise SpawnError(f"{self.config.container_engine} is not installed, or not on the daemon's PATH; install it"
-                             " or set container_engine in the configuration")
         if result.exit_code != 0:
             reason, words = engine_fault(self.config.container_engine, result.output, self.image, self.image_key)
             raise SandboxError(words, reason)
@@ -7677,8 +7685,8 @@ class Box:
         return self._tool("gate", ("-c", GATE, "gate", target, command), self.inside(directory))
 
 
-def build_image(config: Config, base: str, tag: str, ct_path: str, host: dict) -> int:
-    """Build the agent image; the engine's words go to stderr.  Returns its exit code."""
+def build_image(config: Config, base: str, tag: str, ct_path: str, host: dict) -> None:
+    """Build the agent image; the engine's words go to stderr.  Raises ``SpawnError``."""
     import shutil
     import subprocess
     import tempfile
@@ -7689,11 +7697,19 @@ def build_image(config: Config, base: str, tag: str, ct_path: str, host: dict) -
         _write_text(os.path.join(directory, "Dockerfile"), dockerfile(base, os.geteuid(), os.getegid(), has_ct))
         network = ["--network", config.containers.network] if config.containers.network else []
         try:
-            return subprocess.run([config.container_engine, "build", *network, "--tag", tag, directory],
-                                  env=engine_env(host), stdin=subprocess.DEVNULL, stdout=2).returncode
+            done = subprocess.run([config.container_engine, "build", *network, "--tag", tag, directory],
+                                  env=engine_env(host), stdin=subprocess.DEVNULL, stdout=2)
         except OSError as error:
-            raise SpawnError(f"{config.container_engine} cannot be run: {error}; install it, or set container_engine in"
-                             " the configuration") from error
+            raise SpawnError(engine_fault(config.container_engine, f"cannot run it: {error}")[1]) from error
+    if done.returncode != 0:
+        engine, found = config.container_engine, run_engine(config, host, "image", "inspect", "--format", "{{.Id}}", base)
+        advice = f"read what {engine} says above"
+        if any(known in found.output.lower() for known in NO_IMAGE):
+            advice += (f"; {base} is not on this machine: where it cannot be fetched, look after the network or the proxy"
+                       f" of {engine}, or name an image that `{engine} images` shows with --base")
+        elif found.exit_code != 0:
+            advice = engine_fault(engine, found.output)[1]
+        raise SpawnError(f"the image was not built: {advice}")
 
 
 # ---- 22 Bus ----------------------------------------------------------------------------------------------------
@@ -12522,8 +12538,7 @@ def cmd_image_build(cli: Cli) -> int:
     ct_path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ct.py")
     if not os.path.isfile(ct_path):
         cli.say(f"{ct_path} is not there: the image will have no ct, so agents in it cannot make subtasks")
-    if build_image(config, base, tag, ct_path, dict(os.environ)) != 0:
-        raise SpawnError(f"the image was not built: read what {config.container_engine} says above")
+    build_image(config, base, tag, ct_path, dict(os.environ))
     return cli.document({"image": tag, "base": base, "ct": os.path.isfile(ct_path)}, lambda: f"built {tag} from {base}")
 
 
@@ -12677,7 +12692,7 @@ COMMANDS: dict[str, Command] = {
         Option("--parallel N", "at most so many at once (without a daemon)", "int"),
         Option("--dry-run", "check the file and show what would run")), 1, 1),
     "image build": Command(cmd_image_build, "", "make the container image for agents, with ct in it", (
-        Option("--base IMAGE", f"what it is made from; otherwise {DEFAULT_BASE}, with the CLIs"),
+        Option("--base IMAGE", "an image that has git and the agents' CLIs already; otherwise Debian, with both installed"),
         Option("--tag TAG", "its name; otherwise claude_image of the configuration"))),
     "list": Command(cmd_list, "[SELECTORS]", "tasks, newest first; also without a daemon", LISTING),
     "status": Command(cmd_show, "ID", "one task in full; also without a daemon", (), 1, 1),
@@ -12778,7 +12793,7 @@ def command_group(name: str) -> dict[str, Command]:
 def help_text(name: str) -> str:
     """Help on a command, or on all of them."""
     group = command_group(name)
-    if len(group) == 1:
+    if list(group) == [name]:
         options = (*COMMANDS[name].options, *GLOBAL_OPTIONS)
         lines = [f"usage: claudomator {name} {COMMANDS[name].usage}".rstrip(), "", f"  {COMMANDS[name].help}"]
     else:

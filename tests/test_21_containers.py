@@ -86,6 +86,7 @@ def test_the_whole_way_of_a_task(place):
     assert not {"run", "work.bundle"} & set(os.listdir(daemon.data_dir / "executions" / run["id"] / "box"))
 
 
+@pytest.mark.slow
 def test_a_question_goes_on_in_the_same_session_sandbox_and_home(place):
     daemon, engine, bare = place
     agent = {"type": "claude", "repository_url": str(bare), "instructions": "Do it.\nSCENARIO: question\n"}
@@ -181,7 +182,25 @@ def test_the_image_is_built_with_the_configured_engine(place):
     done = daemon.cli("image", "build", "--base", "mine:1", "--tag", "agent:x", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["image"] == "agent:x", done.stderr
     assert "FROM mine:1" in done.stderr and engine.calls("build")[-1][1:3] == ["--tag", "agent:x"]
-    assert daemon.cli("image", "build", PATH="/usr/bin:/bin:/nowhere", DOCKER_FAKE="").returncode != 0
+
+
+@pytest.mark.parametrize("mode, words", [
+    ("unfetched", "mine:1 is not on this machine: where it cannot be fetched, look after the network or the proxy of docker, or name"
+     " an image that `docker images` shows with --base"),
+    ("down", "the container engine does not answer: start docker"), ("unbuilt", "read what docker says above\n")])
+def test_an_image_that_is_not_built_tells_what_to_do(place, mode, words):
+    daemon, engine, bare = place
+    engine.mode(mode)
+    try:
+        done = daemon.cli("image", "build", "--base", "mine:1")
+    finally:
+        engine.mode("")
+    assert done.returncode == 1 and f"claudomator: the image was not built: " in done.stderr and words in done.stderr, done.stderr
+
+
+def test_an_image_build_without_an_engine_names_the_key(tmp_path):
+    done = support.DaemonProcess(tmp_path, 'container_engine = "podman"\n', {"PATH": "/nowhere"}).cli("image", "build")
+    assert done.returncode == 1 and "install podman, put it on the daemon's PATH, or set container_engine" in done.stderr
 
 
 LAUNCHER = """
@@ -197,6 +216,7 @@ sys.exit(c.main(["serve"]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patch", ["c.Box.collect = die", "after(c.Box, 'collect')", "c._Finish.push = die",
                                    "after(c._Finish, 'push')", "c.Run._settle_once = die"])
 def test_a_daemon_that_dies_while_it_takes_the_work_is_followed_by_one_that_takes_it_once(tmp_path, patch):
