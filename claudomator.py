@@ -12124,6 +12124,7 @@ def cmd_init(cli: Cli) -> int:
     found = {"python": sys.version.split()[0], "git": program_version("git"),
              **{kind: program_version(runner_binary(kind, config)) for kind in known_kinds(config)
                 if kind not in ("shell", "local")},
+             config.container_engine: program_version(config.container_engine),
              **({"local": config.local_model.endpoint} if config.local_model.endpoint else {})}
     try:
         import yaml
@@ -12138,6 +12139,7 @@ def cmd_init(cli: Cli) -> int:
                    " (npm install -g @google/gemini-cli)"),
         *((kind, f"{row['command'][0]} is not installed: tasks of type {kind} need it") for kind, row in
           config.runners.items()),
+        (config.container_engine, f"{config.container_engine} is not installed: only tasks in containers need it"),
         ("pyyaml", "PyYAML is not installed: write task files as JSON, or: pip install pyyaml"))
              if found[name] is None]
     facts = {"config": path, "written": written, "data_dir": config.data_dir, "found": found, "hints": hints,

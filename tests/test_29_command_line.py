@@ -645,6 +645,7 @@ def test_init_writes_a_configuration_that_loads_and_says_what_is_here(tmp_path):
     assert again["written"] is False and path.read_text() == "max_concurrent = 1\n" and again["found"]["git"].startswith("git version")
     without = run_here({**env, "PATH": "/nowhere"}, "init")
     assert without.code == 0 and "git is not installed" in without.out
+    assert "docker is not installed: only tasks in containers need it" in without.out
 
 
 def test_the_status_table_says_what_waits_and_what_to_do(daemon, cli):
