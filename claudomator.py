@@ -684,7 +684,8 @@ CONFIG_KEYS: tuple[Key, ...] = (
     Key("gemini_image", "string", "claudomator-agent:latest", "container image for gemini"),
     Key("container_engine", "choice docker|podman", "docker", "what runs containers"),
     Key("claude_config_dir", "path", "", "given to claude as CLAUDE_CONFIG_DIR; empty: claude's own default"),
-    Key("ssh_auth_sock", "path", "", "SSH agent socket for cloning repository_url and pushing to it; no agent gets it"),
+    Key("ssh_auth_sock", "path", "", "SSH agent socket for cloning repository_url and pushing to it; agents get it only"
+        " by containers.ssh_agent"),
     Key("workspace_root", "path", "", "directory whose repositories are offered as projects", active=False),
     Key("webhook_url", "url", "", "gets a JSON POST per finished or blocked task", active=False),
     Key("webhook_secret", "string", "", "the secret that GitHub signs its webhooks with", active=False, secret=True),
@@ -716,6 +717,7 @@ CONFIG_KEYS: tuple[Key, ...] = (
     Key("containers.cpus", "number >= 0", 2, "processors of a container, at most those of the machine; 0: no limit"),
     Key("containers.pids", "integer >= 0", 2048, "processes and threads of a container; 0: no limit"),
     Key("containers.network", "string", "", "the engine's network for agents (none, host, a name); empty: its default"),
+    Key("containers.ssh_agent", "bool", False, "agents get ssh_auth_sock, read-only; with it they can push past verify"),
     Key("local_model.endpoint", "url", "", "a server with OpenAI's chat completions; empty: none",
         example="http://localhost:11434/v1"),
     Key("local_model.model", "string", "llama3.1:8b", "its model, for tasks that name none"),
@@ -763,7 +765,7 @@ _DEFAULT_SETTINGS: dict[str, AgentSettings] = {}  # of kinds without a table of 
 
 
 class ContainerSettings(KeyedRecord, keys=CONFIG_GROUPS["containers"]):
-    """``[containers]``: what bounds a container."""
+    """``[containers]``: what bounds a container, and what it is lent."""
 
 
 class LocalModelSettings(KeyedRecord, keys=CONFIG_GROUPS["local_model"]):
@@ -939,6 +941,8 @@ def _check_config(checker: Checker, read: dict[str, dict]) -> None:
             if name not in known:
                 names = ", ".join(map(str, known)) or "none is configured"
                 checker.problem(f"budgets.{group}.{name}", f"no such {what}{did_you_mean(name, known)}: {names}")
+    if read["containers"]["ssh_agent"] and not read[""]["ssh_auth_sock"]:
+        checker.problem("containers.ssh_agent", "there is no agent to lend: set ssh_auth_sock to the path of its socket")
     address, signed = read[""]["server_addr"], read[""]["webhook_secret"] or read[""]["allow_unsigned_webhooks"]
     if address and not signed and not checker.problems:  # GitHub's webhooks come in over HTTP
         host = split_address(address)[0]
@@ -1484,9 +1488,9 @@ REASONS: dict[str, dict] = {
     "timed_out": {"retry": True, "state": TIMED_OUT, "next": "raise timeout (ctl edit ID), then run it again"},
     "stalled": {"retry": True, "state": TIMED_OUT, "next": "raise stall_timeout if silence is normal, then run again"},
     "cancelled": {"state": CANCELLED, "next": "ctl run ID starts it again"},
-    "spawn_failed": {"state": FAILED, "next": "install the agent or set its path in the configuration"},
+    "spawn_failed": {"state": FAILED, "next": "do what the detail says, then run it again"},
     "lost": {"free": True, "state": FAILED, "next": "it vanished with its supervisor several times; run it again"},
-    "sandbox_failed": {"retry": True, "state": FAILED, "next": "check project_dir and its remote, then run it again"},
+    "sandbox_failed": {"retry": True, "state": FAILED, "next": "put right what the detail names, then run it again"},
     "build_failed": {"retry": True, "state": FAILED, "next": "the work is kept in the sandbox; see ctl sandbox list"},
     "verify_failed": {"retry": True, "state": FAILED, "next": "the work is kept in the sandbox; see ctl sandbox list"},
     "push_failed": {"retry": True, "state": FAILED, "next": "merge by hand in the kept sandbox, or run it again"},
@@ -5292,15 +5296,19 @@ def runner_binary(kind: str, config: Config) -> str:
 BOX_WORK, BOX_HOME, BOX_FILES = "/workspace", "/home/agent", "/run/claudomator"
 BOX_PROGRAM = f"{BOX_FILES}/claudomator.py"  # this program, where an agent's CLI starts it (section 30)
 BOX_LOGIN, BOX_REPO = "/run/claudomator-login", "/run/claudomator-repo"
+BOX_SSH_AGENT, BOX_GOOGLE = "/run/claudomator-ssh-agent.sock", "/run/claudomator-google.json"
+GOOGLE_FILE = "GOOGLE_APPLICATION_CREDENTIALS"
 EXECUTION_LABEL, DATA_LABEL = "claudomator.execution", "claudomator.data"
 HOST_ONLY = ENVIRONMENT_ALLOWED - set("LANG LANGUAGE TZ HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy"
-                                      " no_proxy".split()) | {"GEMINI_CLI_HOME", "GOOGLE_APPLICATION_CREDENTIALS"}
+                                      " no_proxy".split()) | {"GEMINI_CLI_HOME", GOOGLE_FILE}
 LOGIN_FILES = {"claude": (".claude", (".credentials.json", ".claude.json", "settings.json", "CLAUDE.md")),
                "gemini": (".gemini", ("oauth_creds.json", "google_accounts.json", "installation_id", "settings.json",
                                       "GEMINI.md"))}
-DEFAULT_BASE = "node:22-bookworm-slim"
+DEFAULT_BASE = "docker.io/library/node:22-bookworm-slim"  # in full: podman does not know every short name
 IMAGE_CLIS = "@anthropic-ai/claude-code @google/gemini-cli"
 NO_IMAGE = ("no such image", "image not known", "unable to find image", "no such object")
+NO_ENGINE = ("cannot connect", "connection refused", "unable to connect", "error during connect",
+             "failed to connect to the docker api")
 OUT_OF_MEMORY = "\nError: the container ran out of memory: raise containers.memory in the configuration\n"
 
 
@@ -5367,15 +5375,24 @@ def container_argv(config: Config, image: str, *, name: str, execution_id: str, 
 
 
 def engine_fault(engine: str, said: str, image: str = "", image_key: str = "") -> tuple[str, str]:
-    """(reason, detail) of an engine that did not do what it was told, by what it said."""
-    words = clean_text(" ".join(said.split()), 300)
-    if image and any(known in said.lower() for known in NO_IMAGE):
-        return "spawn_failed", (f"the container image {image} is not there: run `claudomator image build`, or set"
-                                f" {image_key} in the configuration to an image that is")
-    if "annot connect" in said or "connection refused" in said or "unable to connect" in said.lower():
+    """(reason, detail) of an engine that did not do what it was told, by what it said: about ``image``, the value of
+    ``image_key``, or about none."""
+    import re
+    words, lower = clean_text(re.split(r" Usage: | Run '", " ".join(said.split()))[0], 300), said.lower()
+    if lower.startswith("cannot run"):  # run_command's words, not the engine's
+        return "spawn_failed", (f"the container engine cannot be run: install {engine}, put it on the daemon's PATH, or"
+                                f" set container_engine in the configuration ({words})")
+    if image_key and any(known in lower for known in NO_IMAGE):
+        return "spawn_failed", (f"the container image {image or repr('')} is not there: run `claudomator image build`, or"
+                                f" set {image_key} in the configuration to an image that is")
+    if "permission denied while trying to connect" in lower:
+        return "spawn_failed", (f"the daemon's user may not use {engine}: make it a member of the group {engine} and start"
+                                f" the daemon from a new login, or set DOCKER_HOST to an engine of its own ({words})")
+    if any(known in lower for known in NO_ENGINE):
         return "sandbox_failed", (f"the container engine does not answer: start {engine}, or set DOCKER_HOST for the"
                                   f" daemon ({words})")
-    return "spawn_failed", f"{engine} could not start the container: {words or 'it says nothing'}"
+    advice = f"; correct [containers] or {image_key} in the configuration" if image_key else ""
+    return "spawn_failed", f"{engine} refuses: {words or 'it says nothing'}{advice}"
 
 
 def container_end(exit_code: int | None, state: dict | None, said: str) -> str:
@@ -7541,11 +7558,8 @@ class Box:
         return os.path.normpath(os.path.join(BOX_WORK, os.path.relpath(path, self.sandbox.path)))
 
     def check_image(self) -> None:
-        """Raises ``SpawnError`` where the image is not there, ``SandboxError`` where the engine does not answer."""
+        """Raises ``SandboxError`` where the image is not there (its reason: spawn_failed), or the engine does not answer."""
         result = run_engine(self.config, self.host, "image", "inspect", "--format", "{{.Id}}", self.image)
-        if result.exit_code == 127 and result.output.startswith("cannot run"):
-            raise SpawnError(f"{self.config.container_engine} is not installed, or not on the daemon's PATH; install it"
-                             " or set container_engine in the configuration")
         if result.exit_code != 0:
             reason, words = engine_fault(self.config.container_engine, result.output, self.image, self.image_key)
             raise SandboxError(words, reason)
@@ -7588,6 +7602,8 @@ class Box:
         if os.path.exists(self.config.agent_socket_path):
             env["CLAUDOMATOR_API_URL"] = f"unix://{BOX_FILES}/agent.sock"
         self.share_socket()
+        lent = self._lent(env)
+        env.update({name: place for name, (_, place, _) in lent.items()})
         stdin = f"{BOX_FILES}/prompt.txt" if reads_stdin else "/dev/null"
         script = entry_script(launch.replace(env=env), cwd, stdin, limit_s, grace_s)
         own = [(path.replace(BOX_FILES, self.files, 1), text) for path, text in launch.files]
@@ -7597,7 +7613,7 @@ class Box:
                    for name in ("stdout.log", "stderr.log")]
         if self.config.agent_settings(self.kind).mcp:
             mounts.append((os.path.abspath(__file__), BOX_PROGRAM, True))
-        argv = self._argv(self.name, (*mounts, *self._logins()), (f"{BOX_FILES}/run",), is_kept=True)
+        argv = self._argv(self.name, (*mounts, *self._logins(), *lent.values()), (f"{BOX_FILES}/run",), is_kept=True)
         return Launch(argv, engine_env(self.host), launch.stdin, launch.format, launch.session_id, files=(
             (f"{self.files}/run", script), (f"{self.files}/prompt.txt", launch.stdin or ""), *own))
 
@@ -7608,6 +7624,20 @@ class Box:
         root = self.config.claude_config_dir if self.kind == "claude" else os.path.join(home, folder)
         return [(os.path.join(root, name), f"{BOX_LOGIN}/{folder}/{name}", True) for name in names
                 if root and os.path.isfile(os.path.join(root, name))]
+
+    def _lent(self, env: dict) -> dict[str, tuple[str, str, bool]]:
+        """What the configuration lends the agent: variables, each with the mount it names the inner place of.  Raises
+        ``SpawnError`` where the SSH agent is not there."""
+        lent, settings, path = {}, self.config.agent_settings(self.kind), self.config.ssh_auth_sock
+        if self.config.containers.ssh_agent:
+            if not os.path.exists(path):
+                raise SpawnError(f"the SSH agent's socket {path} is not there: start the agent, correct ssh_auth_sock, or"
+                                 " set ssh_agent = false in [containers]")
+            lent["SSH_AUTH_SOCK"] = path, BOX_SSH_AGENT, True
+        path = self.host.get(GOOGLE_FILE, "")
+        if GOOGLE_FILE in settings.pass_env and env.get(GOOGLE_FILE) == path and os.path.isfile(path):
+            lent[GOOGLE_FILE] = os.path.abspath(path), BOX_GOOGLE, True
+        return lent
 
     def share_socket(self) -> None:
         """Let the agent reach this daemon's API.  A hard link, not a mount: after a restart the socket is another one,
@@ -7694,8 +7724,8 @@ class Box:
         return self._tool("gate", ("-c", GATE, "gate", target, command), self.inside(directory))
 
 
-def build_image(config: Config, base: str, tag: str, ct_path: str, host: dict) -> int:
-    """Build the agent image; the engine's words go to stderr.  Returns its exit code."""
+def build_image(config: Config, base: str, tag: str, ct_path: str, host: dict) -> None:
+    """Build the agent image; the engine's words go to stderr.  Raises ``SpawnError``."""
     import shutil
     import subprocess
     import tempfile
@@ -7706,11 +7736,19 @@ def build_image(config: Config, base: str, tag: str, ct_path: str, host: dict) -
         _write_text(os.path.join(directory, "Dockerfile"), dockerfile(base, os.geteuid(), os.getegid(), has_ct))
         network = ["--network", config.containers.network] if config.containers.network else []
         try:
-            return subprocess.run([config.container_engine, "build", *network, "--tag", tag, directory],
-                                  env=engine_env(host), stdin=subprocess.DEVNULL, stdout=2).returncode
+            done = subprocess.run([config.container_engine, "build", *network, "--tag", tag, directory],
+                                  env=engine_env(host), stdin=subprocess.DEVNULL, stdout=2)
         except OSError as error:
-            raise SpawnError(f"{config.container_engine} cannot be run: {error}; install it, or set container_engine in"
-                             " the configuration") from error
+            raise SpawnError(engine_fault(config.container_engine, f"cannot run it: {error}")[1]) from error
+    if done.returncode != 0:
+        engine, found = config.container_engine, run_engine(config, host, "image", "inspect", "--format", "{{.Id}}", base)
+        advice = f"read what {engine} says above"
+        if any(known in found.output.lower() for known in NO_IMAGE):
+            advice += (f"; {base} is not on this machine: where it cannot be fetched, look after the network or the proxy"
+                       f" of {engine}, or name an image that `{engine} images` shows with --base")
+        elif found.exit_code != 0:
+            advice = engine_fault(engine, found.output)[1]
+        raise SpawnError(f"the image was not built: {advice}")
 
 
 # ---- 22 Bus ----------------------------------------------------------------------------------------------------
@@ -12188,6 +12226,7 @@ def cmd_init(cli: Cli) -> int:
     found = {"python": sys.version.split()[0], "git": program_version("git"),
              **{kind: program_version(runner_binary(kind, config)) for kind in known_kinds(config)
                 if kind not in ("shell", "local")},
+             config.container_engine: program_version(config.container_engine),
              **({"local": config.local_model.endpoint} if config.local_model.endpoint else {})}
     try:
         import yaml
@@ -12202,6 +12241,7 @@ def cmd_init(cli: Cli) -> int:
                    " (npm install -g @google/gemini-cli)"),
         *((kind, f"{row['command'][0]} is not installed: tasks of type {kind} need it") for kind, row in
           config.runners.items()),
+        (config.container_engine, f"{config.container_engine} is not installed: only tasks in containers need it"),
         ("pyyaml", "PyYAML is not installed: write task files as JSON, or: pip install pyyaml"))
              if found[name] is None]
     facts = {"config": path, "written": written, "data_dir": config.data_dir, "found": found, "hints": hints,
@@ -12590,8 +12630,7 @@ def cmd_image_build(cli: Cli) -> int:
     ct_path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ct.py")
     if not os.path.isfile(ct_path):
         cli.say(f"{ct_path} is not there: the image will have no ct, so agents in it cannot make subtasks")
-    if build_image(config, base, tag, ct_path, dict(os.environ)) != 0:
-        raise SpawnError(f"the image was not built: read what {config.container_engine} says above")
+    build_image(config, base, tag, ct_path, dict(os.environ))
     return cli.document({"image": tag, "base": base, "ct": os.path.isfile(ct_path)}, lambda: f"built {tag} from {base}")
 
 
@@ -13165,7 +13204,7 @@ COMMANDS: dict[str, Command] = {
         Option("--parallel N", "at most so many at once (without a daemon)", "int"),
         Option("--dry-run", "check the file and show what would run")), 1, 1),
     "image build": Command(cmd_image_build, "", "make the container image for agents, with ct in it", (
-        Option("--base IMAGE", f"what it is made from; otherwise {DEFAULT_BASE}, with the CLIs"),
+        Option("--base IMAGE", "an image that has git and the agents' CLIs already; otherwise Debian, with both installed"),
         Option("--tag TAG", "its name; otherwise claude_image of the configuration"))),
     "list": Command(cmd_list, "[SELECTORS]", "tasks, newest first; also without a daemon", LISTING),
     "status": Command(cmd_show, "ID", "one task in full; also without a daemon", (), 1, 1),
@@ -13266,7 +13305,7 @@ def command_group(name: str) -> dict[str, Command]:
 def help_text(name: str) -> str:
     """Help on a command, or on all of them."""
     group = command_group(name)
-    if len(group) == 1:
+    if list(group) == [name]:
         options = (*COMMANDS[name].options, *GLOBAL_OPTIONS)
         lines = [f"usage: claudomator {name} {COMMANDS[name].usage}".rstrip(), "", f"  {COMMANDS[name].help}"]
     else:

@@ -87,6 +87,16 @@ def test_every_command_has_help_that_names_its_options(name):
     assert shown.out == run_here({}, "help", *name.split()).out
 
 
+@pytest.mark.parametrize("words", sorted({name.rpartition(" ")[0] for name in c.COMMANDS if " " in name}))
+def test_the_first_words_of_commands_have_help_on_all_of_them(words):
+    shown = run_here({}, *words.split(), "--help")
+    assert (shown.code, shown.err) == (0, "")
+    assert all(f"  {name} " in shown.out for name in c.COMMANDS if name.startswith(f"{words} "))
+    if words not in c.COMMANDS:
+        bare = run_here({}, *words.split())
+        assert (bare.code, bare.out, bare.err) == (c.EXIT_USAGE, "", shown.out)
+
+
 def test_help_lists_every_command_and_exit_code():
     shown = run_here({}, "--help")
     assert shown.code == 0 and all(f"  {name} {command.usage}".rstrip() in shown.out for name, command in c.COMMANDS.items())
@@ -649,6 +659,7 @@ def test_init_writes_a_configuration_that_loads_and_says_what_is_here(tmp_path):
     assert again["written"] is False and path.read_text() == "max_concurrent = 1\n" and again["found"]["git"].startswith("git version")
     without = run_here({**env, "PATH": "/nowhere"}, "init")
     assert without.code == 0 and "git is not installed" in without.out
+    assert "docker is not installed: only tasks in containers need it" in without.out
 
 
 def test_the_status_table_says_what_waits_and_what_to_do(daemon, cli):
