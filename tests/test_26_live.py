@@ -111,6 +111,17 @@ def test_a_first_message_may_come_in_fragments_and_a_large_one_is_refused(daemon
     assert large.hear()[:2] == (CLOSE, 1009)
 
 
+def test_what_a_client_says_after_its_token_is_passed_over(daemon, connect):
+    for way in ("header", "message"):
+        client = connect(way=way)
+        for _ in range(3):
+            client.send(TEXT, '{"token": "another"}')
+        client.send(PING, b"heard all")
+        assert sorted([client.receive()[0], client.receive()[0]]) == [TEXT, PONG]
+        task_id = make(daemon)
+        assert client.hear()["task_id"] == task_id
+
+
 def test_who_says_no_token_is_sent_away_in_time(daemon, connect, monkeypatch):
     monkeypatch.setattr(c, "TOKEN_S", 0.05)
     assert connect(way="none").hear() == (CLOSE, 4401, 'no token came within 0.05 s; send {"token": "TOKEN"} first')
@@ -201,11 +212,14 @@ def test_secrets_are_taken_out_also_of_what_was_encoded_before(daemon, connect):
     client.hear()
     joined(daemon, 1)
     name = f"uses {SECRET} and soon-a-secret"
-    daemon.client.call("task.create", tasks=pending(name))
-    assert client.hear()["name"] == "uses [redacted] and soon-a-secret"
+    for _ in range(2):
+        daemon.client.call("task.create", tasks=pending(name))
+        assert client.hear()["name"] == "uses [redacted] and soon-a-secret"
     daemon.here(lambda: daemon.core.renew_secrets(daemon.config.replace(webhook_secret="soon-a-secret")))
-    again = connect(query=f"?since={last_seq(daemon) - 1}")
-    assert [again.hear(), again.hear()][1]["name"] == "uses [redacted] and [redacted]"
+    again = connect(query=f"?since={last_seq(daemon) - 2}")
+    assert [again.hear(), again.hear(), again.hear()][1]["name"] == "uses [redacted] and [redacted]"
+    once_more = connect(query=f"?since={last_seq(daemon) - 2}")
+    assert [once_more.hear(), once_more.hear(), once_more.hear()][2]["name"] == "uses [redacted] and [redacted]"
     stream = daemon.answer("GET", f"/api/events?since={last_seq(daemon) - 1}")
     assert daemon.events(stream, lambda event: event[1] is None)[-1][2]["name"] == "uses [redacted] and [redacted]"
 
@@ -287,6 +301,19 @@ def test_a_client_that_does_not_read_what_it_missed_holds_one_page_and_is_sent_a
     assert len(asked) < 4, "what it does not take is not read from the table"
     frames = client.hear_until(lambda event: False)
     assert frames[-1] == (CLOSE, *c.TOO_SLOW) and [event["seq"] for event in frames[:-1]] == list(range(first, frames[-2]["seq"] + 1))
+
+
+def test_a_client_that_reads_late_still_gets_all_that_it_missed(daemon, connect, monkeypatch):
+    monkeypatch.setattr(c, "EVENT_PAGE", 10)
+    text, first = "y" * 50_000, last_seq(daemon)
+    for _ in range(40):
+        daemon.here(lambda: daemon.core.store.append_event("test.late", text=text))
+    wait_until(lambda: last_seq(daemon) == first + 40)
+    client = connect(query=f"?since={first}", receive_buffer=4096)
+    wait_until(lambda: any(connection._transport.get_write_buffer_size() for connection in daemon.daemon.http.connections))
+    assert daemon.core.live._groups == {}, "it joins when it has taken all"
+    assert [client.hear()["seq"] for _ in range(41)] == list(range(first, first + 41))
+    joined(daemon, 1)
 
 
 def test_half_open_clients_are_dropped_and_cost_no_wakeup_when_they_are_gone(tmp_path, monkeypatch):
