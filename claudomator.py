@@ -3895,8 +3895,8 @@ def render_event(event: dict, color: bool, tz_offset_s: float = 0) -> str:
 
 
 # ---- 12 Redaction (pure) ---------------------------------------------------------------------------------------
-# What the daemon says leaves it without its secrets: each is replaced by value, in a string, in bytes, and in a stream
-# that cuts it anywhere.  A secret also stands in JSON, and in JSON within JSON (an agent's log line in an answer), so
+# What the daemon says leaves it without its secrets: each is replaced by value, in a string, in bytes, and in a piece of
+# a log that cuts it anywhere.  A secret also stands in JSON, and in JSON within JSON (an agent's log line in an answer), so
 # its escaped forms are looked for too.  The tokens are made here: redaction knows an agent's by its shape, whichever
 # execution it is of.
 
@@ -4025,35 +4025,6 @@ class Redactor:
             return encoded
         end = encoded[len(encoded.rstrip()):]
         return format_json(self.value(parse_json(encoded))).encode() + end
-
-
-class RedactingStream:
-    """A redactor for bytes that come in pieces; it keeps back no more than what may be the beginning of a secret."""
-
-    def __init__(self, redactor: Redactor):
-        self._redactor, self._held, self._covered = redactor, b"", 0  # the first bytes of ``_held`` that a mark covers
-
-    def feed(self, data: bytes) -> bytes:
-        """What can be said by now."""
-        data = self._held + data
-        return self._pass_on(data, len(data) - self._redactor.unfinished(data))
-
-    def finish(self) -> bytes:
-        """The rest."""
-        return self._pass_on(self._held, len(self._held))
-
-    def _pass_on(self, data: bytes, cut: int) -> bytes:
-        pieces, at = [], min(self._covered, cut)
-        covered = self._covered
-        for start, stop in self._redactor.spans(data):
-            if start >= cut:
-                break
-            if start >= covered:
-                pieces += [data[at:start], REDACTED.encode()]
-            covered = max(covered, stop)
-            at = min(covered, cut)
-        self._held, self._covered = data[cut:], max(0, covered - cut)
-        return b"".join((*pieces, data[at:cut]))
 
 
 # ---- 13 Control wire (pure) ------------------------------------------------------------------------------------
@@ -9927,6 +9898,7 @@ class Dispatcher:
         self._programs: dict[str, tuple[float, bool]] = {}
         self._bounds: tuple = (None, {})  # (the configuration, its bounds per kind)
         self._idle_waiters: list = []
+        self._waits: dict[str, int] = {}  # execution id: how often its agent waits for subtasks just now
         self._loop = None
         core.pool = self
         core.life.on_move, core.life.on_change, core.life.on_delete = self._moved, self._changed, self._deleted
@@ -10082,11 +10054,17 @@ class Dispatcher:
 
     # -- what bounds the pool
 
+    def lend(self, execution_id: str, waits: int) -> None:
+        """Count one more (1) or one less (-1) wait of an agent for its subtasks.  While it waits its slot is free: they
+        could never start where it has the last one."""
+        self._waits[execution_id] = self._waits.get(execution_id, 0) + waits
+        if not self._waits[execution_id]:
+            del self._waits[execution_id]
+        self.wake()
+
     def _running(self) -> Running:
-        by_kind: dict[str, int] = {}
-        for run in self.runs.values():
-            by_kind[run.execution.agent] = by_kind.get(run.execution.agent, 0) + 1
-        return Running(total=len(self.runs), by_kind=by_kind)
+        kinds = [run.execution.agent for run in self.runs.values() if run.execution.id not in self._waits]
+        return Running(total=len(kinds), by_kind={kind: kinds.count(kind) for kind in set(kinds)})
 
     def _limits(self, now: float) -> Limits:
         config, parks, health = self.core.config, self.core.store.parked_agents(), self.core.store.agent_health()
@@ -11158,7 +11136,7 @@ async def handle_api(core: Core, request: object) -> HttpResponse | HttpStream |
         if route.form == "text":
             return await log_response(core, operation.handler(core, {**params, "limit": min(
                 LOG_PART if params["limit"] is None else params["limit"], LOG_PART)}))
-        result = await call(core, operation, params)
+        result = await call(core, operation, params, caller)
         authenticate(core, operation, request.headers)  # an agent may have ended while it waited
         response = json_response(result, route.status)
     except ClaudomatorError as error:
@@ -11170,14 +11148,21 @@ async def handle_api(core: Core, request: object) -> HttpResponse | HttpStream |
     return response.replace(body=core.redactor.document(response.body))
 
 
-async def call(core: Core, operation: Operation, params: dict) -> dict:
+async def call(core: Core, operation: Operation, params: dict, caller: Caller) -> dict:
     """The result of an operation, once what it changed is on disk; what changes something goes on if its caller goes."""
     import asyncio
-    result = operation.handler(core, params)
-    if not isinstance(result, dict):
-        result = await (result if operation.lasting else asyncio.shield(result))
-    await core.store.durable()
-    return result
+    lends = caller.execution_id and operation.name == "task.wait"
+    if lends:
+        core.pool.lend(caller.execution_id, 1)
+    try:
+        result = operation.handler(core, params)
+        if not isinstance(result, dict):
+            result = await (result if operation.lasting else asyncio.shield(result))
+        await core.store.durable()
+        return result
+    finally:
+        if lends:
+            core.pool.lend(caller.execution_id, -1)
 
 
 async def log_response(core: Core, items: object) -> HttpResponse:
@@ -12107,7 +12092,8 @@ class Cli:
                 config = self.load_config()
                 self._core = Core(config, Store(config.db_path, readonly=True), stderr_log)
                 self.say("(no daemon runs; this is what the database says)")
-        return OPERATIONS[method].handler(self._core, check_params(OPERATIONS[method], params))
+        result = OPERATIONS[method].handler(self._core, check_params(OPERATIONS[method], params))
+        return self._core.redactor.value(result)
 
     def color(self) -> bool:
         """Whether stdout gets colours."""

@@ -373,11 +373,14 @@ def test_list_and_status_read_the_database_when_no_daemon_runs(tmp_path):
     assert empty.code == 1 and "claudomator init" in empty.err
     with daemon:
         task_id = settled(daemon, "true", name="remembered", tags=["t"])
+        token = (daemon.data_dir / "api-token").read_text().strip()
+        told = daemon.add("true", queue=False, name=f"knows {token}")
         with_daemon = run_here(daemon.env, "status", task_id, "--json").document
     listed = run_here(daemon.env, "list")
     assert listed.code == 0 and "remembered" in listed.out and "no daemon runs" in listed.err
     assert run_here(daemon.env, "status", task_id[:9], "--json").document["task"]["id"] == with_daemon["task"]["id"]
     assert "remembered" in run_here(daemon.env, "status", task_id).out
+    assert token not in listed.out and "knows [redacted]" in run_here(daemon.env, "status", told).out
     assert run_here(daemon.env, "list", "--tag", "other").out == "no task matches\n"
     assert run_here(daemon.env, "list", "--all", "--json").document["next"] is None
     assert run_here(daemon.env, "status", "nope").code == 3

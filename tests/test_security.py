@@ -163,6 +163,17 @@ def test_an_agent_makes_a_subtask_with_ct_and_waits_for_it(daemon):
     assert (below["name"], below["state"]) == ("below", c.COMPLETED) and c.COMPLETED in said
 
 
+def test_an_agent_that_waits_for_its_subtasks_lends_them_its_slot(tmp_path):
+    with ApiDaemon(tmp_path, "max_concurrent = 1\n[agents.shell]\nmax_concurrent = 1") as daemon:
+        submit = "ct task submit --agent shell --wait --timeout 20s --name {} --instructions '{}'"
+        outer = daemon.add(submit.format("middle", submit.format("inner", "echo deep").replace("'", "'\\''")), name="outer")
+        assert daemon.wait(outer)["state"] == c.READY
+        middle, = daemon.client.call("task.subtasks", id=outer)["tasks"]
+        inner, = daemon.client.call("task.subtasks", id=middle["id"])["tasks"]
+        assert (middle["state"], inner["state"]) == (c.COMPLETED, c.COMPLETED)
+        assert daemon.here(lambda: daemon.core.pool._waits) == {}
+
+
 def test_the_page_and_the_api_are_told_apart(daemon):
     assert raw_answer(daemon, "/api/nothing", daemon.token).startswith(b"HTTP/1.1 404 ")
     assert b'"code":"not_found"' in raw_answer(daemon, "/nothing", "")
