@@ -6031,6 +6031,9 @@ class Transactions:
         return [{"seq": row[0], "time": format_time(parse_db_time(row[1])), "kind": row[2], "task_id": row[3],
                  "execution_id": row[4], **parse_json_or(row[5], {})} for row in rows]
 
+    def first_event(self) -> int:
+        """The number of the oldest event that is kept; where none is, that of the next one."""
+        return self._rows("SELECT min(seq) FROM events")[0][0] or self._last_event() + 1
 
     def last_event(self, task_id: str, kind: str) -> dict:
         """What the newest event of a task and kind says, empty where there is none."""
@@ -8210,7 +8213,7 @@ def own_secret(path: str) -> str:
 
 
 class Core:
-    """What the operations work on.  ``pool`` and ``reload`` are set by the daemon; without one they stay ``None``."""
+    """What the operations work on.  ``pool``, ``reload`` and ``live`` are set by the daemon, else they are ``None``."""
 
     def __init__(self, config: Config, store: Store, log):
         self.config, self.store = config, store
@@ -8219,7 +8222,7 @@ class Core:
         self.log = lambda level, message: log(level, self.redactor.clean(message))
         self.bus, self.life, self.started_at = Bus(store), Lifecycle(store), store.clock()
         self.life.log = self.log
-        self.pool = self.reload = None
+        self.pool = self.reload = self.live = None
 
     def renew_secrets(self, config: Config) -> None:
         """Take over a configuration's secrets.  Raises ``StorageError``."""
@@ -8290,7 +8293,7 @@ class Route(Record):
     """A way to an operation over HTTP.  A word in braces of ``path`` is the parameter of that name; ``id`` also the one
     element of ``ids``, or ``execution``.  ``body`` is the parameter that the whole body is, else the body is an object
     of parameters; a GET has a query string.  ``fixed`` parameters cannot be given.  ``form`` of the answer: ``json``,
-    ``text`` (a log as it is) or ``events`` (server-sent events)."""
+    ``text`` (a log as it is), ``events`` (server-sent events) or ``socket`` (a WebSocket)."""
 
     method: str
     path: str
@@ -8669,9 +8672,21 @@ async def _execution_log(core: Core, params: dict) -> object:
     yield Final({"execution": run and execution_to_json(run), "task": core.show(task)})
 
 
+def watched_task(core: Core, params: dict) -> str | None:
+    """The one task whose events are asked for.  Raises ``NotFound``."""
+    return core.store.resolve_task(params["task"]) if params["task"] else None
+
+
+def event_hello(store: Store, since: int | None) -> dict:
+    """Where a stream of events begins: after ``seq``.  With a ``gap`` that is not where the client was: what it has not
+    seen is older than the retention, or it saw another, longer log; it must read anew what it shows."""
+    newest = store.published_seq
+    seq = newest if since is None else min(max(since, store.first_event() - 1), newest)
+    return {"kind": "hello", "seq": seq, "last_event": newest, "gap": since not in (None, seq)}
+
+
 async def _events_watch(core: Core, params: dict) -> object:
-    task_id = core.store.resolve_task(params["task"]) if params["task"] else None
-    async for batch in core.bus.follow(params["since"], task_id):
+    async for batch in core.bus.follow(params["since"], watched_task(core, params)):
         for event in batch:
             yield event
 
@@ -8863,7 +8878,7 @@ OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in (
     Operation("events.watch", _events_watch, "stream events", (
         Param("since", "int", "all after this sequence number; absent: only new ones"),
         Param("task", "str", "only of this task", refers="task")), stream=True, lasting=True, scope="family",
-              routes=(Route("GET", "/api/events", form="events"),)),
+              routes=(Route("GET", "/api/events", form="events"), Route("GET", "/api/ws", 101, form="socket"))),
     Operation("agent.status", lambda core, params: {"agents": core.pool.agents()},
               "the agent kinds: running, bounds, parking, and whether their program is installed", (), AGENTS_RESULT,
               routes=(Route("GET", "/api/agents/status"),)),
@@ -9200,8 +9215,9 @@ def describe_route(operation: Operation, route: Route) -> dict:
                                     "content": {"application/json": {"schema": schema}}}
     kinds = {"json": "application/json", "text": "text/plain", "events": "text/event-stream"}
     shape = shape_schema(operation.result) if route.form == "json" else {"type": "string"}
+    content = {"content": {kinds[route.form]: {"schema": shape}}} if route.form in kinds else {}
     described["responses"] = {
-        str(route.status): {"description": "done", "content": {kinds[route.form]: {"schema": shape}}},
+        str(route.status): {"description": "done" if content else "a WebSocket", **content},
         "default": {"$ref": "#/components/responses/Error"}}
     return {**described, **({"security": []} if operation.scope == "open" else {})}
 
@@ -11207,19 +11223,23 @@ def serve_file(root: str, request: HttpRequest) -> HttpResponse:
 LONGEST_POLL_S = 60.0  # of one request that waits; proxies give up soon after
 LOG_PART = 1 << 20  # bytes of a log in one answer
 KEEP_ALIVE_S = 15.0  # after so long without an event a comment is sent, so that a client that left is noticed
-FIRST_EVENT_S = 0.1  # how long an answer waits to find out that its stream begins with an error
+FIRST_EVENT_S = 0.1  # how long an answer waits to find out that its log begins with an error
+RETRY = b"retry: 2000\n"  # ms; after so long a browser connects again
 
 
-def authenticate(core: Core, operation: Operation, headers: dict) -> Caller:
-    """Who sends a request.  Raises ``HttpError`` 401 where it is nobody that is known; an agent's token is good for as
-    long as its execution runs."""
-    if operation.scope == "open":
-        return OPERATOR
+def bearer_token(headers: dict) -> str:
+    """The token that a request carries.  Raises ``HttpError`` 401 where there is none."""
     scheme, _, token = headers.get("authorization", "").strip().partition(" ")
     token = token.strip()
     if scheme.lower() != "bearer" or not token:
         raise HttpError(401, "this needs a token: send Authorization: Bearer TOKEN, with the token from"
                         " <data_dir>/api-token", ("WWW-Authenticate", 'Bearer realm="claudomator"'))
+    return token
+
+
+def identify(core: Core, token: str) -> Caller:
+    """Whose token it is.  Raises ``HttpError`` 401 where it is nobody's that is known; an agent's is good for as long as
+    its execution runs."""
     if is_same_text(token, core.api_token):
         return OPERATOR
     execution_id = execution_of_token(token)
@@ -11230,21 +11250,23 @@ def authenticate(core: Core, operation: Operation, headers: dict) -> Caller:
                     ("WWW-Authenticate", 'Bearer realm="claudomator", error="invalid_token"'))
 
 
-async def handle_api(core: Core, request: object) -> HttpResponse | HttpStream:
+def authenticate(core: Core, operation: Operation, headers: dict) -> Caller:
+    """Who sends a request.  Raises ``HttpError`` 401."""
+    return OPERATOR if operation.scope == "open" else identify(core, bearer_token(headers))
+
+
+async def handle_api(core: Core, request: object) -> HttpResponse | HttpStream | HttpUpgrade:
     """The answer to a request below ``/api/``; errors are answers too."""
     try:
         operation, route, variable = match_route(request.method, request.path)
+        if route.form == "socket":
+            return core.live.open(operation, route, request)
         caller = authenticate(core, operation, request.headers)
         params = confine(core, operation, decode_params(operation, route, variable, request), caller)
         if operation.name == "task.wait":
             params["timeout_s"] = min(LONGEST_POLL_S if params["timeout_s"] is None else params["timeout_s"], LONGEST_POLL_S)
         if route.form == "events":
-            stream = EventChunks(core, operation, request, operation.handler(core, params))
-            await stream.begin()
-            if request.method == "HEAD":
-                await stream.aclose()
-                return HttpResponse(content_type="text/event-stream")
-            return HttpStream(stream)
+            return await event_stream(core, operation, params, request)
         if route.form == "text":
             return await log_response(core, operation.handler(core, {**params, "limit": min(
                 LOG_PART if params["limit"] is None else params["limit"], LOG_PART)}))
@@ -11288,12 +11310,31 @@ async def log_response(core: Core, items: object) -> HttpResponse:
                         fields=(("Cache-Control", "no-store"), ("Claudomator-Next-Offset", str(offset))))
 
 
-class EventChunks:
-    """A stream as server-sent events: its items, comments where nothing comes, and ``end`` or ``error`` as the last."""
+async def event_stream(core: Core, operation: Operation, params: dict, request: object) -> HttpStream | HttpResponse:
+    """A log, or the event log, as server-sent events; the latter says first where it begins."""
+    opening, is_log = RETRY, operation.name != "events.watch"
+    if is_log:
+        items = operation.handler(core, params)
+    else:
+        hello = event_hello(core.store, params["since"])
+        items = core.bus.follow(hello["seq"], watched_task(core, params))
+        opening += b"event: hello\nid: %d\ndata: %b\n" % (hello["seq"], format_json(hello).encode())
+    stream = EventChunks(core, operation, request, items, opening + b"\n")
+    if is_log:
+        await stream.begin()
+    if request.method == "HEAD":
+        await stream.aclose()
+        return HttpResponse(content_type="text/event-stream")
+    return HttpStream(stream)
 
-    def __init__(self, core: Core, operation: Operation, request: object, items: object):
+
+class EventChunks:
+    """A stream as server-sent events: ``opening``, its items (events: those of a tick in one piece), comments where
+    nothing comes, and ``end`` or ``error`` as the last."""
+
+    def __init__(self, core: Core, operation: Operation, request: object, items: object, opening: bytes):
         self._core, self._operation, self._request, self._items = core, operation, request, items
-        self._ahead = None
+        self._opening, self._ahead = opening, None
 
     def _ask(self) -> None:
         import asyncio
@@ -11313,6 +11354,11 @@ class EventChunks:
     async def __anext__(self) -> bytes:
         """The next bytes; the client's right to them is looked at each time."""
         import asyncio
+        if self._opening:
+            opening, self._opening = self._opening, b""
+            if self._ahead is None:
+                self._ask()
+            return opening
         if self._ahead is None:
             raise StopAsyncIteration
         done, _ = await asyncio.wait({self._ahead}, timeout=KEEP_ALIVE_S)
@@ -11328,8 +11374,8 @@ class EventChunks:
             self._ahead = None
             return b"event: end\n" + self._data(item.result)
         self._ask()
-        if "seq" in item:  # an event; it may hold a text too
-            return f"id: {item['seq']}\n".encode() + self._data(item)
+        if isinstance(item, list):
+            return b"".join(b"id: %d\ndata: %b\n\n" % (event["seq"], self._core.live.encode(event)) for event in item)
         return f"id: {item['execution_id']}:{item['next']}\n".encode() + self._data(item)
 
     def _data(self, document: object) -> bytes:
@@ -11345,7 +11391,7 @@ class EventChunks:
         await self._items.aclose()
 
 
-async def answer_http(core: Core, request: HttpRequest) -> HttpResponse | HttpStream:
+async def answer_http(core: Core, request: HttpRequest) -> HttpResponse | HttpStream | HttpUpgrade:
     """What the daemon serves: the operations below ``/api/``, and the page."""
     return await handle_api(core, request) if request.path.startswith("/api/") else serve_file(WEB_ROOT, request)
 
@@ -11357,6 +11403,7 @@ async def answer_http(core: Core, request: HttpRequest) -> HttpResponse | HttpSt
 
 PING_EVERY_S = 25.0  # a client that is silent from one ping to the next is gone; proxies cut idle connections after 60 s
 CLOSE_WAIT_S = 5.0  # from our close frame to the end of the connection, whatever the client does
+TOO_SLOW = 1013, "too slow; connect again from the last event you have seen"
 MAX_UNSENT = 1 << 18  # bytes that a client may leave unread beyond what the kernel holds for it
 
 
@@ -11400,9 +11447,14 @@ class WebSocketConnection:
         finally:
             self.abort()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it still takes frames."""
+        return self._open
+
     async def send(self, message: str | bytes) -> None:
         """Send a message once the client has taken what was sent before; nothing happens where it is gone."""
-        await self._drained()
+        await self.drained()
         self.put(encode_message(message))
 
     def put(self, frames: bytes) -> None:
@@ -11448,7 +11500,7 @@ class WebSocketConnection:
         """End the connection so that the client gets our last bytes: close() on unread data would reset it."""
         # 7.1.1 "call shutdown() with SHUT_WR on the socket, call recv() until obtaining a return value of 0 indicating
         # that the peer has also performed an orderly shutdown, and finally call close() on the socket."
-        await self._drained()
+        await self.drained()
         if not self._transport.is_closing():
             try:
                 self._transport.write_eof()
@@ -11470,7 +11522,7 @@ class WebSocketConnection:
             return False
         if self._draining is not None and self._queued + self._transport.get_write_buffer_size() > MAX_UNSENT:
             self._outbox.clear()
-            self.close(1013, "too slow; connect again from the last event you have seen")
+            self.close(*TOO_SLOW)
             return False
         self._outbox.append(frames)
         self._queued += len(frames)
@@ -11494,7 +11546,7 @@ class WebSocketConnection:
         self._draining = None
         self._flush()
 
-    async def _drained(self) -> None:
+    async def drained(self) -> None:
         """Wait until the kernel has all that was put."""
         import asyncio
         self._flush()
@@ -11513,6 +11565,146 @@ def broadcast(clients: Iterable[WebSocketConnection], frames: list[bytes]) -> No
 def _flush_all(clients: list[WebSocketConnection]) -> None:
     for client in clients:
         client._flush()
+
+
+def open_websocket(request: object, serve: Callable, protocols: tuple[str, ...] = (), **options) -> HttpUpgrade:
+    """The answer to an opening request; ``await serve(connection)`` follows.  Raises ``HandshakeError``."""
+    fields = check_handshake(request.method, request.minor, request.headers, protocols)
+
+    async def run(reader, writer) -> None:
+        writer.write(encode_head(101, fields))
+        await serve(WebSocketConnection(reader, writer, **options))
+    return HttpUpgrade(run)
+
+
+# -- the event log over WebSocket
+# A client is told what it has missed page by page, as fast as it reads; then it joins the group of those that follow the
+# same with the same token.  Between its last page and the group there is no ``await``, so it misses nothing and gets
+# nothing twice.  A group's right to what it hears is looked at with each tick: tokens end, with an execution or a reload.
+
+TOKEN_S = 10.0  # for the message with the token, where the opening request had none
+MAX_TOKEN_MESSAGE = 4096  # bytes; a client has nothing else to say
+TOKEN_PROTOCOL = "claudomator.bearer."  # how a browser, which can set no header, offers the token
+KEPT_ENCODINGS = 256  # of the newest events: clients that come back after a restart ask for the same
+
+
+def token_of_message(message: str | bytes) -> str:
+    """The token in a client's first message.  Raises ``HttpError`` 401."""
+    document = parse_json_or(message, None)
+    token = document.get("token") if isinstance(document, dict) else None
+    if not isinstance(token, str):
+        raise HttpError(401, 'the first message must be {"token": "TOKEN"}, with the token from <data_dir>/api-token')
+    return token
+
+
+class Live:
+    """The clients of ``/api/ws``.  An event is encoded once, whoever hears of it in whichever way."""
+
+    def __init__(self, core: Core):
+        self._core = core
+        self._groups: dict[tuple[str, str | None], set[WebSocketConnection]] = {}  # by token and task
+        self._encoded: dict[int, bytes] = {}
+        self._redactor = None  # by which they were encoded
+
+    def encode(self, event: dict) -> bytes:
+        """An event as JSON without secrets."""
+        text = self._encoded.get(event["seq"]) if self._redactor is self._core.redactor else None
+        if text is None:
+            if self._redactor is not self._core.redactor or len(self._encoded) >= KEPT_ENCODINGS:
+                self._encoded.clear()
+            self._redactor = self._core.redactor
+            text = self._encoded[event["seq"]] = self._redactor.document(format_json(event).encode())
+        return text
+
+    def open(self, operation: Operation, route: Route, request: object) -> HttpUpgrade:
+        """The answer to an opening request.  Raises ``ClaudomatorError``."""
+        params, headers = decode_params(operation, route, "", request), request.headers
+        offers = [offer.strip() for offer in headers.get("sec-websocket-protocol", "").split(",")]
+        token = next((offer.removeprefix(TOKEN_PROTOCOL) for offer in offers if offer.startswith(TOKEN_PROTOCOL)), "")
+        if "authorization" in headers:
+            token = bearer_token(headers)
+            watched_task(self._core, confine(self._core, operation, params, identify(self._core, token)))
+
+        async def serve(connection: WebSocketConnection) -> None:
+            await self._serve(connection, operation, params, token)
+        return open_websocket(request, serve, ("claudomator",), max_message=MAX_TOKEN_MESSAGE)
+
+    async def _serve(self, connection: WebSocketConnection, operation: Operation, params: dict, token: str) -> None:
+        import asyncio
+        loop = asyncio.get_running_loop()
+        first = loop.create_future()
+
+        async def hear(message: str | bytes) -> None:
+            if not first.done():
+                first.set_result(message)
+
+        async def begin() -> None:
+            try:
+                async with asyncio.timeout(TOKEN_S):
+                    given = token or token_of_message(await first)
+                await self._catch_up(connection, operation, params, given)
+            except TimeoutError:
+                connection.close(4401, f'no token came within {TOKEN_S:g} s; send {{"token": "TOKEN"}} first')
+            except ClaudomatorError as error:
+                self._refuse([connection], error)
+            except Exception as error:
+                import traceback
+                self._core.log("error", f"a WebSocket client: {''.join(traceback.format_exception(error))}")
+                connection.close(1011, "internal error; the daemon's log has more")
+
+        beginning = loop.create_task(begin())
+        try:
+            await connection.run(hear)
+        finally:
+            beginning.cancel()
+            self._leave(connection)
+
+    async def _catch_up(self, connection: WebSocketConnection, operation: Operation, params: dict, token: str) -> None:
+        """Tell what was missed, and join.  Raises ``ClaudomatorError``."""
+        import asyncio
+        core = self._core
+        params = confine(core, operation, params, identify(core, token))
+        task_id, hello = watched_task(core, params), event_hello(core.store, params["since"])
+        connection.put(encode_message(format_json(hello)))
+        seq = hello["seq"]
+        while connection.is_open and (events := core.store.events_since(seq, EVENT_PAGE, task_id)):
+            connection.put(b"".join(encode_frame(OP_TEXT, self.encode(event)) for event in events))
+            seq = events[-1]["seq"]
+            try:
+                async with asyncio.timeout(WRITE_S):
+                    await connection.drained()
+            except TimeoutError:
+                return connection.close(*TOO_SLOW)
+            await asyncio.sleep(0)  # one that reads fast must not hold up the others
+            identify(core, token)
+        if not self._groups:
+            core.bus.subscribe(self._tell)
+        self._groups.setdefault((token, task_id), set()).add(connection)
+
+    def _leave(self, connection: WebSocketConnection) -> None:
+        for key, group in tuple(self._groups.items()):
+            group.discard(connection)
+            if not group:
+                del self._groups[key]
+        if not self._groups:
+            self._core.bus.unsubscribe(self._tell)
+
+    def _tell(self, events: list[dict]) -> None:
+        """What became durable with one tick, in one write to each client."""
+        for (token, task_id), group in self._groups.items():
+            try:
+                identify(self._core, token)
+            except ClaudomatorError as error:
+                self._refuse(group, error)
+                continue
+            if frames := [encode_frame(OP_TEXT, self.encode(event)) for event in events
+                          if task_id in (None, event["task_id"])]:
+                broadcast(group, frames)
+
+    def _refuse(self, group: Iterable[WebSocketConnection], error: ClaudomatorError) -> None:
+        """Close with 4000 and the error's HTTP status: a browser's page sees nothing else of it."""
+        for connection in group:
+            connection.close(4000 + error.http_status, self._core.redactor.clean(str(error)))
 
 
 # ---- 27 Daemon -------------------------------------------------------------------------------------------------
@@ -11628,7 +11820,7 @@ class Daemon:
         store.attach(loop)
         self.core = Core(self.config, store, self.log)
         self.log = self.http.log = self.core.log
-        self.core.reload = self.reload
+        self.core.reload, self.core.live = self.reload, Live(self.core)
         self.pool = Pool(self.core)
         install_ct(self.config, self.log)
         if only_new:
