@@ -102,7 +102,7 @@ GOOD = {"string": '"text"', "word": '"codex"', "bool": "true", "integer": "7", "
         "strings": '["a", "b"]', "table": '{A = "b"}', "path": '"/p"', "program": '"/bin/x"',
         "url": '"https://example.org/x"', "address": '"127.0.0.1:1"'}
 BAD = {"string": ["3", "[]", "true", "{}", "2026-01-01", r'"a\u0000b"'], "bool": ['"true"', "1", "0"],
-       "integer": ['"3"', "true", "1.0", "-1", "9223372036854775808", "nan"],
+       "integer": ['"3"', "true", "1.5", "-1", "9223372036854775808", "nan"],
        "number": ['"3"', "false", "-0.1", "nan", "inf", "-inf"],
        "duration": ["30", '"soon"', '"-1s"', '"3651d"', '"15"', "true", '""', '"' + "9" * 400 + 's"'],
        "choice": ['"other"', "3", "[]"], "strings": ['"a"', '["a", 3]', "{}", "[[]]"],
@@ -357,7 +357,7 @@ def test_the_keys_of_this_version_are_the_active_ones():
         "local_model.endpoint", "local_model.model", "local_model.timeout_seconds", "local_model.default_temperature",
         "local_model.api_key",
         "prices.*.input", "prices.*.cached", "prices.*.output", "runners.*.command", "runners.*.resume",
-        "runners.*.format", "runners.*.fields", "classifier", "agents.*.models", "agents.*.good_for"}
+        "runners.*.format", "runners.*.fields", "classifier", "agents.*.models", "agents.*.good_for", "agents.*.mcp"}
 
 
 def test_differences_name_changed_keys_and_those_that_need_a_restart():

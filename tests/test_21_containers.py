@@ -48,6 +48,7 @@ cpus = 0
 [agents.shell]
 env = {{ SECRET = "s3cr3t" }}
 [agents.claude]
+mcp = true
 env = {{ FAKE_CLAUDE_VERSION = "2.1.329", PATH = "{FAKES}:{os.environ["PATH"]}", IS_SANDBOX = "1" }}
 [[projects]]
 name = "p"
@@ -94,6 +95,11 @@ def test_a_question_goes_on_in_the_same_session_sandbox_and_home(place):
     task = daemon.wait(task_id)
     assert (task["state"], task["question"]["text"]) == ("BLOCKED", "Which database?"), (task, daemon.log())
     sandbox = pathlib.Path(task["execution"]["sandbox_dir"])
+    own = daemon.data_dir / "executions" / task["execution"]["id"] / "box" / "mcp.json"
+    server = json.loads(own.read_text())["mcpServers"]["claudomator"]
+    assert (server["command"], server["args"]) == ("python3", ["-I", c.BOX_PROGRAM, "mcp"])
+    assert own.stat().st_mode & 0o777 == 0o600 and server["env"]["CLAUDOMATOR_API_URL"] == "${CLAUDOMATOR_API_URL}"
+    assert f"type=bind,source={c.__file__},target={c.BOX_PROGRAM},readonly" in engine.calls("run")[-2]
     home = sandbox / ".git" / c.BOX_DIR / "home" / ".claude"
     assert (home / ".credentials.json").exists() and list(home.glob("projects/*/*.jsonl"))
     assert daemon.call("sandbox.list")["sandboxes"][0]["ahead"] == 1, "the first commit is not in the sandbox"

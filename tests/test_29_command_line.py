@@ -208,7 +208,7 @@ def test_every_command_gives_one_json_document(daemon, cli, tmp_path):
         "ctl agent park": ["claude"], "ctl agent unpark": ["claude"], "ctl pool": [], "ctl budget": [],
         "ctl pool pause": ["--agent", "claude"],
         "ctl pool drain": None, "ctl pool resume": ["--agent", "claude"], "ctl project": [], "ctl sandbox": [], "ctl sandbox list": [], "ctl sandbox rm": [done], "ctl backup": [tmp_path / "b.db"], "ctl reload": [],
-        "ctl call": ["daemon.status"], "ctl logs": [done], "ctl watch": None, "serve": None, "demo": None,
+        "ctl call": ["daemon.status"], "ctl logs": [done], "ctl watch": None, "serve": None, "demo": None, "mcp": None,
         "image build": None,  # wants an engine: tests/test_21_containers.py
     }
     assert set(calls) == set(c.COMMANDS)
@@ -372,6 +372,20 @@ def test_patience_counts_from_the_last_time_the_daemon_was_there(monkeypatch):
     with pytest.raises(c.Unreachable):
         c.patiently(cli, attempt)
     assert len(said) == 2, "where there never was a daemon nobody waits for it"
+
+
+def test_a_file_s_wrong_keys_and_what_the_configuration_lacks_are_told_at_once(daemon, tmp_path):
+    file = tmp_path / "t.json"
+    file.write_text('{"tasks": [{"name": "a", "timout": "5m", "agent": {"type": "shel", "instrctions": "x"}},'
+                    ' {"name": "b", "project": "nix", "agent": {"type": "shell", "instructions": "x"}}]}')
+    for command in (["run"], ["run", "--dry-run"], ["ctl", "submit"]):
+        told = run_here(daemon.env, *command, str(file))
+        assert told.code == 2 and "5 problems found" in told.err
+        assert "agent.type: 'shel' is not available here (did you mean 'shell'?)" in told.err
+        assert 'task 2 "b": project: there is no project \'nix\'' in told.err and "did you mean 'timeout'" in told.err
+    file.write_text('{"tasks": [{"name": "a", "agent": {"type": "shel", "instructions": "x"}},'
+                    ' {"name": "b", "project": "nix", "agent": {"type": "shell", "instructions": "x"}}]}')
+    assert "2 problems found" in run_here(daemon.env, "ctl", "submit", str(file)).err
 
 
 # -- without a daemon
