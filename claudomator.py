@@ -9120,6 +9120,14 @@ def param_schema(param: Param, in_body: bool) -> dict:
     return schema
 
 
+BODY_EXAMPLES: dict[str, dict] = {
+    "task.create": {"tasks": {"name": "Fix the login test", "verify": "make test", "agent": {
+        "instructions": "tests/test_login.py fails now and then. Find the cause and mend it."}}, "queue": True},
+    "task.edit": {"priority": "high"}, "task.reject": {"comment": "The old name must go on working."},
+    "task.answer": {"text": "Take the second one."}, "agent.park": {"until": "2h"},
+}
+
+
 def describe_route(operation: Operation, route: Route) -> dict:
     """A route as an OpenAPI operation."""
     path, free = path_param(operation, route), free_params(operation, route)
@@ -9145,6 +9153,8 @@ def describe_route(operation: Operation, route: Route) -> dict:
             schema = {"anyOf": [whole, {**schema, "properties": {**inner, route.body: whole}, "required": [route.body]}]}
         described["requestBody"] = {"required": bool(route.body or schema["required"]),
                                     "content": {"application/json": {"schema": schema}}}
+        if operation.name in BODY_EXAMPLES:
+            described["requestBody"]["content"]["application/json"]["example"] = BODY_EXAMPLES[operation.name]
     kinds = {"json": "application/json", "text": "text/plain", "events": "text/event-stream"}
     shape = shape_schema(operation.result) if route.form == "json" else {"type": "string"}
     described["responses"] = {

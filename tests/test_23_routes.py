@@ -358,6 +358,16 @@ def test_every_route_is_in_the_document_once(document):
             assert [f"{{{name}}}" for name in named] == re.findall(r"\{\w+\}", path)
 
 
+def test_every_example_is_as_its_schema_says(document):
+    bodies = [described["requestBody"]["content"]["application/json"] for methods in document["paths"].values()
+              for described in methods.values() if "example" in described.get("requestBody", {}).get("content", {}).get("application/json", {})]
+    assert len(bodies) == len(c.BODY_EXAMPLES)
+    for body in bodies:
+        forms = body["schema"].get("anyOf", [body["schema"]])
+        assert any(faults(form, body["example"], document) == [] for form in forms), body["example"]
+    assert c.parse_tasks(c.BODY_EXAMPLES["task.create"]["tasks"], "example", 0.0)
+
+
 def test_every_reference_leads_somewhere(document):
     for target in re.findall(r'"\$ref":"#/([^"]+)"', c.format_json(document)):
         found = document

@@ -8,7 +8,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -356,37 +355,29 @@ echo a > a; git -c core.fsmonitor= -c core.hooksPath=/dev/null -c filter.x.clean
     assert not os.path.lexists(victim) and job.log() == ["first", c.AUTOCOMMIT_SUBJECT]
 
 
-def test_the_agent_reaches_the_api_across_a_restart_of_the_daemon(job):
-    path = job.daemon.data_dir / "agent.sock"
-    ask = ("python3 -c 'import os, socket; s = socket.socket(socket.AF_UNIX);"
-           ' s.connect(os.environ["CLAUDOMATOR_API_URL"].removeprefix("unix://")); print(s.recv(9).decode(), flush=True)\'')
-
-    def listen(word):
-        if path.exists():
-            path.unlink()
-        server = socket.socket(socket.AF_UNIX)
-        server.bind(str(path))
-        server.listen()
-        server.settimeout(20)
-        return server, word
-
-    def answer(server, word):
-        server.accept()[0].sendall(word)
-        server.close()
-    if path.exists():
-        pytest.skip("the daemon serves agent.sock itself: tests of section 26 cover this")
-    first = listen(b"one")
-    task_id = job.add(f"{ask}; {WAITS} {ask}")
-    answer(*first)
+def test_the_agent_makes_subtasks_in_containers_of_their_own_also_after_the_daemon_was_killed(job):
+    def submit(name):
+        return f"ct task submit --name {name} --agent shell --instructions 'echo $HOSTNAME; pwd' --wait --timeout 60s"
+    task_id = job.add(f"{submit('one')}; {WAITS} {submit('two')}")
     run = job.started(task_id)
-    second = listen(b"two")
-    own = job.box(run) / "agent.sock"
+    support.wait_until(lambda: "begun" in log_of(job, run), 60, "the first subtask's end")
+    job.daemon.kill9()
+    job.daemon.start()
+    own, path = job.box(run) / "agent.sock", job.daemon.data_dir / "agent.sock"
     support.wait_until(lambda: own.stat().st_ino == path.stat().st_ino, 10, "the new socket")
     (job.box(run) / "summary.txt.go").touch()
-    answer(*second)
-    assert job.daemon.wait(task_id)["state"] == "READY"
-    log = (job.daemon.data_dir / "executions" / run["id"] / "stdout.log").read_text()
-    assert log.split() == ["one", "begun", "two"]
+    task = job.daemon.wait(task_id, 90)
+    assert task["state"] == "READY", (log_of(job, run), job.daemon.log())
+    assert log_of(job, run).split() == ["COMPLETED", "begun", "COMPLETED"]
+    children = job.daemon.call("task.subtasks", id=task_id)["tasks"]
+    assert {child["name"]: child["agent"]["repository_url"] for child in children} == dict.fromkeys(("one", "two"), str(job.bare))
+    for child in children:
+        assert log_of(job, job.runs(child["id"])[0]).split()[1] == "/workspace"
+    assert job.containers() == []
+
+
+def log_of(job, run) -> str:
+    return (job.daemon.data_dir / "executions" / run["id"] / "stdout.log").read_text()
 
 
 def test_the_login_is_copied_into_a_home_that_the_session_keeps(tmp_path, image):
