@@ -430,6 +430,7 @@ MAX_PROBLEMS = 50  # told at once; to look for what each of 200,000 wrong keys m
 
 def unknown_names(names: Iterable[str], known: Iterable[str]) -> list[str]:
     """A line for each unknown parameter, or for the first ones."""
+    known = list(known)
     wrong = [name for name in names if name not in known]
     more = [f"and {len(wrong) - MAX_PROBLEMS} more"] if len(wrong) > MAX_PROBLEMS else []
     return [f"{name[:60]}: unknown parameter{did_you_mean(name, known)}" for name in wrong[:MAX_PROBLEMS]] + more
@@ -8935,7 +8936,7 @@ def decode_body(route: Route, free: dict[str, Param], headers: dict, body: bytes
         return {route.body: params}
     if not isinstance(params, dict):
         raise UsageError(f"the body must be a JSON object, got {describe_value(params)}")
-    if problems := unknown_names(params, {*free, route.body}):
+    if problems := unknown_names(params, [*free, *([route.body] if route.body else [])]):
         raise UsageError("\n  ".join(["the body's parameters are not right", *problems]), problems=problems)
     return params
 

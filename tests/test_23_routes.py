@@ -244,6 +244,17 @@ def test_a_list_is_continued_by_its_next(daemon):
     assert found == ids[::-1]
 
 
+def test_a_list_of_none_has_none_and_a_park_ends_before_the_years_do(daemon):
+    daemon.ask("POST", "/api/tasks", body=TASK)
+    assert daemon.ask("GET", "/api/tasks?limit=0") == (200, {"tasks": [], "next": None})
+    for until in ("99999999d", "9999-99-99T00:00:00Z", "2001-01-01T00:00:00Z", "-"):
+        assert error(daemon, 422, "POST", "/api/agents/gemini/park", body={"until": until})["message"].startswith("until: ")
+
+
+def test_an_empty_name_is_an_unknown_parameter_too(daemon):
+    assert error(daemon, 400, "POST", "/api/pool/pause", body={"": 1})["problems"] == [": unknown parameter"]
+
+
 def test_a_wait_ends_with_its_time(daemon):
     task_id = daemon.ask("POST", "/api/tasks", body=TASK)[1]["tasks"][0]["id"]
     assert daemon.ask("GET", f"/api/tasks/{task_id}/wait?timeout_s=0.01")[1]["timed_out"] is True
