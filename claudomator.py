@@ -38,6 +38,7 @@ Contents
     27 Daemon
     28 Control client
     29 Command line
+    30 MCP server
     31 Demo
     32 Commands
 """
@@ -684,7 +685,8 @@ CONFIG_KEYS: tuple[Key, ...] = (
     Key("gemini_image", "string", "claudomator-agent:latest", "container image for gemini"),
     Key("container_engine", "choice docker|podman", "docker", "what runs containers"),
     Key("claude_config_dir", "path", "", "given to claude as CLAUDE_CONFIG_DIR; empty: claude's own default"),
-    Key("ssh_auth_sock", "path", "", "SSH agent socket for cloning repository_url and pushing to it; no agent gets it"),
+    Key("ssh_auth_sock", "path", "", "SSH agent socket for cloning repository_url and pushing to it; agents get it only"
+        " by containers.ssh_agent"),
     Key("workspace_root", "path", "", "directory whose repositories are offered as projects", active=False),
     Key("webhook_url", "url", "", "gets a JSON POST per finished or blocked task", active=False),
     Key("webhook_secret", "string", "", "the secret that GitHub signs its webhooks with", active=False, secret=True),
@@ -711,10 +713,12 @@ CONFIG_KEYS: tuple[Key, ...] = (
         example=("ANTHROPIC_API_KEY",)),
     Key("agents.*.on_quota", "choice wait|other_agent|fail", "wait",
         "what queued tasks do while the quota is used up"),
+    Key("agents.*.mcp", "bool", False, "give claude Claudomator's tools by MCP: subtasks, a question, a summary"),
     Key("containers.memory", "string", "4g", "memory of a container, as the engine writes it; empty: no limit"),
     Key("containers.cpus", "number >= 0", 2, "processors of a container, at most those of the machine; 0: no limit"),
     Key("containers.pids", "integer >= 0", 2048, "processes and threads of a container; 0: no limit"),
     Key("containers.network", "string", "", "the engine's network for agents (none, host, a name); empty: its default"),
+    Key("containers.ssh_agent", "bool", False, "agents get ssh_auth_sock, read-only; with it they can push past verify"),
     Key("local_model.endpoint", "url", "", "a server with OpenAI's chat completions; empty: none",
         example="http://localhost:11434/v1"),
     Key("local_model.model", "string", "llama3.1:8b", "its model, for tasks that name none"),
@@ -762,7 +766,7 @@ _DEFAULT_SETTINGS: dict[str, AgentSettings] = {}  # of kinds without a table of 
 
 
 class ContainerSettings(KeyedRecord, keys=CONFIG_GROUPS["containers"]):
-    """``[containers]``: what bounds a container."""
+    """``[containers]``: what bounds a container, and what it is lent."""
 
 
 class LocalModelSettings(KeyedRecord, keys=CONFIG_GROUPS["local_model"]):
@@ -930,12 +934,16 @@ def _check_config(checker: Checker, read: dict[str, dict]) -> None:
         names = [str(name) for name in (*(values["env"] or ()), *(values["pass_env"] or ()))]
         if any(not name or "=" in name or "\0" in name for name in names):
             checker.problem(f"agents.{kind}", "a name in env or pass_env is empty or holds '='")
+        if values["mcp"] and kind != "claude":
+            checker.problem(f"agents.{kind}.mcp", "only claude takes MCP servers from Claudomator")
     projects = [fields["name"] for fields in read["projects[]"].values()]
     for group, what, known in (("agent", "agent kind", kinds), ("project", "project", projects)):
         for name in read[f"budgets.{group}.*"]:
             if name not in known:
                 names = ", ".join(map(str, known)) or "none is configured"
                 checker.problem(f"budgets.{group}.{name}", f"no such {what}{did_you_mean(name, known)}: {names}")
+    if read["containers"]["ssh_agent"] and not read[""]["ssh_auth_sock"]:
+        checker.problem("containers.ssh_agent", "there is no agent to lend: set ssh_auth_sock to the path of its socket")
     address, signed = read[""]["server_addr"], read[""]["webhook_secret"] or read[""]["allow_unsigned_webhooks"]
     if address and not signed and not checker.problems:  # GitHub's webhooks come in over HTTP
         host = split_address(address)[0]
@@ -1122,11 +1130,12 @@ def find_cycle(edges: dict[str, list[str]]) -> list[str] | None:
 
 
 class _TaskReader(Checker):
-    """Reads the tasks of one document; ``now`` (unix seconds) is what a delay counts from."""
+    """Reads the tasks of one document; ``now`` (unix seconds) is what a delay counts from, ``check(agent, project)`` gives
+    more faults as (key path, text)."""
 
-    def __init__(self, source: str, now: float) -> None:
+    def __init__(self, source: str, now: float, check: Callable | None = None) -> None:
         super().__init__(source)
-        self.source, self.now = source, now
+        self.source, self.now, self.check = source, now, check
         self.links: dict[str, list[tuple]] = {}  # (where, depends_on) of each task, by name
 
     def value(self, key: Key, value, path: str) -> object:
@@ -1201,6 +1210,8 @@ class _TaskReader(Checker):
         given = {} if given is None else self._renamed(given, _OLD_DIR_KEY, "project_dir", "agent.")
         agent = AgentConfig(**self.group(TASK_GROUPS["agent"], given, "agent"))
         self._check(fields["name"] or "", agent, fields["project"])
+        for path, text in self.check(agent, fields["project"] or "") if self.check else ():
+            self.problem(path, text)
         self.links.setdefault(fields["name"] or "", []).append((self.where, fields["depends_on"]))
         fields["retry"] = fields["retry"] or RetryPolicy()
         return TaskSpec(agent=agent, **fields) if len(self.problems) == before else None
@@ -1230,9 +1241,10 @@ class _TaskReader(Checker):
 MAX_TASKS = 5000  # of one document; the daemon does nothing else while it reads them
 
 
-def parse_tasks(document, source: str, now: float) -> list[TaskSpec]:
-    """The tasks of a parsed file; ``now`` is what a delay counts from.  Raises ``InvalidInput`` with every problem."""
-    reader, path = _TaskReader(source, now), ""
+def parse_tasks(document, source: str, now: float, check: Callable | None = None) -> list[TaskSpec]:
+    """The tasks of a parsed file; ``now`` is what a delay counts from, ``check`` knows more that may be wrong (see
+    ``_TaskReader``).  Raises ``InvalidInput`` with every problem."""
+    reader, path = _TaskReader(source, now, check), ""
     tasks = [document] if isinstance(document, dict) else document
     if isinstance(document, dict) and "tasks" in document:
         tasks, path = document["tasks"], "tasks"
@@ -1344,14 +1356,14 @@ def _json_document(text: str, source: str) -> object:
         raise InvalidInput(f"{source}: {place}not JSON: {getattr(error, 'msg', error)}") from None
 
 
-def parse_task_text(text: str, source: str, now: float) -> list[TaskSpec]:
+def parse_task_text(text: str, source: str, now: float, check: Callable | None = None) -> list[TaskSpec]:
     """``parse_tasks`` of a text: JSON where it begins with ``{`` or ``[``, else YAML, which needs PyYAML."""
     text = text.removeprefix("\ufeff")
     if len(text) > MAX_TASK_TEXT:
         raise InvalidInput(f"{source}: longer than {MAX_TASK_TEXT >> 20} MiB")
     try:
         read = _json_document if text.lstrip()[:1] in ("{", "[") else _yaml_document
-        return parse_tasks(read(text, source), source, now)
+        return parse_tasks(read(text, source), source, now, check)
     except RecursionError:
         raise InvalidInput(f"{source}: nested too deeply") from None
 
@@ -1477,9 +1489,9 @@ REASONS: dict[str, dict] = {
     "timed_out": {"retry": True, "state": TIMED_OUT, "next": "raise timeout (ctl edit ID), then run it again"},
     "stalled": {"retry": True, "state": TIMED_OUT, "next": "raise stall_timeout if silence is normal, then run again"},
     "cancelled": {"state": CANCELLED, "next": "ctl run ID starts it again"},
-    "spawn_failed": {"state": FAILED, "next": "install the agent or set its path in the configuration"},
+    "spawn_failed": {"state": FAILED, "next": "do what the detail says, then run it again"},
     "lost": {"free": True, "state": FAILED, "next": "it vanished with its supervisor several times; run it again"},
-    "sandbox_failed": {"retry": True, "state": FAILED, "next": "check project_dir and its remote, then run it again"},
+    "sandbox_failed": {"retry": True, "state": FAILED, "next": "put right what the detail names, then run it again"},
     "build_failed": {"retry": True, "state": FAILED, "next": "the work is kept in the sandbox; see ctl sandbox list"},
     "verify_failed": {"retry": True, "state": FAILED, "next": "the work is kept in the sandbox; see ctl sandbox list"},
     "push_failed": {"retry": True, "state": FAILED, "next": "merge by hand in the kept sandbox, or run it again"},
@@ -3930,8 +3942,8 @@ def render_event(event: dict, color: bool, tz_offset_s: float = 0) -> str:
 
 
 # ---- 12 Redaction (pure) ---------------------------------------------------------------------------------------
-# What the daemon says leaves it without its secrets: each is replaced by value, in a string, in bytes, and in a stream
-# that cuts it anywhere.  A secret also stands in JSON, and in JSON within JSON (an agent's log line in an answer), so
+# What the daemon says leaves it without its secrets: each is replaced by value, in a string, in bytes, and in a piece of
+# a log that cuts it anywhere.  A secret also stands in JSON, and in JSON within JSON (an agent's log line in an answer), so
 # its escaped forms are looked for too.  The tokens are made here: redaction knows an agent's by its shape, whichever
 # execution it is of.
 
@@ -4060,35 +4072,6 @@ class Redactor:
             return encoded
         end = encoded[len(encoded.rstrip()):]
         return format_json(self.value(parse_json(encoded))).encode() + end
-
-
-class RedactingStream:
-    """A redactor for bytes that come in pieces; it keeps back no more than what may be the beginning of a secret."""
-
-    def __init__(self, redactor: Redactor):
-        self._redactor, self._held, self._covered = redactor, b"", 0  # the first bytes of ``_held`` that a mark covers
-
-    def feed(self, data: bytes) -> bytes:
-        """What can be said by now."""
-        data = self._held + data
-        return self._pass_on(data, len(data) - self._redactor.unfinished(data))
-
-    def finish(self) -> bytes:
-        """The rest."""
-        return self._pass_on(self._held, len(self._held))
-
-    def _pass_on(self, data: bytes, cut: int) -> bytes:
-        pieces, at = [], min(self._covered, cut)
-        covered = self._covered
-        for start, stop in self._redactor.spans(data):
-            if start >= cut:
-                break
-            if start >= covered:
-                pieces += [data[at:start], REDACTED.encode()]
-            covered = max(covered, stop)
-            at = min(covered, cut)
-        self._held, self._covered = data[cut:], max(0, covered - cut)
-        return b"".join((*pieces, data[at:cut]))
 
 
 # ---- 13 Control wire (pure) ------------------------------------------------------------------------------------
@@ -4955,6 +4938,7 @@ GEMINI_CREDENTIALS = tuple(
     " GOOGLE_APPLICATION_CREDENTIALS GEMINI_CLI_HOME".split())
 CLAUDE_MAX_RETRIES = 2  # by itself claude retries for three minutes in a slot; the queue does the waiting instead
 LOCAL_API_KEY = "CLAUDOMATOR_LOCAL_API_KEY"  # how the key comes to a local agent's process: argv is for all to see
+MCP_SERVER = "claudomator"  # its name to claude, whose names for its tools are mcp__claudomator__TOOL
 LOCAL_MODE = "_local"  # the argument that makes this program the process of a local agent
 LONGEST_VARIABLE = 100_000  # bytes; the kernel refuses a variable or argument of 128 KiB (MAX_ARG_STRLEN)
 
@@ -4972,6 +4956,10 @@ Your task:
 CT_PREAMBLE = """\
 - The command ct writes both files for you: ct ask "your question" --option a --option b, and ct summary "what you did".
 """
+MCP_PREAMBLE = """\
+- The MCP tools ask_operator and report_summary of the server claudomator write both files for you.{subtasks}
+"""
+MCP_SUBTASKS = " Its tools\n  create_subtask, wait_subtask and get_task give a part of the work to another agent."
 SUBTASKS_PREAMBLE = """\
 - You may give a part of the work to another agent, as a subtask:
   ct task submit --name NAME --instructions "what to do" --wait
@@ -5061,16 +5049,27 @@ def secrets_given(config: Config, host: dict) -> set[str]:
     return config.secrets | {host[name] for name in names if name in host}
 
 
-def preamble(context: RunContext) -> str:
-    """What an agent must know of where it runs; put in front of the instructions unless ``skip_planning``."""
+def preamble(context: RunContext, mcp: bool = False) -> str:
+    """What an agent must know of where it runs, and of the tools that it has; put in front of the instructions unless
+    ``skip_planning``."""
     where = f"is {context.cwd}. Work only there."
     if context.sandboxed:
         where = (f"{context.cwd} is a throw-away git clone. Work only there. Commit your work\n  with git in clear, small"
                  " commits; what you leave uncommitted is committed for you, and all is pushed.")
-    tools = CT_PREAMBLE if context.tools_dir else ""
+    tools = MCP_PREAMBLE.format(subtasks=MCP_SUBTASKS if context.api_url else "") if mcp else ""
+    tools += CT_PREAMBLE if context.tools_dir else ""
     tools += SUBTASKS_PREAMBLE if context.tools_dir and context.api_url else ""
     return PREAMBLE.format(where=where, question=f"{context.execution_dir}/question.json", tools=tools,
                            summary=f"{context.execution_dir}/summary.txt")
+
+
+def mcp_config(context: RunContext, env: dict) -> str:
+    """The file for ``--mcp-config``: this program as the server.  It names the variables that the server needs and holds
+    no value, so no token; ``alwaysLoad`` because a tool that must be searched for is not found."""
+    command, *words = context.program
+    return format_json({"mcpServers": {MCP_SERVER: {
+        "type": "stdio", "command": command, "args": [*words, "mcp"], "alwaysLoad": True,
+        "env": {name: f"${{{name}}}" for name in env if name.startswith("CLAUDOMATOR_")}}}}) + "\n"
 
 
 def build_claude(task: Task, context: RunContext, config: Config, host: dict) -> Launch:
@@ -5090,8 +5089,10 @@ def build_claude(task: Task, context: RunContext, config: Config, host: dict) ->
     allowed = list(agent.allowed_tools)
     if not agent.skip_planning and "Bash" not in allowed:
         allowed.append("Bash")  # asking and reporting, as the preamble says, takes a shell
+    allowed += [f"mcp__{MCP_SERVER}"] if settings.mcp else []  # all of its tools
+    mcp_file = f"{context.execution_dir}/mcp.json"
     for flag, values in (("--allowedTools", allowed), ("--disallowedTools", agent.disallowed_tools),
-                         ("--add-dir", agent.context_files)):
+                         ("--add-dir", agent.context_files), ("--mcp-config", [mcp_file] if settings.mcp else [])):
         for value in values:
             argv += [flag, value]
     argv += agent.additional_args
@@ -5101,7 +5102,8 @@ def build_claude(task: Task, context: RunContext, config: Config, host: dict) ->
         env.setdefault("CLAUDE_CONFIG_DIR", config.claude_config_dir)
     if context.is_root and mode == "bypassPermissions":
         env.setdefault("IS_SANDBOX", "1")  # without it claude refuses to run as root
-    return Launch(tuple(argv), env, _prompt(task, context, preamble(context)), "claude", context.session_id)
+    return Launch(tuple(argv), env, _prompt(task, context, preamble(context, settings.mcp)), "claude",
+                  context.session_id, files=((mcp_file, mcp_config(context, env)),) if settings.mcp else ())
 
 
 def _prompt(task: Task, context: RunContext, head: str) -> str:
@@ -5293,16 +5295,21 @@ def runner_binary(kind: str, config: Config) -> str:
 # there, everyone sees in /proc and in ``docker inspect``.  The time limit is kept inside, so that it holds when the
 # daemon, the supervisor and the engine's client are all gone.
 BOX_WORK, BOX_HOME, BOX_FILES = "/workspace", "/home/agent", "/run/claudomator"
+BOX_PROGRAM = f"{BOX_FILES}/claudomator.py"  # this program, where an agent's CLI starts it (section 30)
 BOX_LOGIN, BOX_REPO = "/run/claudomator-login", "/run/claudomator-repo"
+BOX_SSH_AGENT, BOX_GOOGLE = "/run/claudomator-ssh-agent.sock", "/run/claudomator-google.json"
+GOOGLE_FILE = "GOOGLE_APPLICATION_CREDENTIALS"
 EXECUTION_LABEL, DATA_LABEL = "claudomator.execution", "claudomator.data"
 HOST_ONLY = ENVIRONMENT_ALLOWED - set("LANG LANGUAGE TZ HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy"
-                                      " no_proxy".split()) | {"GEMINI_CLI_HOME", "GOOGLE_APPLICATION_CREDENTIALS"}
+                                      " no_proxy".split()) | {"GEMINI_CLI_HOME", GOOGLE_FILE}
 LOGIN_FILES = {"claude": (".claude", (".credentials.json", ".claude.json", "settings.json", "CLAUDE.md")),
                "gemini": (".gemini", ("oauth_creds.json", "google_accounts.json", "installation_id", "settings.json",
                                       "GEMINI.md"))}
-DEFAULT_BASE = "node:22-bookworm-slim"
+DEFAULT_BASE = "docker.io/library/node:22-bookworm-slim"  # in full: podman does not know every short name
 IMAGE_CLIS = "@anthropic-ai/claude-code @google/gemini-cli"
 NO_IMAGE = ("no such image", "image not known", "unable to find image", "no such object")
+NO_ENGINE = ("cannot connect", "connection refused", "unable to connect", "error during connect",
+             "failed to connect to the docker api")
 OUT_OF_MEMORY = "\nError: the container ran out of memory: raise containers.memory in the configuration\n"
 
 
@@ -5369,15 +5376,24 @@ def container_argv(config: Config, image: str, *, name: str, execution_id: str, 
 
 
 def engine_fault(engine: str, said: str, image: str = "", image_key: str = "") -> tuple[str, str]:
-    """(reason, detail) of an engine that did not do what it was told, by what it said."""
-    words = clean_text(" ".join(said.split()), 300)
-    if image and any(known in said.lower() for known in NO_IMAGE):
-        return "spawn_failed", (f"the container image {image} is not there: run `claudomator image build`, or set"
-                                f" {image_key} in the configuration to an image that is")
-    if "annot connect" in said or "connection refused" in said or "unable to connect" in said.lower():
+    """(reason, detail) of an engine that did not do what it was told, by what it said: about ``image``, the value of
+    ``image_key``, or about none."""
+    import re
+    words, lower = clean_text(re.split(r" Usage: | Run '", " ".join(said.split()))[0], 300), said.lower()
+    if lower.startswith("cannot run"):  # run_command's words, not the engine's
+        return "spawn_failed", (f"the container engine cannot be run: install {engine}, put it on the daemon's PATH, or"
+                                f" set container_engine in the configuration ({words})")
+    if image_key and any(known in lower for known in NO_IMAGE):
+        return "spawn_failed", (f"the container image {image or repr('')} is not there: run `claudomator image build`, or"
+                                f" set {image_key} in the configuration to an image that is")
+    if "permission denied while trying to connect" in lower:
+        return "spawn_failed", (f"the daemon's user may not use {engine}: make it a member of the group {engine} and start"
+                                f" the daemon from a new login, or set DOCKER_HOST to an engine of its own ({words})")
+    if any(known in lower for known in NO_ENGINE):
         return "sandbox_failed", (f"the container engine does not answer: start {engine}, or set DOCKER_HOST for the"
                                   f" daemon ({words})")
-    return "spawn_failed", f"{engine} could not start the container: {words or 'it says nothing'}"
+    advice = f"; correct [containers] or {image_key} in the configuration" if image_key else ""
+    return "spawn_failed", f"{engine} refuses: {words or 'it says nothing'}{advice}"
 
 
 def container_end(exit_code: int | None, state: dict | None, said: str) -> str:
@@ -6016,6 +6032,9 @@ class Transactions:
         return [{"seq": row[0], "time": format_time(parse_db_time(row[1])), "kind": row[2], "task_id": row[3],
                  "execution_id": row[4], **parse_json_or(row[5], {})} for row in rows]
 
+    def first_event(self) -> int:
+        """The number of the oldest event that is kept; where none is, that of the next one."""
+        return self._rows("SELECT min(seq) FROM events")[0][0] or self._last_event() + 1
 
     def last_event(self, task_id: str, kind: str) -> dict:
         """What the newest event of a task and kind says, empty where there is none."""
@@ -7543,11 +7562,8 @@ class Box:
         return os.path.normpath(os.path.join(BOX_WORK, os.path.relpath(path, self.sandbox.path)))
 
     def check_image(self) -> None:
-        """Raises ``SpawnError`` where the image is not there, ``SandboxError`` where the engine does not answer."""
+        """Raises ``SandboxError`` where the image is not there (its reason: spawn_failed), or the engine does not answer."""
         result = run_engine(self.config, self.host, "image", "inspect", "--format", "{{.Id}}", self.image)
-        if result.exit_code == 127 and result.output.startswith("cannot run"):
-            raise SpawnError(f"{self.config.container_engine} is not installed, or not on the daemon's PATH; install it"
-                             " or set container_engine in the configuration")
         if result.exit_code != 0:
             reason, words = engine_fault(self.config.container_engine, result.output, self.image, self.image_key)
             raise SandboxError(words, reason)
@@ -7590,6 +7606,8 @@ class Box:
         if os.path.exists(self.config.agent_socket_path):
             env["CLAUDOMATOR_API_URL"] = f"unix://{BOX_FILES}/agent.sock"
         self.share_socket()
+        lent = self._lent(env)
+        env.update({name: place for name, (_, place, _) in lent.items()})
         stdin = f"{BOX_FILES}/prompt.txt" if reads_stdin else "/dev/null"
         script = entry_script(launch.replace(env=env), cwd, stdin, limit_s, grace_s)
         own = [(path.replace(BOX_FILES, self.files, 1), text) for path, text in launch.files]
@@ -7597,7 +7615,9 @@ class Box:
                   (self.files, BOX_FILES, False)]
         mounts += [(os.path.join(self.directory, name), f"{BOX_FILES}/{name}", False)
                    for name in ("stdout.log", "stderr.log")]
-        argv = self._argv(self.name, (*mounts, *self._logins()), (f"{BOX_FILES}/run",), is_kept=True)
+        if self.config.agent_settings(self.kind).mcp:
+            mounts.append((os.path.abspath(__file__), BOX_PROGRAM, True))
+        argv = self._argv(self.name, (*mounts, *self._logins(), *lent.values()), (f"{BOX_FILES}/run",), is_kept=True)
         return Launch(argv, engine_env(self.host), launch.stdin, launch.format, launch.session_id, files=(
             (f"{self.files}/run", script), (f"{self.files}/prompt.txt", launch.stdin or ""), *own))
 
@@ -7608,6 +7628,20 @@ class Box:
         root = self.config.claude_config_dir if self.kind == "claude" else os.path.join(home, folder)
         return [(os.path.join(root, name), f"{BOX_LOGIN}/{folder}/{name}", True) for name in names
                 if root and os.path.isfile(os.path.join(root, name))]
+
+    def _lent(self, env: dict) -> dict[str, tuple[str, str, bool]]:
+        """What the configuration lends the agent: variables, each with the mount it names the inner place of.  Raises
+        ``SpawnError`` where the SSH agent is not there."""
+        lent, settings, path = {}, self.config.agent_settings(self.kind), self.config.ssh_auth_sock
+        if self.config.containers.ssh_agent:
+            if not os.path.exists(path):
+                raise SpawnError(f"the SSH agent's socket {path} is not there: start the agent, correct ssh_auth_sock, or"
+                                 " set ssh_agent = false in [containers]")
+            lent["SSH_AUTH_SOCK"] = path, BOX_SSH_AGENT, True
+        path = self.host.get(GOOGLE_FILE, "")
+        if GOOGLE_FILE in settings.pass_env and env.get(GOOGLE_FILE) == path and os.path.isfile(path):
+            lent[GOOGLE_FILE] = os.path.abspath(path), BOX_GOOGLE, True
+        return lent
 
     def share_socket(self) -> None:
         """Let the agent reach this daemon's API.  A hard link, not a mount: after a restart the socket is another one,
@@ -7694,8 +7728,8 @@ class Box:
         return self._tool("gate", ("-c", GATE, "gate", target, command), self.inside(directory))
 
 
-def build_image(config: Config, base: str, tag: str, ct_path: str, host: dict) -> int:
-    """Build the agent image; the engine's words go to stderr.  Returns its exit code."""
+def build_image(config: Config, base: str, tag: str, ct_path: str, host: dict) -> None:
+    """Build the agent image; the engine's words go to stderr.  Raises ``SpawnError``."""
     import shutil
     import subprocess
     import tempfile
@@ -7706,11 +7740,19 @@ def build_image(config: Config, base: str, tag: str, ct_path: str, host: dict) -
         _write_text(os.path.join(directory, "Dockerfile"), dockerfile(base, os.geteuid(), os.getegid(), has_ct))
         network = ["--network", config.containers.network] if config.containers.network else []
         try:
-            return subprocess.run([config.container_engine, "build", *network, "--tag", tag, directory],
-                                  env=engine_env(host), stdin=subprocess.DEVNULL, stdout=2).returncode
+            done = subprocess.run([config.container_engine, "build", *network, "--tag", tag, directory],
+                                  env=engine_env(host), stdin=subprocess.DEVNULL, stdout=2)
         except OSError as error:
-            raise SpawnError(f"{config.container_engine} cannot be run: {error}; install it, or set container_engine in"
-                             " the configuration") from error
+            raise SpawnError(engine_fault(config.container_engine, f"cannot run it: {error}")[1]) from error
+    if done.returncode != 0:
+        engine, found = config.container_engine, run_engine(config, host, "image", "inspect", "--format", "{{.Id}}", base)
+        advice = f"read what {engine} says above"
+        if any(known in found.output.lower() for known in NO_IMAGE):
+            advice += (f"; {base} is not on this machine: where it cannot be fetched, look after the network or the proxy"
+                       f" of {engine}, or name an image that `{engine} images` shows with --base")
+        elif found.exit_code != 0:
+            advice = engine_fault(engine, found.output)[1]
+        raise SpawnError(f"the image was not built: {advice}")
 
 
 # ---- 22 Bus ----------------------------------------------------------------------------------------------------
@@ -7789,21 +7831,34 @@ SETTLED_KEYS = ("idempotency_key", "parent_task_id")  # of a task file: they can
 FRESH_TRIES = {"reason": "", "detail": "", "attempts": 0, "free_tries": 0, "idle_runs": 0, "not_before": None}
 
 
-def complete_spec(spec: TaskSpec, config: Config, kinds) -> TaskSpec:
-    """A spec with what its project gives.  Raises ``InvalidInput`` for an unknown project or agent type."""
-    agent, where = spec.agent, f"task {spec.name!r}: "
+def misfits(agent: AgentConfig, project: str, config: Config, kinds) -> list[tuple[str, str]]:
+    """What a task asks for that there is not with this configuration, as (key path, text)."""
+    found = []
     if agent.type and agent.type not in kinds:
-        raise InvalidInput(f"{where}agent.type: {agent.type!r} is not available here{did_you_mean(agent.type, kinds)};"
-                           f" there are: {', '.join(kinds)}")
-    isolation = isolation_of(agent)
-    if (agent.isolation or agent.repository_url) and isolation != "none" and not runner_of(agent.type, config).sandboxed:
-        raise InvalidInput(f"{where}agent.isolation: a {agent.type} agent has no tools for a {isolation}; leave it out")
+        found.append(("agent.type", f"{agent.type!r} is not available here{did_you_mean(agent.type, kinds)};"
+                                    f" there are: {', '.join(kinds)}"))
+    elif (agent.isolation or agent.repository_url) and not runner_of(agent.type, config).sandboxed \
+            and isolation_of(agent) != "none":
+        found.append(("agent.isolation", f"a {agent.type} agent has no tools for a {isolation_of(agent)}; leave it out"))
+    if project and config.project_named(project) is None:
+        names = [known.name for known in config.projects]
+        found.append(("project", f"there is no project {project!r} in the configuration{did_you_mean(project, names)}"))
+    return found
+
+
+def misfit_check(config: Config, kinds) -> Callable:
+    """``misfits`` as the check of ``parse_tasks``."""
+    return lambda agent, project: misfits(agent, project, config, kinds)
+
+
+def complete_spec(spec: TaskSpec, config: Config, kinds) -> TaskSpec:
+    """A spec with what its project gives.  Raises ``InvalidInput`` for what there is not here."""
+    agent, faults = spec.agent, misfits(spec.agent, spec.project, config, kinds)
     if spec.acceptance_criteria:
-        raise InvalidInput(f"{where}acceptance_criteria: this version has no checker yet; use verify")
+        faults.append(("acceptance_criteria", "this version has no checker yet; use verify"))
+    if faults:
+        raise InvalidInput(f"task {spec.name!r}: " + "; ".join(f"{path}: {text}" for path, text in faults))
     project = config.project_named(spec.project) if spec.project else config.project_for_dir(agent.project_dir)
-    if project is None and spec.project:
-        raise InvalidInput(f"{where}project: there is no project {spec.project!r} in the configuration"
-                           + did_you_mean(spec.project, [known.name for known in config.projects]))
     directory = "" if agent.repository_url else agent.project_dir or (project.dir if project else "")
     return spec if project is None else spec.replace(
         agent=agent.replace(project_dir=directory), project=project.name, verify=spec.verify or project.verify)
@@ -8159,7 +8214,7 @@ def own_secret(path: str) -> str:
 
 
 class Core:
-    """What the operations work on.  ``pool`` and ``reload`` are set by the daemon; without one they stay ``None``."""
+    """What the operations work on.  ``pool``, ``reload`` and ``live`` are set by the daemon, else they are ``None``."""
 
     def __init__(self, config: Config, store: Store, log):
         self.config, self.store = config, store
@@ -8168,7 +8223,7 @@ class Core:
         self.log = lambda level, message: log(level, self.redactor.clean(message))
         self.bus, self.life, self.started_at = Bus(store), Lifecycle(store), store.clock()
         self.life.log = self.log
-        self.pool = self.reload = None
+        self.pool = self.reload = self.live = None
 
     def renew_secrets(self, config: Config) -> None:
         """Take over a configuration's secrets.  Raises ``StorageError``."""
@@ -8239,7 +8294,7 @@ class Route(Record):
     """A way to an operation over HTTP.  A word in braces of ``path`` is the parameter of that name; ``id`` also the one
     element of ``ids``, or ``execution``.  ``body`` is the parameter that the whole body is, else the body is an object
     of parameters; a GET has a query string.  ``fixed`` parameters cannot be given.  ``form`` of the answer: ``json``,
-    ``text`` (a log as it is) or ``events`` (server-sent events)."""
+    ``text`` (a log as it is), ``events`` (server-sent events) or ``socket`` (a WebSocket)."""
 
     method: str
     path: str
@@ -8410,7 +8465,8 @@ def confine(core: Core, operation: Operation, params: dict, caller: Caller) -> d
 
 def _task_create(core: Core, params: dict) -> dict:
     specs = [spec.replace(auto_accept=spec.auto_accept or params["auto_accept"])
-             for spec in parse_tasks(params["tasks"], params["source"], core.store.clock())]
+             for spec in parse_tasks(params["tasks"], params["source"], core.store.clock(),
+                                     misfit_check(core.config, core.kinds))]
     if caller := params.get("caller"):
         own, names = core.store.get_task(caller.task_id), {spec.name for spec in specs}
         below = tasks_below(core, own.id)
@@ -8617,9 +8673,21 @@ async def _execution_log(core: Core, params: dict) -> object:
     yield Final({"execution": run and execution_to_json(run), "task": core.show(task)})
 
 
+def watched_task(core: Core, params: dict) -> str | None:
+    """The one task whose events are asked for.  Raises ``NotFound``."""
+    return core.store.resolve_task(params["task"]) if params["task"] else None
+
+
+def event_hello(store: Store, since: int | None) -> dict:
+    """Where a stream of events begins: after ``seq``.  With a ``gap`` that is not where the client was: what it has not
+    seen is older than the retention, or it saw another, longer log; it must read anew what it shows."""
+    newest = store.published_seq
+    seq = newest if since is None else min(max(since, store.first_event() - 1), newest)
+    return {"kind": "hello", "seq": seq, "last_event": newest, "gap": since not in (None, seq)}
+
+
 async def _events_watch(core: Core, params: dict) -> object:
-    task_id = core.store.resolve_task(params["task"]) if params["task"] else None
-    async for batch in core.bus.follow(params["since"], task_id):
+    async for batch in core.bus.follow(params["since"], watched_task(core, params)):
         for event in batch:
             yield event
 
@@ -8811,7 +8879,7 @@ OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in (
     Operation("events.watch", _events_watch, "stream events", (
         Param("since", "int", "all after this sequence number; absent: only new ones"),
         Param("task", "str", "only of this task", refers="task")), stream=True, lasting=True, scope="family",
-              routes=(Route("GET", "/api/events", form="events"),)),
+              routes=(Route("GET", "/api/events", form="events"), Route("GET", "/api/ws", 101, form="socket"))),
     Operation("agent.status", lambda core, params: {"agents": core.pool.agents()},
               "the agent kinds: running, bounds, parking, and whether their program is installed", (), AGENTS_RESULT,
               routes=(Route("GET", "/api/agents/status"),)),
@@ -9158,8 +9226,9 @@ def describe_route(operation: Operation, route: Route) -> dict:
             described["requestBody"]["content"]["application/json"]["example"] = BODY_EXAMPLES[operation.name]
     kinds = {"json": "application/json", "text": "text/plain", "events": "text/event-stream"}
     shape = shape_schema(operation.result) if route.form == "json" else {"type": "string"}
+    content = {"content": {kinds[route.form]: {"schema": shape}}} if route.form in kinds else {}
     described["responses"] = {
-        str(route.status): {"description": "done", "content": {kinds[route.form]: {"schema": shape}}},
+        str(route.status): {"description": "done" if content else "a WebSocket", **content},
         "default": {"$ref": "#/components/responses/Error"}}
     return {**described, **({"security": []} if operation.scope == "open" else {})}
 
@@ -9323,7 +9392,8 @@ class Workplace:
             cwd=box.inside(cwd) if box else cwd, project_dir=self.task.agent.project_dir,
             sandboxed=self.sandbox is not None, session_id=self.execution.session_id, resume=self.resumed, feedback=feedback,
             answer=resume.get("text", "") if resume.get("kind") == "answer" else "", round=self.execution.round,
-            is_root=os.geteuid() == 0, program=(sys.executable, "-I", os.path.abspath(__file__)),
+            is_root=os.geteuid() == 0,
+            program=("python3", "-I", BOX_PROGRAM) if box else (sys.executable, "-I", os.path.abspath(__file__)),
             tools_dir=("/usr/local/bin" if box else tools_dir) if os.path.exists(f"{tools_dir}/ct") else "",
             api_url=f"unix://{config.agent_socket_path}", api_token=agent_token(self.core.agent_key, self.execution.id))
         task = self.task
@@ -9973,6 +10043,7 @@ class Dispatcher:
         self._programs: dict[str, tuple[float, bool]] = {}
         self._bounds: tuple = (None, {})  # (the configuration, its bounds per kind)
         self._idle_waiters: list = []
+        self._waits: dict[str, int] = {}  # execution id: how often its agent waits for subtasks just now
         self._loop = None
         core.pool = self
         core.life.on_move, core.life.on_change, core.life.on_delete = self._moved, self._changed, self._deleted
@@ -10128,11 +10199,17 @@ class Dispatcher:
 
     # -- what bounds the pool
 
+    def lend(self, execution_id: str, waits: int) -> None:
+        """Count one more (1) or one less (-1) wait of an agent for its subtasks.  While it waits its slot is free: they
+        could never start where it has the last one."""
+        self._waits[execution_id] = self._waits.get(execution_id, 0) + waits
+        if not self._waits[execution_id]:
+            del self._waits[execution_id]
+        self.wake()
+
     def _running(self) -> Running:
-        by_kind: dict[str, int] = {}
-        for run in self.runs.values():
-            by_kind[run.execution.agent] = by_kind.get(run.execution.agent, 0) + 1
-        return Running(total=len(self.runs), by_kind=by_kind)
+        kinds = [run.execution.agent for run in self.runs.values() if run.execution.id not in self._waits]
+        return Running(total=len(kinds), by_kind={kind: kinds.count(kind) for kind in set(kinds)})
 
     def _limits(self, now: float) -> Limits:
         config, parks, health = self.core.config, self.core.store.parked_agents(), self.core.store.agent_health()
@@ -11157,19 +11234,23 @@ def serve_file(root: str, request: HttpRequest) -> HttpResponse:
 LONGEST_POLL_S = 60.0  # of one request that waits; proxies give up soon after
 LOG_PART = 1 << 20  # bytes of a log in one answer
 KEEP_ALIVE_S = 15.0  # after so long without an event a comment is sent, so that a client that left is noticed
-FIRST_EVENT_S = 0.1  # how long an answer waits to find out that its stream begins with an error
+FIRST_EVENT_S = 0.1  # how long an answer waits to find out that its log begins with an error
+RETRY = b"retry: 2000\n"  # ms; after so long a browser connects again
 
 
-def authenticate(core: Core, operation: Operation, headers: dict) -> Caller:
-    """Who sends a request.  Raises ``HttpError`` 401 where it is nobody that is known; an agent's token is good for as
-    long as its execution runs."""
-    if operation.scope == "open":
-        return OPERATOR
+def bearer_token(headers: dict) -> str:
+    """The token that a request carries.  Raises ``HttpError`` 401 where there is none."""
     scheme, _, token = headers.get("authorization", "").strip().partition(" ")
     token = token.strip()
     if scheme.lower() != "bearer" or not token:
         raise HttpError(401, "this needs a token: send Authorization: Bearer TOKEN, with the token from"
                         " <data_dir>/api-token", ("WWW-Authenticate", 'Bearer realm="claudomator"'))
+    return token
+
+
+def identify(core: Core, token: str) -> Caller:
+    """Whose token it is.  Raises ``HttpError`` 401 where it is nobody's that is known; an agent's is good for as long as
+    its execution runs."""
     if is_same_text(token, core.api_token):
         return OPERATOR
     execution_id = execution_of_token(token)
@@ -11180,25 +11261,27 @@ def authenticate(core: Core, operation: Operation, headers: dict) -> Caller:
                     ("WWW-Authenticate", 'Bearer realm="claudomator", error="invalid_token"'))
 
 
-async def handle_api(core: Core, request: object) -> HttpResponse | HttpStream:
+def authenticate(core: Core, operation: Operation, headers: dict) -> Caller:
+    """Who sends a request.  Raises ``HttpError`` 401."""
+    return OPERATOR if operation.scope == "open" else identify(core, bearer_token(headers))
+
+
+async def handle_api(core: Core, request: object) -> HttpResponse | HttpStream | HttpUpgrade:
     """The answer to a request below ``/api/``; errors are answers too."""
     try:
         operation, route, variable = match_route(request.method, request.path)
+        if route.form == "socket":
+            return core.live.open(operation, route, request)
         caller = authenticate(core, operation, request.headers)
         params = confine(core, operation, decode_params(operation, route, variable, request), caller)
         if operation.name == "task.wait":
             params["timeout_s"] = min(LONGEST_POLL_S if params["timeout_s"] is None else params["timeout_s"], LONGEST_POLL_S)
         if route.form == "events":
-            stream = EventChunks(core, operation, request, operation.handler(core, params))
-            await stream.begin()
-            if request.method == "HEAD":
-                await stream.aclose()
-                return HttpResponse(content_type="text/event-stream")
-            return HttpStream(stream)
+            return await event_stream(core, operation, params, request)
         if route.form == "text":
             return await log_response(core, operation.handler(core, {**params, "limit": min(
                 LOG_PART if params["limit"] is None else params["limit"], LOG_PART)}))
-        result = await call(core, operation, params)
+        result = await call(core, operation, params, caller)
         authenticate(core, operation, request.headers)  # an agent may have ended while it waited
         response = json_response(result, route.status)
     except ClaudomatorError as error:
@@ -11210,14 +11293,21 @@ async def handle_api(core: Core, request: object) -> HttpResponse | HttpStream:
     return response.replace(body=core.redactor.document(response.body))
 
 
-async def call(core: Core, operation: Operation, params: dict) -> dict:
+async def call(core: Core, operation: Operation, params: dict, caller: Caller) -> dict:
     """The result of an operation, once what it changed is on disk; what changes something goes on if its caller goes."""
     import asyncio
-    result = operation.handler(core, params)
-    if not isinstance(result, dict):
-        result = await (result if operation.lasting else asyncio.shield(result))
-    await core.store.durable()
-    return result
+    lends = caller.execution_id and operation.name == "task.wait"
+    if lends:
+        core.pool.lend(caller.execution_id, 1)
+    try:
+        result = operation.handler(core, params)
+        if not isinstance(result, dict):
+            result = await (result if operation.lasting else asyncio.shield(result))
+        await core.store.durable()
+        return result
+    finally:
+        if lends:
+            core.pool.lend(caller.execution_id, -1)
 
 
 async def log_response(core: Core, items: object) -> HttpResponse:
@@ -11231,12 +11321,31 @@ async def log_response(core: Core, items: object) -> HttpResponse:
                         fields=(("Cache-Control", "no-store"), ("Claudomator-Next-Offset", str(offset))))
 
 
-class EventChunks:
-    """A stream as server-sent events: its items, comments where nothing comes, and ``end`` or ``error`` as the last."""
+async def event_stream(core: Core, operation: Operation, params: dict, request: object) -> HttpStream | HttpResponse:
+    """A log, or the event log, as server-sent events; the latter says first where it begins."""
+    opening, is_log = RETRY, operation.name != "events.watch"
+    if is_log:
+        items = operation.handler(core, params)
+    else:
+        hello = event_hello(core.store, params["since"])
+        items = core.bus.follow(hello["seq"], watched_task(core, params))
+        opening += b"event: hello\nid: %d\ndata: %b\n" % (hello["seq"], format_json(hello).encode())
+    stream = EventChunks(core, operation, request, items, opening + b"\n")
+    if is_log:
+        await stream.begin()
+    if request.method == "HEAD":
+        await stream.aclose()
+        return HttpResponse(content_type="text/event-stream")
+    return HttpStream(stream)
 
-    def __init__(self, core: Core, operation: Operation, request: object, items: object):
+
+class EventChunks:
+    """A stream as server-sent events: ``opening``, its items (events: those of a tick in one piece), comments where
+    nothing comes, and ``end`` or ``error`` as the last."""
+
+    def __init__(self, core: Core, operation: Operation, request: object, items: object, opening: bytes):
         self._core, self._operation, self._request, self._items = core, operation, request, items
-        self._ahead = None
+        self._opening, self._ahead = opening, None
 
     def _ask(self) -> None:
         import asyncio
@@ -11256,6 +11365,11 @@ class EventChunks:
     async def __anext__(self) -> bytes:
         """The next bytes; the client's right to them is looked at each time."""
         import asyncio
+        if self._opening:
+            opening, self._opening = self._opening, b""
+            if self._ahead is None:
+                self._ask()
+            return opening
         if self._ahead is None:
             raise StopAsyncIteration
         done, _ = await asyncio.wait({self._ahead}, timeout=KEEP_ALIVE_S)
@@ -11271,8 +11385,8 @@ class EventChunks:
             self._ahead = None
             return b"event: end\n" + self._data(item.result)
         self._ask()
-        if "seq" in item:  # an event; it may hold a text too
-            return f"id: {item['seq']}\n".encode() + self._data(item)
+        if isinstance(item, list):
+            return b"".join(b"id: %d\ndata: %b\n\n" % (event["seq"], self._core.live.encode(event)) for event in item)
         return f"id: {item['execution_id']}:{item['next']}\n".encode() + self._data(item)
 
     def _data(self, document: object) -> bytes:
@@ -11288,7 +11402,7 @@ class EventChunks:
         await self._items.aclose()
 
 
-async def answer_http(core: Core, request: HttpRequest) -> HttpResponse | HttpStream:
+async def answer_http(core: Core, request: HttpRequest) -> HttpResponse | HttpStream | HttpUpgrade:
     """What the daemon serves: the operations below ``/api/``, and the page."""
     return await handle_api(core, request) if request.path.startswith("/api/") else serve_file(WEB_ROOT, request)
 
@@ -11300,6 +11414,7 @@ async def answer_http(core: Core, request: HttpRequest) -> HttpResponse | HttpSt
 
 PING_EVERY_S = 25.0  # a client that is silent from one ping to the next is gone; proxies cut idle connections after 60 s
 CLOSE_WAIT_S = 5.0  # from our close frame to the end of the connection, whatever the client does
+TOO_SLOW = 1013, "too slow; connect again from the last event you have seen"
 MAX_UNSENT = 1 << 18  # bytes that a client may leave unread beyond what the kernel holds for it
 
 
@@ -11343,9 +11458,14 @@ class WebSocketConnection:
         finally:
             self.abort()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it still takes frames."""
+        return self._open
+
     async def send(self, message: str | bytes) -> None:
         """Send a message once the client has taken what was sent before; nothing happens where it is gone."""
-        await self._drained()
+        await self.drained()
         self.put(encode_message(message))
 
     def put(self, frames: bytes) -> None:
@@ -11391,7 +11511,7 @@ class WebSocketConnection:
         """End the connection so that the client gets our last bytes: close() on unread data would reset it."""
         # 7.1.1 "call shutdown() with SHUT_WR on the socket, call recv() until obtaining a return value of 0 indicating
         # that the peer has also performed an orderly shutdown, and finally call close() on the socket."
-        await self._drained()
+        await self.drained()
         if not self._transport.is_closing():
             try:
                 self._transport.write_eof()
@@ -11413,7 +11533,7 @@ class WebSocketConnection:
             return False
         if self._draining is not None and self._queued + self._transport.get_write_buffer_size() > MAX_UNSENT:
             self._outbox.clear()
-            self.close(1013, "too slow; connect again from the last event you have seen")
+            self.close(*TOO_SLOW)
             return False
         self._outbox.append(frames)
         self._queued += len(frames)
@@ -11437,7 +11557,7 @@ class WebSocketConnection:
         self._draining = None
         self._flush()
 
-    async def _drained(self) -> None:
+    async def drained(self) -> None:
         """Wait until the kernel has all that was put."""
         import asyncio
         self._flush()
@@ -11456,6 +11576,146 @@ def broadcast(clients: Iterable[WebSocketConnection], frames: list[bytes]) -> No
 def _flush_all(clients: list[WebSocketConnection]) -> None:
     for client in clients:
         client._flush()
+
+
+def open_websocket(request: object, serve: Callable, protocols: tuple[str, ...] = (), **options) -> HttpUpgrade:
+    """The answer to an opening request; ``await serve(connection)`` follows.  Raises ``HandshakeError``."""
+    fields = check_handshake(request.method, request.minor, request.headers, protocols)
+
+    async def run(reader, writer) -> None:
+        writer.write(encode_head(101, fields))
+        await serve(WebSocketConnection(reader, writer, **options))
+    return HttpUpgrade(run)
+
+
+# -- the event log over WebSocket
+# A client is told what it has missed page by page, as fast as it reads; then it joins the group of those that follow the
+# same with the same token.  Between its last page and the group there is no ``await``, so it misses nothing and gets
+# nothing twice.  A group's right to what it hears is looked at with each tick: tokens end, with an execution or a reload.
+
+TOKEN_S = 10.0  # for the message with the token, where the opening request had none
+MAX_TOKEN_MESSAGE = 4096  # bytes; a client has nothing else to say
+TOKEN_PROTOCOL = "claudomator.bearer."  # how a browser, which can set no header, offers the token
+KEPT_ENCODINGS = 256  # of the newest events: clients that come back after a restart ask for the same
+
+
+def token_of_message(message: str | bytes) -> str:
+    """The token in a client's first message.  Raises ``HttpError`` 401."""
+    document = parse_json_or(message, None)
+    token = document.get("token") if isinstance(document, dict) else None
+    if not isinstance(token, str):
+        raise HttpError(401, 'the first message must be {"token": "TOKEN"}, with the token from <data_dir>/api-token')
+    return token
+
+
+class Live:
+    """The clients of ``/api/ws``.  An event is encoded once, whoever hears of it in whichever way."""
+
+    def __init__(self, core: Core):
+        self._core = core
+        self._groups: dict[tuple[str, str | None], set[WebSocketConnection]] = {}  # by token and task
+        self._encoded: dict[int, bytes] = {}
+        self._redactor = None  # by which they were encoded
+
+    def encode(self, event: dict) -> bytes:
+        """An event as JSON without secrets."""
+        text = self._encoded.get(event["seq"]) if self._redactor is self._core.redactor else None
+        if text is None:
+            if self._redactor is not self._core.redactor or len(self._encoded) >= KEPT_ENCODINGS:
+                self._encoded.clear()
+            self._redactor = self._core.redactor
+            text = self._encoded[event["seq"]] = self._redactor.document(format_json(event).encode())
+        return text
+
+    def open(self, operation: Operation, route: Route, request: object) -> HttpUpgrade:
+        """The answer to an opening request.  Raises ``ClaudomatorError``."""
+        params, headers = decode_params(operation, route, "", request), request.headers
+        offers = [offer.strip() for offer in headers.get("sec-websocket-protocol", "").split(",")]
+        token = next((offer.removeprefix(TOKEN_PROTOCOL) for offer in offers if offer.startswith(TOKEN_PROTOCOL)), "")
+        if "authorization" in headers:
+            token = bearer_token(headers)
+            watched_task(self._core, confine(self._core, operation, params, identify(self._core, token)))
+
+        async def serve(connection: WebSocketConnection) -> None:
+            await self._serve(connection, operation, params, token)
+        return open_websocket(request, serve, ("claudomator",), max_message=MAX_TOKEN_MESSAGE)
+
+    async def _serve(self, connection: WebSocketConnection, operation: Operation, params: dict, token: str) -> None:
+        import asyncio
+        loop = asyncio.get_running_loop()
+        first = loop.create_future()
+
+        async def hear(message: str | bytes) -> None:
+            if not first.done():
+                first.set_result(message)
+
+        async def begin() -> None:
+            try:
+                async with asyncio.timeout(TOKEN_S):
+                    given = token or token_of_message(await first)
+                await self._catch_up(connection, operation, params, given)
+            except TimeoutError:
+                connection.close(4401, f'no token came within {TOKEN_S:g} s; send {{"token": "TOKEN"}} first')
+            except ClaudomatorError as error:
+                self._refuse([connection], error)
+            except Exception as error:
+                import traceback
+                self._core.log("error", f"a WebSocket client: {''.join(traceback.format_exception(error))}")
+                connection.close(1011, "internal error; the daemon's log has more")
+
+        beginning = loop.create_task(begin())
+        try:
+            await connection.run(hear)
+        finally:
+            beginning.cancel()
+            self._leave(connection)
+
+    async def _catch_up(self, connection: WebSocketConnection, operation: Operation, params: dict, token: str) -> None:
+        """Tell what was missed, and join.  Raises ``ClaudomatorError``."""
+        import asyncio
+        core = self._core
+        params = confine(core, operation, params, identify(core, token))
+        task_id, hello = watched_task(core, params), event_hello(core.store, params["since"])
+        connection.put(encode_message(format_json(hello)))
+        seq = hello["seq"]
+        while connection.is_open and (events := core.store.events_since(seq, EVENT_PAGE, task_id)):
+            connection.put(b"".join(encode_frame(OP_TEXT, self.encode(event)) for event in events))
+            seq = events[-1]["seq"]
+            try:
+                async with asyncio.timeout(WRITE_S):
+                    await connection.drained()
+            except TimeoutError:
+                return connection.close(*TOO_SLOW)
+            await asyncio.sleep(0)  # one that reads fast must not hold up the others
+            identify(core, token)
+        if not self._groups:
+            core.bus.subscribe(self._tell)
+        self._groups.setdefault((token, task_id), set()).add(connection)
+
+    def _leave(self, connection: WebSocketConnection) -> None:
+        for key, group in tuple(self._groups.items()):
+            group.discard(connection)
+            if not group:
+                del self._groups[key]
+        if not self._groups:
+            self._core.bus.unsubscribe(self._tell)
+
+    def _tell(self, events: list[dict]) -> None:
+        """What became durable with one tick, in one write to each client."""
+        for (token, task_id), group in self._groups.items():
+            try:
+                identify(self._core, token)
+            except ClaudomatorError as error:
+                self._refuse(group, error)
+                continue
+            if frames := [encode_frame(OP_TEXT, self.encode(event)) for event in events
+                          if task_id in (None, event["task_id"])]:
+                broadcast(group, frames)
+
+    def _refuse(self, group: Iterable[WebSocketConnection], error: ClaudomatorError) -> None:
+        """Close with 4000 and the error's HTTP status: a browser's page sees nothing else of it."""
+        for connection in group:
+            connection.close(4000 + error.http_status, self._core.redactor.clean(str(error)))
 
 
 # ---- 27 Daemon -------------------------------------------------------------------------------------------------
@@ -11571,7 +11831,7 @@ class Daemon:
         store.attach(loop)
         self.core = Core(self.config, store, self.log)
         self.log = self.http.log = self.core.log
-        self.core.reload = self.reload
+        self.core.reload, self.core.live = self.reload, Live(self.core)
         self.pool = Pool(self.core)
         install_ct(self.config, self.log)
         if only_new:
@@ -11978,7 +12238,8 @@ class Cli:
                 config = self.load_config()
                 self._core = Core(config, Store(config.db_path, readonly=True), stderr_log)
                 self.say("(no daemon runs; this is what the database says)")
-        return OPERATIONS[method].handler(self._core, check_params(OPERATIONS[method], params))
+        result = OPERATIONS[method].handler(self._core, check_params(OPERATIONS[method], params))
+        return self._core.redactor.value(result)
 
     def color(self) -> bool:
         """Whether stdout gets colours."""
@@ -12102,7 +12363,12 @@ def read_document(cli: Cli) -> tuple[object, str]:
         raise NotFound(f"there is no file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{source} cannot be read: {error}") from None
-    documents = [spec_to_json(spec) for spec in parse_task_text(text, source, time.time())]
+    try:
+        specs = parse_task_text(text, source, time.time())
+    except InvalidInput:
+        config = cli.load_config()  # costs time; now to tell with the rest what the configuration does not have
+        specs = parse_task_text(text, source, time.time(), misfit_check(config, known_kinds(config)))
+    documents = [spec_to_json(spec) for spec in specs]
     for document in documents:
         if directory := document["agent"].get("project_dir"):
             document["agent"]["project_dir"] = os.path.abspath(cli.expand(directory))
@@ -12163,6 +12429,7 @@ def cmd_init(cli: Cli) -> int:
     found = {"python": sys.version.split()[0], "git": program_version("git"),
              **{kind: program_version(runner_binary(kind, config)) for kind in known_kinds(config)
                 if kind not in ("shell", "local")},
+             config.container_engine: program_version(config.container_engine),
              **({"local": config.local_model.endpoint} if config.local_model.endpoint else {})}
     try:
         import yaml
@@ -12177,6 +12444,7 @@ def cmd_init(cli: Cli) -> int:
                    " (npm install -g @google/gemini-cli)"),
         *((kind, f"{row['command'][0]} is not installed: tasks of type {kind} need it") for kind, row in
           config.runners.items()),
+        (config.container_engine, f"{config.container_engine} is not installed: only tasks in containers need it"),
         ("pyyaml", "PyYAML is not installed: write task files as JSON, or: pip install pyyaml"))
              if found[name] is None]
     facts = {"config": path, "written": written, "data_dir": config.data_dir, "found": found, "hints": hints,
@@ -12221,7 +12489,9 @@ def cmd_run(cli: Cli) -> int:
 
 def _dry_run(cli: Cli, document: dict, source: str) -> int:
     config = cli.load_config()
-    tasks = [complete_spec(spec, config, known_kinds(config)) for spec in parse_tasks(document, source, time.time())]
+    kinds = known_kinds(config)
+    tasks = [complete_spec(spec, config, kinds)
+             for spec in parse_tasks(document, source, time.time(), misfit_check(config, kinds))]
     rows = [[task.name, task.agent.type or "chosen at start", task.agent.project_dir or "none",
              format_duration(task.timeout_s or config.default_timeout_s),
              ", ".join(dependency.task for dependency in task.depends_on)] for task in tasks]
@@ -12563,9 +12833,427 @@ def cmd_image_build(cli: Cli) -> int:
     ct_path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ct.py")
     if not os.path.isfile(ct_path):
         cli.say(f"{ct_path} is not there: the image will have no ct, so agents in it cannot make subtasks")
-    if build_image(config, base, tag, ct_path, dict(os.environ)) != 0:
-        raise SpawnError(f"the image was not built: read what {config.container_engine} says above")
+    build_image(config, base, tag, ct_path, dict(os.environ))
     return cli.document({"image": tag, "base": base, "ct": os.path.isfile(ct_path)}, lambda: f"built {tag} from {base}")
+
+
+# ---- 30 MCP server ---------------------------------------------------------------------------------------------
+# The Model Context Protocol on stdio (revision 2025-06-18), for an agent whose CLI starts it: JSON-RPC 2.0, a message a
+# line, as section 13 has it.  The process runs where the agent runs, maybe in a container, keeps no state, and reaches
+# the daemon as ``ct`` does: by the HTTP API with the token of the run.  Each tool call has a thread, because a wait takes
+# minutes and an agent asks for several things at once.  stdout carries the protocol and nothing else.
+
+PROTOCOL_VERSIONS = ("2025-06-18", "2025-03-26", "2024-11-05")  # the second knows batches, which no client sends
+API_URL, API_TOKEN, OWN_TASK = "CLAUDOMATOR_API_URL", "CLAUDOMATOR_API_TOKEN", "CLAUDOMATOR_TASK_ID"
+API_REQUEST_S = 30.0
+POLL_S = 25  # one long poll; proxies between us and the daemon cut a silence of 60 s
+RESEND_S, FIRST_S, RESTART_S = 10.0, 60.0, 600.0  # what a call bears; a wait where the API never answered, where it did
+PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0  # between two tries; doubles
+CALLS_AT_ONCE, LAST_ANSWERS_S = 64, 1.0  # how long the calls under way may still answer once stdin has ended
+SUBTASK_MODEL, SUBTASK_USD, SUBTASK_WAIT_S = "sonnet", 3.0, 600.0  # where a call names none
+
+
+class ToolCall:
+    """A call under way.  ``stopped`` is set once nobody waits for its answer; ``progress(text)`` keeps its client
+    patient."""
+
+    def __init__(self, progress: Callable = lambda text: None) -> None:
+        import threading
+        self.stopped, self.progress, self._connection = threading.Event(), progress, None
+
+    def stop(self) -> None:
+        """Ends it, also while it reads an answer."""
+        self.stopped.set()
+        self.attach(self._connection)
+
+    def attach(self, connection) -> None:
+        """Notes the socket that the call reads from."""
+        import socket
+        self._connection = connection
+        if self.stopped.is_set() and connection is not None:
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # it is closed already
+
+
+class AgentApi:
+    """The HTTP API as the token of a run sees it, a connection a request.  Raises ``Unreachable`` where it does not
+    answer now, which may pass, else ``ClaudomatorError`` with what it refused."""
+
+    def __init__(self, url: str, token: str) -> None:
+        self.url, self._token, self._reached = url, token, False
+
+    def _exchange(self, call: ToolCall, method: str, path: str, body: str | None, timeout_s: float,
+                  headers: dict) -> tuple[int, bytes]:
+        import socket
+        from http.client import HTTPConnection, HTTPException
+        from urllib.parse import urlsplit
+        try:
+            parts = urlsplit(self.url)
+            _require(parts.scheme == "http" and parts.hostname or parts.scheme == "unix" and parts.path)
+            connection = HTTPConnection(parts.hostname or "localhost", parts.port, timeout_s)
+        except ValueError:
+            raise InvalidInput(f"{self.url!r} is no address of the API: {API_URL} must be http://HOST:PORT or"
+                               " unix:///PATH") from None
+        try:
+            if parts.scheme == "unix":
+                connection.sock, prefix = socket.socket(socket.AF_UNIX), ""
+                connection.sock.settimeout(timeout_s)
+                with short_socket_path(parts.path) as address:
+                    connection.sock.connect(address)
+            else:
+                connection.connect()
+                prefix = parts.path.rstrip("/")
+            call.attach(connection.sock)
+            connection.request(method, prefix + path, body, {
+                "Authorization": f"Bearer {self._token}", "Accept": "application/json", "Connection": "close", **headers})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: a token or path that no header can hold
+            raise Unreachable(f"the Claudomator API at {self.url} cannot be reached"
+                              f" ({getattr(error, 'strerror', None) or error or type(error).__name__})") from None
+        finally:
+            call.attach(None)
+            connection.close()
+
+    def ask(self, call: ToolCall, method: str, path: str, document: dict | None = None,
+            timeout_s: float = API_REQUEST_S, **headers: str) -> dict:
+        """The document that one request is answered with; ``headers`` with ``_`` for ``-``."""
+        body = None if document is None else format_json(document)
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        status, data = self._exchange(call, method, path, body, timeout_s, {
+            **named, **({"Content-Type": "application/json"} if body else {})})
+        answered = parse_json_or(data, None)
+        if 200 <= status < 300 and isinstance(answered, dict):
+            self._reached = True
+            return answered
+        error = answered.get("error") if isinstance(answered, dict) else None
+        told = clean_text(error.get("message"), DETAIL_LIMIT) if isinstance(error, dict) else ""
+        told = told or f"{self.url} answered HTTP {status}, but not as Claudomator's API does"
+        if status in (429, 502, 503, 504):
+            raise Unreachable(told)
+        raise ClaudomatorError(safe_text(told) + {
+            401: f"; {API_TOKEN} is wrong or its run is over: say so in your last message",
+            403: "; you reach your own task and its subtasks, by the id that create_subtask gave",
+            404: "; get_task without an id shows your task and its subtasks"}.get(status, ""))
+
+    def persist(self, call: ToolCall, *request, waiting: bool = False, deadline: float = float("inf"), **more) -> dict:
+        """``ask`` what does no harm twice, again with growing pauses while the daemon restarts."""
+        give_up, pause_s = 0.0, PAUSE_S
+        while True:
+            try:
+                return self.ask(call, *request, **more)
+            except Unreachable as error:
+                now = time.monotonic()
+                lasting_s = RESEND_S if not waiting else RESTART_S if self._reached else FIRST_S
+                give_up = give_up or min(now + lasting_s, deadline)
+                if now >= give_up or call.stopped.wait(min(pause_s, give_up - now)):
+                    raise Unreachable(f"{error}; the daemon may be down: call it again later, or go on without"
+                                      " and say so in your summary") from None
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def task_facts(task: object) -> dict:
+    """What an agent wants to know of a task: short, because it is read by a model.  Raises ``ClaudomatorError``."""
+    if not isinstance(task, dict) or not all(task.get(name) and isinstance(task[name], str) for name in ("id", "state")):
+        raise ClaudomatorError("the API's answer holds no task: this program and the daemon are of different versions;"
+                               " go on without subtasks, and say so in your summary")
+    run = task.get("execution") if isinstance(task.get("execution"), dict) else {}
+    facts = {name: task.get(name) for name in ("id", "name", "state", "reason", "detail", "why", "question", "summary")}
+    facts.update({name: run.get(name) for name in ("cost_usd", "commits", "changestats")})
+    return {name: value for name, value in facts.items() if value not in (None, "", [])}
+
+
+def first_task(answered: dict) -> dict:
+    """The first task of an answer."""
+    tasks = answered.get("tasks")
+    return task_facts(tasks[0] if isinstance(tasks, list) and tasks else None)
+
+
+ADVICE: dict[str, str] = {
+    PENDING: "nothing runs it: a person must queue it, so do not wait for it",
+    COMPLETED: "its commits, if it made any, are pushed: fetch them before you build on them",
+    READY: "it is done, and a person will look at it; its commits are pushed",
+    BLOCKED: "it waits for a person, whom you cannot replace: do other work, or end: your task then waits for it",
+    **{state: "reason and detail say why: do that work yourself, or create another subtask with clearer instructions"
+       for state in FAILURE_STATES},
+}
+
+
+class McpTools:
+    """What the tools do.  Each takes its call and its parameters, and returns the structured result; its ``message`` is
+    for the agent.  Raises ``ClaudomatorError`` with a sentence that says what to do next."""
+
+    def __init__(self, environ: dict) -> None:
+        import threading
+        self._environ, self._api, self._writing = environ, None, threading.Lock()
+
+    def _variable(self, name: str) -> str:
+        if not self._environ.get(name):
+            raise ClaudomatorError(f"{name} is not set: Claudomator sets it in the environment of its tasks; this is none,"
+                                   " or it has no API, so go on without this tool")
+        return self._environ[name]
+
+    def _persist(self, *request, **more) -> dict:
+        if self._api is None:
+            self._api = AgentApi(self._variable(API_URL), self._variable(API_TOKEN))
+        return self._api.persist(*request, **more)
+
+    def create_subtask(self, call: ToolCall, instructions: str, name: str, agent: str, model: str, max_budget_usd: float,
+                       timeout: str, tags: tuple, project_dir: str) -> dict:
+        """Make a task below the agent's own, and queue it."""
+        chosen = {"type": agent, "model": model or (SUBTASK_MODEL if agent == "claude" else ""),
+                  "instructions": instructions, "max_budget_usd": max_budget_usd,
+                  "project_dir": project_dir or self._environ.get("CLAUDOMATOR_PROJECT_DIR", "")}
+        task = {"name": name or one_line(instructions.strip().splitlines()[0], 80), "tags": tags, "timeout": timeout,
+                "parent_task_id": self._variable(OWN_TASK), "agent": {at: value for at, value in chosen.items() if value}}
+        document = {"tasks": {at: value for at, value in task.items() if value}, "queue": True}
+        facts = first_task(self._persist(call, "POST", "/api/tasks", document, Idempotency_Key=os.urandom(16).hex()))
+        return {"message": f"The subtask is {facts['state']}. Call wait_subtask with its id {facts['id']} when you need"
+                           " its result; you may create more subtasks first.", "task": facts}
+
+    def wait_subtask(self, call: ToolCall, id: str, timeout_s: float) -> dict:
+        """Long polls until the task has ended or asks something, or until the time is over."""
+        began, pause_s = time.monotonic(), PAUSE_S
+        deadline = began + timeout_s
+        while True:
+            polled = time.monotonic()
+            left_s = max(0, min(POLL_S, round(deadline - polled)))
+            answered = self._persist(call, "GET", f"/api/tasks/{id}/wait?timeout_s={left_s}", waiting=True,
+                                     deadline=deadline, timeout_s=left_s + API_REQUEST_S)
+            facts, now = first_task(answered), time.monotonic()
+            state, asks = facts["state"], "question" in facts or answered.get("timed_out") is False
+            if state in SETTLED_STATES or state == PENDING or state == BLOCKED and asks:
+                return {"message": f"The subtask is {state}: {ADVICE.get(state)}.", "ended": state in SETTLED_STATES,
+                        "task": facts}
+            if now >= deadline:
+                return {"message": f"The subtask is still {state}: call wait_subtask again, or do other work meanwhile.",
+                        "ended": False, "task": facts}
+            call.progress(f"{id[:8]} is {state}")
+            if now - polled < min(left_s, 1) or not left_s:  # a server that answers at once is not to be hammered
+                call.stopped.wait(min(pause_s, deadline - now))
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def get_task(self, call: ToolCall, id: str) -> dict:
+        """A task and its subtasks."""
+        answered = self._persist(call, "GET", f"/api/tasks/{id or self._variable(OWN_TASK)}")
+        task, below = task_facts(answered.get("task")), answered.get("subtasks")
+        subtasks = [task_facts(each) for each in below] if isinstance(below, list) else []
+        return {"message": f"The task is {task['state']} and has {len(subtasks)} subtasks.", "task": task,
+                "subtasks": subtasks}
+
+    def ask_operator(self, call: ToolCall, question: str, options: tuple) -> dict:
+        """Leave a question in the question file."""
+        if not options and parse_question(format_json({"text": question})).kind != "question":
+            question += " ?"  # it would be taken for a report
+        self._leave("CLAUDOMATOR_QUESTION_FILE", format_json({"text": question, "options": options}), QUESTION_LIMIT)
+        return {"message": "The question is recorded. Stop now, without doing anything else: end your turn, and you will"
+                           " be resumed with the answer."}
+
+    def report_summary(self, call: ToolCall, summary: str) -> dict:
+        """Leave a summary in the summary file."""
+        self._leave("CLAUDOMATOR_SUMMARY_FILE", summary.strip() + "\n", SUMMARY_LIMIT)
+        return {"message": "The summary is recorded; another call replaces it."}
+
+    def _leave(self, variable: str, text: str, limit: int) -> None:
+        path = self._variable(variable)
+        if len(text.encode()) > limit:
+            raise ClaudomatorError(f"it has more than {limit} bytes: shorten it, and put the rest into a file of the"
+                                   " repository")
+        try:
+            with self._writing:
+                write_private(f"{path}.new", text)
+                os.replace(f"{path}.new", path)
+        except OSError as error:
+            raise ClaudomatorError(f"{path} cannot be written ({error.strerror}): say it in your last message instead,"
+                                   " and stop") from None
+
+
+class Tool(Record):
+    """A tool as agents see it: ``run(tools, call, **values)``; ``reads`` tells that it changes nothing, so that clients
+    run several at once."""
+
+    run: object
+    description: str
+    params: tuple
+    reads: bool = False
+
+
+MCP_TOOLS: dict[str, Tool] = {
+    "create_subtask": Tool(McpTools.create_subtask, (
+        "Give a part of your work to another agent, as a subtask, and queue it. It knows nothing but the instructions you"
+        " write, and works on a clone of its own, which has what is pushed and not your own commits."
+        " Returns at once with its id; call wait_subtask for its result. Good for independent parts that can be done at"
+        " the same time; it costs money, so do small things yourself."), (
+        Key("instructions", "string", "", "what to do, whole: files, goal, how to check it; nothing else is known to it",
+            required=True),
+        Key("name", "string", "", "a short name for people; else the first line of the instructions"),
+        Key("agent", "string", "claude", "the agent kind: claude, gemini, local, shell or a configured one"),
+        Key("model", "string", "", f"else {SUBTASK_MODEL} for claude, the agent's own for others"),
+        Key("max_budget_usd", "number 0.01..1000000", SUBTASK_USD, "the most that a run of it may cost"),
+        Key("timeout", "string", "", "its time limit, like 15m or 1h30m; else the configured one"),
+        Key("tags", "strings", (), "tags, by which people find it"),
+        Key("project_dir", "string", "", "the repository to work on; else your own"))),
+    "wait_subtask": Tool(McpTools.wait_subtask, (
+        "Wait until a subtask has ended (COMPLETED, READY, FAILED, TIMED_OUT, CANCELLED, BUDGET_EXCEEDED) or asks a person"
+        " (BLOCKED); returns its state, summary, commits and cost. It survives a restart of the daemon. Waiting costs"
+        " nothing; still running after timeout_s seconds is no error, just call it again."), (
+        Key("id", "word", "", "the id that create_subtask gave", required=True),
+        Key("timeout_s", "number 0..3600", SUBTASK_WAIT_S, "how many seconds to wait at most")), reads=True),
+    "ask_operator": Tool(McpTools.ask_operator, (
+        "Ask the person who gave you this task, when you cannot go on without a decision. Nobody answers while you work:"
+        " after this call end your turn at once; you will be resumed with the answer, in the same working directory. Do"
+        " not ask what you can find out or decide yourself."), (
+        Key("question", "string", "", "the question, with all that is needed to decide it", required=True),
+        Key("options", "strings", (), "possible answers, if there are only a few"))),
+    "report_summary": Tool(McpTools.report_summary, (
+        "Say in 2 to 5 sentences what you changed, how you checked it and what is left. It is what the person reads of"
+        " your work. Call it once, when you are done."), (
+        Key("summary", "string", "", f"the sentences; {SUMMARY_LIMIT} bytes at most", required=True),)),
+    "get_task": Tool(McpTools.get_task, (
+        "Look at a task now, without waiting: its state, question, summary, commits and cost, and its subtasks. Without"
+        " an id it is your own task."), (
+        Key("id", "word", "", "the id of one of your subtasks; else your own task"),), reads=True),
+}
+
+
+def json_schema(key: Key) -> dict:
+    """A parameter as JSON Schema."""
+    word, _, bound = key.kind.partition(" ")
+    low, _, high = bound.partition("..")
+    schema = {"strings": {"type": "array", "items": {"type": "string"}}, "number": {"type": "number"}}.get(
+        word, {"type": "string"})
+    return {**schema, "description": key.help, **({"minimum": float(low), "maximum": float(high)} if bound else {}),
+            **({"default": key.default} if key.default else {}), **({"minLength": 1} if key.required else {})}
+
+
+def describe_tool(name: str) -> dict:
+    """A tool as ``tools/list`` shows it."""
+    tool = MCP_TOOLS[name]
+    return {"name": name, "description": tool.description, "inputSchema": {
+        "type": "object", "properties": {key.name: json_schema(key) for key in tool.params},
+        "required": [key.name for key in tool.params if key.required], "additionalProperties": False},
+        "annotations": {"readOnlyHint": tool.reads, "destructiveHint": False}}
+
+
+class McpServer:
+    """The protocol: bytes in by ``receive``, lines out by ``write``, which gets one whole message each time."""
+
+    def __init__(self, environ: dict, write: Callable) -> None:
+        import threading
+        self._tools, self._write, self._lock = McpTools(environ), write, threading.Lock()
+        self._splitter = RequestSplitter()
+        self._calls: dict[object, tuple] = {}  # request id: (ToolCall, Thread)
+
+    def receive(self, data: bytes) -> None:
+        """Take the client's next bytes; answers come when they are there, in any order."""
+        for line in self._splitter.feed(data):
+            request_id = None
+            try:
+                if isinstance(line, WireError):
+                    raise line
+                request = parse_request(line)
+                request_id = request.id
+                result = self._answer(request)
+                if result is not None and request_id is not None:
+                    self._send(encode_result(request_id, result))
+            except WireError as error:
+                self._send(encode_error(error.request_id if request_id is None else request_id, error))
+
+    def finish(self) -> None:
+        """The client has gone, or sends no more: what can be answered soon still is."""
+        deadline = time.monotonic() + LAST_ANSWERS_S
+        for _, thread in list(self._calls.values()):
+            thread.join(max(0, deadline - time.monotonic()))
+        self._lock.acquire(timeout=LAST_ANSWERS_S)  # an answer that is being written is written whole
+
+    def _send(self, line: bytes) -> None:
+        with self._lock:
+            self._write(line)
+
+    def _answer(self, request: Request) -> dict | None:
+        """The result, or ``None`` where there is none, or not yet."""
+        if request.method == "initialize":
+            asked = request.params.get("protocolVersion")
+            return {"protocolVersion": asked if asked in PROTOCOL_VERSIONS else PROTOCOL_VERSIONS[0],
+                    "capabilities": {"tools": {}}, "serverInfo": {"name": "claudomator", "version": __version__}}
+        if request.method == "ping":
+            return {}
+        if request.method == "tools/list":
+            return {"tools": [describe_tool(name) for name in MCP_TOOLS]}
+        if request.id is None:  # notifications/initialized and others need nothing
+            gone = request.params.get("requestId") if request.method == "notifications/cancelled" else None
+            if isinstance(gone, (str, int)) and gone in self._calls:
+                self._calls[gone][0].stop()
+            return None
+        if request.method == "tools/call":
+            return self._begin(request)
+        raise WireError(METHOD_NOT_FOUND, f"there is no method {request.method[:60]!r} here: this server has tools only")
+
+    def _begin(self, request: Request) -> dict | None:
+        """Start a call's thread; a result only where it does not start."""
+        import threading
+        name, arguments = request.params.get("name"), request.params.get("arguments")
+        tool = MCP_TOOLS.get(name) if isinstance(name, str) else None
+        if tool is None:
+            raise WireError(INVALID_PARAMS, f"there is no tool {describe_value(name)}"
+                                            f"{did_you_mean(str(name)[:60], MCP_TOOLS)}; tools/list lists them")
+        if arguments is not None and not isinstance(arguments, dict):
+            raise WireError(INVALID_PARAMS, f"arguments must be an object, not {describe_value(arguments)}")
+        if request.id in self._calls:
+            raise WireError(INVALID_REQUEST, "a call with this id is still under way: each request needs an id of its own")
+        if len(self._calls) >= CALLS_AT_ONCE:
+            return failed_call(f"{CALLS_AT_ONCE} calls are under way: wait for some of them before you call more")
+        call = ToolCall(self._progress_of(request.params.get("_meta")))
+        thread = threading.Thread(target=self._run, args=(request.id, call, tool, arguments or {}), daemon=True)
+        self._calls[request.id] = call, thread
+        thread.start()
+        return None
+
+    def _progress_of(self, meta: object) -> Callable:
+        """What tells the client that a call is alive, where the client asked for that."""
+        token, began = meta.get("progressToken") if isinstance(meta, dict) else None, time.monotonic()
+        return lambda text: None if token is None else self._send(encode_notification("notifications/progress", {
+            "progressToken": token, "progress": round(time.monotonic() - began, 3), "message": text}))
+
+    def _run(self, request_id, call: ToolCall, tool: Tool, arguments: dict) -> None:
+        try:
+            checker = Checker("")
+            values = checker.group({key.name: key for key in tool.params}, arguments, "")
+            checker.finish()
+            facts = tool.run(self._tools, call, **values)
+            rest = {name: value for name, value in facts.items() if name != "message"}
+            text = facts["message"] + (f"\n{format_json(rest)}" if rest else "")
+            result = {"content": [{"type": "text", "text": text}], "structuredContent": facts, "isError": False}
+        except Exception as error:  # also a fault of this program: an agent must not wait for ever
+            result = failed_call(str(error) or type(error).__name__)
+        with self._lock:  # together: who has the answer may use its id again
+            del self._calls[request_id]
+            try:
+                if not call.stopped.is_set():
+                    self._write(encode_result(request_id, result))
+            except OSError:
+                pass  # the client has left, which ends the reading too
+
+
+def failed_call(text: str) -> dict:
+    """The result of a call that did not do what it should; the agent reads the text."""
+    return {"content": [{"type": "text", "text": text}], "isError": True}
+
+
+def cmd_mcp(cli: Cli) -> int:
+    """``mcp``: serve until stdin ends."""
+    def write(line: bytes) -> None:
+        rest = memoryview(line)
+        while rest:
+            rest = rest[os.write(1, rest):]
+
+    server = McpServer(cli.environ, write)
+    while data := os.read(0, 1 << 16):
+        server.receive(data)
+    server.finish()
+    return EXIT_OK
 
 
 # ---- 31 Demo ---------------------------------------------------------------------------------------------------
@@ -12714,11 +13402,12 @@ COMMANDS: dict[str, Command] = {
     "init": Command(cmd_init, "", "write a commented configuration file and say what is installed"),
     "serve": Command(cmd_serve, "", "run the daemon in the foreground"),
     "demo": Command(cmd_demo, "", "see the whole way in half a minute, without any account"),
+    "mcp": Command(cmd_mcp, "", "serve an agent's MCP client on stdio: subtasks, a question, a summary"),
     "run": Command(cmd_run, "FILE|-", "run a task file to its end and print the result", (
         Option("--parallel N", "at most so many at once (without a daemon)", "int"),
         Option("--dry-run", "check the file and show what would run")), 1, 1),
     "image build": Command(cmd_image_build, "", "make the container image for agents, with ct in it", (
-        Option("--base IMAGE", f"what it is made from; otherwise {DEFAULT_BASE}, with the CLIs"),
+        Option("--base IMAGE", "an image that has git and the agents' CLIs already; otherwise Debian, with both installed"),
         Option("--tag TAG", "its name; otherwise claude_image of the configuration"))),
     "list": Command(cmd_list, "[SELECTORS]", "tasks, newest first; also without a daemon", LISTING),
     "status": Command(cmd_show, "ID", "one task in full; also without a daemon", (), 1, 1),
@@ -12819,7 +13508,7 @@ def command_group(name: str) -> dict[str, Command]:
 def help_text(name: str) -> str:
     """Help on a command, or on all of them."""
     group = command_group(name)
-    if len(group) == 1:
+    if list(group) == [name]:
         options = (*COMMANDS[name].options, *GLOBAL_OPTIONS)
         lines = [f"usage: claudomator {name} {COMMANDS[name].usage}".rstrip(), "", f"  {COMMANDS[name].help}"]
     else:

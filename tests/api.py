@@ -76,7 +76,7 @@ class ApiDaemon:
                 *whole, text = text.split(b"\n\n")
                 for lines in (block.decode().split("\n") for block in whole):
                     fields = dict(line.split(": ", 1) for line in lines if not line.startswith(":"))
-                    if fields:
+                    if "data" in fields:  # EventSource tells of no other
                         found.append((fields.get("id"), fields.get("event"), json.loads(fields["data"])))
                         if until(found[-1]):
                             await answer.chunks.aclose()
@@ -108,3 +108,4 @@ class Request(c.Record):
     query: list
     headers: dict
     body: bytes
+    minor: int = 1

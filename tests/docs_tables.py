@@ -83,7 +83,7 @@ def routes():
                                                      " parameters below", "changes": "an object: keys of a task file with"
                                                      " their new values"}[route.body]))
             answer = {"json": f"`{c.format_json(operation.result)}`", "text": "`text/plain`: the log as it is",
-                      "events": "`text/event-stream`"}[route.form]
+                      "events": "`text/event-stream`", "socket": "a WebSocket ([live](live.md))"}[route.form]
             lines += [f"### `{route.method} {route.path}`", "",
                       f"`{operation.name}`: {operation.help}. Answer {route.status}: {answer}", ""]
             lines += [table(("parameter", "in", "value", "meaning"), rows), ""] if rows else []
@@ -98,16 +98,27 @@ def shapes():
 
 
 def callers():
-    return table(("operation", "what it does", "who may call it"),
-                 [(f"`{operation.name}`", operation.help,
-                   c.SCOPES[operation.scope] + (f" (control socket only: {operation.local})" if operation.local else ""))
-                  for operation in c.OPERATIONS.values()])
+    rows = []
+    for operation in c.OPERATIONS.values():
+        local = f" (control socket only: {operation.local})" if operation.local else ""
+        rows.append((f"`{operation.name}`", operation.help, c.SCOPES[operation.scope] + local))
+        rows += [(f"`{operation.name}` by `{route.method} {route.path}`", f"{operation.help} over a WebSocket",
+                  f"{c.SCOPES[operation.scope]}; its Origin is checked too")
+                 for route in operation.routes if route.form == "socket"]
+    return table(("operation", "what it does", "who may call it"), rows)
 
 
 def commands():
     return table(("command", "what it does"),
                  [(f"`claudomator {name} {command.usage}`".replace(" `", "`"), command.help)
                   for name, command in c.COMMANDS.items()])
+
+
+def tools():
+    def described(tool):
+        keys = [f"`{key.name}`{' (required)' * key.required}: {key.help}" for key in tool.params]
+        return f"{tool.description}<br>{'<br>'.join(keys)}"
+    return table(("tool", "what the agent reads of it"), [(f"`{name}`", described(tool)) for name, tool in c.MCP_TOOLS.items()])
 
 
 def exit_codes():
@@ -127,6 +138,7 @@ BLOCKS = {
     "docs/security.md": {"callers": callers},
     "docs/cli.md": {"commands": commands, "exit codes": exit_codes},
     "docs/architecture.md": {"contents": contents},
+    "docs/mcp.md": {"tools": tools},
 }
 
 

@@ -56,6 +56,7 @@ MATCHES = [
     ("GET", "/api/tasks/t1,t2/wait", "task.wait", "t1,t2"), ("GET", "/api/tasks/t1/logs/stream", "execution.log", "t1"),
     ("GET", "/api/executions/e1", "execution.get", "e1"), ("GET", "/api/executions/e1/log", "execution.log", "e1"),
     ("GET", "/api/executions/e1/logs/stream", "execution.log", "e1"), ("GET", "/api/events", "events.watch", ""),
+    ("GET", "/api/ws", "events.watch", ""),
     ("GET", "/api/agents/status", "agent.status", ""), ("POST", "/api/agents/claude/park", "agent.park", "claude"),
     ("POST", "/api/agents/claude/unpark", "agent.unpark", "claude"), ("GET", "/api/pool", "pool.status", ""),
     ("POST", "/api/pool/pause", "pool.pause", ""), ("POST", "/api/pool/resume", "pool.resume", ""),
@@ -270,11 +271,13 @@ def test_one_poll_lasts_a_minute_at_most(daemon, monkeypatch):
 def test_events_are_followed_from_where_a_client_was(daemon):
     task_id = daemon.ask("POST", "/api/tasks", body=TASK)[1]["tasks"][0]["id"]
     stream = daemon.answer("GET", "/api/events?since=0&task=" + task_id)
-    (seq, name, event), = daemon.events(stream, lambda event: True)
+    hello, (seq, name, event) = daemon.events(stream, lambda event: event[1] != "hello")
+    assert hello[:2] == ("0", "hello") and hello[2]["seq"] == 0 and hello[2]["gap"] is False
     assert (int(seq), name, event["kind"]) == (event["seq"], None, "task.created")
     stream = daemon.answer("GET", f"/api/events?task={task_id}", headers={"last-event-id": seq})
     daemon.client.call("task.edit", ids=[task_id], changes={"priority": "high"})
-    assert daemon.events(stream, lambda event: True)[0][2]["kind"] == "task.edited"
+    hello, edited = daemon.events(stream, lambda event: event[1] != "hello")
+    assert hello[0] == seq and edited[2]["kind"] == "task.edited"
 
 
 def test_an_event_that_holds_a_text_is_sent_as_an_event(daemon):
@@ -291,10 +294,11 @@ def test_a_silent_stream_sends_comments(daemon, monkeypatch):
     stream = daemon.answer("GET", "/api/events").chunks
 
     async def first():
-        chunk = await anext(stream)
+        chunks = [await anext(stream), await anext(stream)]
         await stream.aclose()
-        return chunk
-    assert daemon.run(first()) == b": \n\n"
+        return chunks
+    opening, silence = daemon.run(first())
+    assert opening.startswith(b"retry: 2000\nevent: hello\nid: ") and silence == b": \n\n"
     assert len(daemon.core.bus._watchers) == 0, "a stream that is over is no watcher any more"
 
 
@@ -410,6 +414,9 @@ def test_every_answer_is_as_the_document_says(daemon, document, tmp_path):
             path = path.replace("{execution}", run["id"]).replace("{agent}", "claude") + "?timeout_s=0" * (operation.name == "task.wait")
             answer = daemon.answer(route.method, path, body=bodies.get(operation.name))
             described = document["paths"][route.path][route.method.lower()]["responses"]
+            if route.form == "socket":
+                assert answer.status == 426 and described.keys() == {"101", "default"}
+                continue
             if isinstance(answer, c.HttpStream):
                 daemon.run(answer.chunks.aclose())
                 assert described["200"]["content"].keys() == {answer.content_type}

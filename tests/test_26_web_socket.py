@@ -1,6 +1,5 @@
 """Section 26, WebSocket connections: real sockets, a server's loop in a thread, and clients that behave and that do not."""
 import asyncio
-import functools
 import threading
 import time
 
@@ -34,10 +33,8 @@ class Server:
             self.connections.remove(connection)
             self.ended.append(fault)
 
-        serve = functools.partial(ws_echo.serve_client, handler=handler, **options)
-        server = self.run(asyncio.start_server(serve, "127.0.0.1", 0))
-        self._servers.append(server)
-        return server.sockets[0].getsockname()
+        self._servers.append(self.run(ws_echo.start_server(handler, **options)))
+        return ws_echo.address_of(self._servers[-1])
 
     def run(self, coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(20)
@@ -53,7 +50,7 @@ class Server:
             self.call(connection.abort)
         wait_until(lambda: not self.connections)
         for server in self._servers:
-            self.call(server.close)
+            self.run(server.close())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()
@@ -311,6 +308,6 @@ def test_answers_wait_for_a_client_that_reads_late_and_are_not_lost(server, conn
 def test_a_request_that_opens_no_websocket_is_refused(server):
     import socket
     with socket.create_connection(server.listen(), timeout=20) as raw:
-        raw.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        raw.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         answer = b"".join(iter(lambda: raw.recv(4096), b""))
     assert answer.startswith(b"HTTP/1.1 426 ") and b"Sec-WebSocket-Version: 13" in answer

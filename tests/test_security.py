@@ -1,5 +1,6 @@
 """Who may do what: every operation of the table with every kind of caller, what an agent may create, and that no secret
 leaves the daemon."""
+import contextlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import claudomator as c
 from tests import docs_tables
 from tests.api import ApiDaemon
 from tests.support import shell_task, wait_until
+from tests.ws_client import LiveClient
 
 SECRET, ENV_SECRET = "hunter2-hunter2", 'pass "word" \\ twö'
 CONFIG = f"""
@@ -77,7 +79,14 @@ def test_every_operation_with_every_caller(daemon, family, operation, route, cal
         operation.name, "")
     body = {"task.create": shell_task("true", "made"), "task.reject": {"comment": "x"}, "task.answer": {"text": "x"},
             "task.edit": {"priority": "low"}}.get(operation.name, {} if route.method == "POST" else None)
-    answer = daemon.answer(route.method, path, token_of(daemon, family, caller), body)
+    token = token_of(daemon, family, caller)
+    if route.form == "socket":
+        client = LiveClient(daemon.config.agent_socket_path, token, f"?task={task_id}", "header" if token else "message")
+        with contextlib.closing(client):
+            code = client.hear()[1] - 4000 if client.status == 101 and expected_status(operation, caller) else client.status
+        assert code == (expected_status(operation, caller) or 101)
+        return
+    answer = daemon.answer(route.method, path, token, body)
     status = answer.status if isinstance(answer, c.HttpResponse) else daemon.run(answer.chunks.aclose()) or 200
     wanted = expected_status(operation, caller)
     assert status == wanted if wanted else status in (200, 201, 409), answer
@@ -106,7 +115,11 @@ def test_an_agent_that_names_no_task_means_its_own(daemon, family):
     assert status == 200 and family["parent"][0] in ids and not ids & {family["other"][0], family["own"][0]}
     stream = daemon.answer("GET", "/api/events?since=0", token=family["parent"][2])
     found = daemon.events(stream, lambda event: event[2]["kind"] == "task.state")
-    assert {event[2]["task_id"] for event in found} == {family["parent"][0]}
+    assert {event[2]["task_id"] for event in found[1:]} == {family["parent"][0]}
+    client = LiveClient(daemon.config.agent_socket_path, family["parent"][2], "?since=0")
+    with contextlib.closing(client):
+        heard = client.hear_until(lambda event: event["kind"] == "task.state")
+    assert heard[1:] == [event[2] for event in found[1:]]
 
 
 def test_an_agent_cancels_only_below_its_own_task(daemon):
@@ -150,6 +163,17 @@ def test_an_agent_makes_a_subtask_with_ct_and_waits_for_it(daemon):
     assert (below["name"], below["state"]) == ("below", c.COMPLETED) and c.COMPLETED in said
 
 
+def test_an_agent_that_waits_for_its_subtasks_lends_them_its_slot(tmp_path):
+    with ApiDaemon(tmp_path, "max_concurrent = 1\n[agents.shell]\nmax_concurrent = 1") as daemon:
+        submit = "ct task submit --agent shell --wait --timeout 20s --name {} --instructions '{}'"
+        outer = daemon.add(submit.format("middle", submit.format("inner", "echo deep").replace("'", "'\\''")), name="outer")
+        assert daemon.wait(outer)["state"] == c.READY
+        middle, = daemon.client.call("task.subtasks", id=outer)["tasks"]
+        inner, = daemon.client.call("task.subtasks", id=middle["id"])["tasks"]
+        assert (middle["state"], inner["state"]) == (c.COMPLETED, c.COMPLETED)
+        assert daemon.here(lambda: daemon.core.pool._waits) == {}
+
+
 def test_the_page_and_the_api_are_told_apart(daemon):
     assert raw_answer(daemon, "/api/nothing", daemon.token).startswith(b"HTTP/1.1 404 ")
     assert b'"code":"not_found"' in raw_answer(daemon, "/nothing", "")
@@ -163,7 +187,7 @@ def test_the_page_and_the_api_are_told_apart(daemon):
 def test_an_agents_stream_ends_with_its_execution(daemon):
     task_id, _, token = daemon.running("sleep 1", name="short")
     stream = daemon.answer("GET", "/api/events", token=token)
-    found = daemon.events(stream, lambda event: event[1] is not None)
+    found = daemon.events(stream, lambda event: event[1] not in (None, "hello"))
     assert found[-1][1] == "error" and found[-1][2]["error"]["code"] == "unauthorized"
     assert daemon.wait(task_id)["state"] == c.READY
 

@@ -1,11 +1,19 @@
 """A WebSocket client on a plain socket, with code of its own; it can break every rule."""
+import json
 import socket
 import struct
 
 MASK = b"\x37\xfa\x21\x3d"  # of RFC 6455 section 5.7
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
-OPENING = ("GET /chat HTTP/1.1\r\nHost: server.example.com\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-           "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n").encode()
+
+
+def opening(path, *fields, host="localhost"):
+    """An opening request; ``fields`` are more header lines."""
+    return "\r\n".join([f"GET {path} HTTP/1.1", f"Host: {host}", "Upgrade: websocket", "Connection: Upgrade",
+                        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13", *fields, "", ""]).encode()
+
+
+OPENING = opening("/chat", host="server.example.com")
 
 
 def frame(opcode, payload=b"", final=True, mask=MASK, reserved=0, form=None):
@@ -25,19 +33,21 @@ def frame(opcode, payload=b"", final=True, mask=MASK, reserved=0, form=None):
 
 
 class Client:
-    """A connection after the handshake; ``early`` is sent together with the opening request."""
+    """A connection after the handshake; ``early`` is sent together with the opening request.  ``address`` may be the path
+    of a Unix socket."""
 
-    def __init__(self, address, early=b"", receive_buffer=0):
-        self.socket = socket.socket()
+    def __init__(self, address, early=b"", receive_buffer=0, opening=OPENING):
+        self.socket = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
         if receive_buffer:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.socket.settimeout(20)
         self.socket.connect(address)
-        self.socket.sendall(OPENING + early)
+        self.socket.sendall(opening + early)
         self._file = self.socket.makefile("rb")
         self.answer = b""
         while not self.answer.endswith(b"\r\n\r\n"):
             self.answer += self._file.readline() or b"\r\n\r\n"
+        self.status = int(self.answer.split(b" ")[1])
 
     def send(self, *arguments, **options):
         """Send a frame."""
@@ -67,3 +77,27 @@ class Client:
         """Leave without a word."""
         self._file.close()
         self.socket.close()
+
+
+class LiveClient(Client):
+    """A client of the daemon's ``/api/ws``.  ``way`` says how it gives its token: header, message, protocol or none."""
+
+    def __init__(self, address, token="", query="", way="header", fields=(), **more):
+        given = {"header": [f"Authorization: Bearer {token}"],
+                 "protocol": [f"Sec-WebSocket-Protocol: claudomator, claudomator.bearer.{token}"]}.get(way, [])
+        super().__init__(address, opening=opening("/api/ws" + query, *given, *fields), **more)
+        if way == "message" and self.status == 101:
+            self.send(TEXT, json.dumps({"token": token}))
+
+    def hear(self):
+        """The next message as JSON; a close frame as (8, code, reason); ``None`` at the end.  Pings are answered."""
+        while (heard := self.receive()) and heard[0] == PING:
+            self.send(PONG, heard[1])
+        return json.loads(heard[1]) if heard and heard[0] == TEXT else heard
+
+    def hear_until(self, is_last):
+        """What comes up to a message for which ``is_last`` holds, or to the close frame."""
+        heard = [self.hear()]
+        while isinstance(heard[-1], dict) and not is_last(heard[-1]):
+            heard.append(self.hear())
+        return heard

@@ -1,4 +1,4 @@
-"""An echo server on the daemon's own WebSocket code: ``python3 -m tests.ws_echo PORT`` (0: any; it prints the address).
+"""An echo server on the daemon's own HTTP and WebSocket code: ``python3 -m tests.ws_echo PORT`` (0: any; it prints the address).
 
 For the Autobahn suite, whose messages have up to 16 MB.
 """
@@ -8,30 +8,31 @@ import sys
 import claudomator as c
 
 MAX_MESSAGE = 16 << 20
+HOST = "server.example.com"  # who tests.ws_client asks for
 
 
-async def serve_client(reader, writer, handler=None, **options):
-    """Answer the opening request on a connection, then echo, or do what ``handler(connection)`` does."""
-    try:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])}
-        answer = ["HTTP/1.1 101 Switching Protocols"]
-        answer += [f"{name}: {value}" for name, value in c.check_handshake(head[0].split(" ")[0], 1, headers, ("echo",))]
-    except (c.HandshakeError, asyncio.IncompleteReadError, ValueError) as error:
-        answer = [f"HTTP/1.1 {getattr(error, 'http_status', 400)} Refused", "Content-Length: 0"]
-        answer += [f"{name}: {value}" for name, value in getattr(error, "fields", ())]
-    writer.write("\r\n".join([*answer, "", ""]).encode())
-    if "101" not in answer[0]:
-        return writer.close()
-    connection = c.WebSocketConnection(reader, writer, **{"max_message": MAX_MESSAGE, **options})
-    await (handler(connection) if handler else connection.run(connection.send))
+async def start_server(handler=None, port=0, log=print, **options):
+    """An HTTP server all of whose paths are WebSockets that echo, or do what ``handler(connection)`` does."""
+    def serve(connection):
+        return handler(connection) if handler else connection.run(connection.send)
+
+    server = c.HttpServer(log, (HOST,))
+    server.bind_tcp(f"127.0.0.1:{port}")
+    await server.start(lambda request, peer: c.open_websocket(request, serve, ("echo",),
+                                                              **{"max_message": MAX_MESSAGE, **options}))
+    return server
+
+
+def address_of(server):
+    """(host, port) where it listens."""
+    return c.split_address(server.addresses[0])
 
 
 async def main(port: int) -> None:
     """Serve until the process is ended."""
-    server = await asyncio.start_server(serve_client, "127.0.0.1", port)
-    print("ws://127.0.0.1:%d" % server.sockets[0].getsockname()[1], flush=True)
-    await server.serve_forever()
+    server = await start_server(port=port)
+    print(f"ws://{server.addresses[0]}", flush=True)
+    await asyncio.get_running_loop().create_future()
 
 
 if __name__ == "__main__":

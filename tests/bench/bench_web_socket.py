@@ -10,11 +10,12 @@ import multiprocessing
 import os
 import select
 import statistics
+import tempfile
 import time
 
 import claudomator as c
 from tests import ws_echo
-from tests.ws_client import Client
+from tests.ws_client import Client, LiveClient
 
 try:
     from websockets.asyncio.server import broadcast, serve
@@ -25,11 +26,15 @@ CLIENTS, ROUNDS, EVENTS, TICK = 100, 15, 60, 20
 NEVER_READ, FLOOD = 20, 40_000
 EVENT = json.dumps({"seq": 123456, "time": "2026-01-01T00:00:00Z", "kind": "task.state", "task_id": "0b9f2c74a1d5",
                     "payload": {"from": "RUNNING", "to": "COMPLETED", "reason": None}})
+MOVE = {"from": "RUNNING", "to": "COMPLETED", "name": "a task"}
 
 
-def read_all(address, control) -> None:
-    """Be 100 clients; for each number that comes, read that many bytes with each and say so."""
-    clients = [Client(address) for _ in range(CLIENTS)]
+def read_all(address, control, token="") -> None:
+    """Be 100 clients; for each number that comes, read that many bytes with each and say so.  With ``token`` they are
+    clients of the daemon, who hear first where they stand."""
+    clients = [LiveClient(address, token) if token else Client(address) for _ in range(CLIENTS)]
+    for client in clients if token else ():
+        client.hear()
     poll, left = select.epoll(), {}
     for client in clients:
         poll.register(client.socket.fileno(), select.EPOLLIN)
@@ -62,9 +67,8 @@ class Own:
             await connection.run()
             self.connections.remove(connection)
 
-        self.server = await asyncio.start_server(
-            lambda reader, writer: ws_echo.serve_client(reader, writer, handler), "127.0.0.1", 0)
-        return self.server.sockets[0].getsockname()
+        self.server = await ws_echo.start_server(handler)
+        return ws_echo.address_of(self.server)
 
     def send(self, events: list[str]) -> None:
         c.broadcast(self.connections, [c.encode_message(event) for event in events])
@@ -73,7 +77,7 @@ class Own:
         for connection in list(self.connections):
             connection.abort()
         await until(lambda: not self.connections)
-        self.server.close()
+        await self.server.close()
 
 
 class Peer:
@@ -139,6 +143,41 @@ async def fan_out() -> dict[tuple[str, int], float]:
     return {case: statistics.median(times) / EVENTS / CLIENTS for case, times in spent.items()}
 
 
+async def through_the_daemon() -> float:
+    """CPU seconds of a whole daemon an event and client, where a tick writes 20 events to the store."""
+    context, spent = multiprocessing.get_context("spawn"), []
+    with tempfile.TemporaryDirectory() as home:
+        config = c.parse_config_text(f'data_dir = "{home}/data"\nserver_addr = "127.0.0.1:0"\n', "config.toml", home)
+        daemon = c.Daemon(config, log=lambda level, text: None)
+        await daemon.start()
+        core, (control, theirs) = daemon.core, context.Pipe()
+        process = context.Process(target=read_all, args=(c.split_address(daemon.http.addresses[0]), theirs, core.api_token), daemon=True)
+        try:
+            await core.store.durable()
+            process.start()
+            await until(control.poll)
+            control.recv()
+            await until(lambda: sum(map(len, core.live._groups.values())) == CLIENTS)
+            for _ in range(ROUNDS):
+                first, start = core.store.published_seq, time.process_time()
+                for _ in range(EVENTS // TICK):
+                    for _ in range(TICK):
+                        core.store.append_event("task.state", "0b9f2c74-a1d5-4c8e-9d60-3f5b7a2e1c48", **MOVE)
+                    await core.store.durable()
+                    await asyncio.sleep(0)
+                    await asyncio.sleep(0)
+                spent.append(time.process_time() - start)
+                told = core.store.events_since(first, EVENTS)
+                control.send(sum(len(c.encode_message(core.live.encode(event).decode())) for event in told))
+                await until(control.poll)
+                control.recv()
+        finally:
+            process.kill()
+            process.join()
+            await daemon.close()
+    return statistics.median(spent) / EVENTS / CLIENTS
+
+
 def resident_kb() -> int:
     """What this process has in memory; not its peak, which importing may have set."""
     with open("/proc/self/status") as file:
@@ -195,6 +234,11 @@ def run() -> list[dict]:
         rows.append({"metric": f"WebSocket fan-out to {CLIENTS} clients, {how} ({own * 1e6:.1f} us CPU each)", "ratio": ratio,
                      "unit": "x its rate", "target": f">= {target}", "ok": ratio >= target if peer else None,
                      "peer": f"websockets.broadcast, {peer * 1e6:.1f} us" if peer else "websockets not installed"})
+    whole, peer = asyncio.run(through_the_daemon()), cost.get(("websockets", 1))
+    ratio = peer / whole if peer else None
+    rows.append({"metric": f"the same through the daemon: written to the store, synced, redacted, told ({whole * 1e6:.1f} us CPU"
+                           " each)", "ratio": ratio, "unit": "x the peer's rate", "target": ">= 2", "ok": ratio >= 2 if peer else None,
+                 "peer": f"websockets.broadcast alone, {peer * 1e6:.1f} us" if peer else "websockets not installed"})
     extra = memory_mb(True)
     return rows + [{"metric": f"{NEVER_READ} WebSocket clients that never read, {FLOOD} events, extra memory", "ratio": extra,
                     "unit": "MB", "target": "<= 8", "ok": extra <= 8,
