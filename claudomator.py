@@ -431,6 +431,7 @@ MAX_PROBLEMS = 50  # told at once; to look for what each of 200,000 wrong keys m
 
 def unknown_names(names: Iterable[str], known: Iterable[str]) -> list[str]:
     """A line for each unknown parameter, or for the first ones."""
+    known = list(known)
     wrong = [name for name in names if name not in known]
     more = [f"and {len(wrong) - MAX_PROBLEMS} more"] if len(wrong) > MAX_PROBLEMS else []
     return [f"{name[:60]}: unknown parameter{did_you_mean(name, known)}" for name in wrong[:MAX_PROBLEMS]] + more
@@ -9003,7 +9004,7 @@ def decode_body(route: Route, free: dict[str, Param], headers: dict, body: bytes
         return {route.body: params}
     if not isinstance(params, dict):
         raise UsageError(f"the body must be a JSON object, got {describe_value(params)}")
-    if problems := unknown_names(params, {*free, route.body}):
+    if problems := unknown_names(params, [*free, *([route.body] if route.body else [])]):
         raise UsageError("\n  ".join(["the body's parameters are not right", *problems]), problems=problems)
     return params
 
@@ -9188,6 +9189,14 @@ def param_schema(param: Param, in_body: bool) -> dict:
     return schema
 
 
+BODY_EXAMPLES: dict[str, dict] = {
+    "task.create": {"tasks": {"name": "Fix the login test", "verify": "make test", "agent": {
+        "instructions": "tests/test_login.py fails now and then. Find the cause and mend it."}}, "queue": True},
+    "task.edit": {"priority": "high"}, "task.reject": {"comment": "The old name must go on working."},
+    "task.answer": {"text": "Take the second one."}, "agent.park": {"until": "2h"},
+}
+
+
 def describe_route(operation: Operation, route: Route) -> dict:
     """A route as an OpenAPI operation."""
     path, free = path_param(operation, route), free_params(operation, route)
@@ -9213,6 +9222,8 @@ def describe_route(operation: Operation, route: Route) -> dict:
             schema = {"anyOf": [whole, {**schema, "properties": {**inner, route.body: whole}, "required": [route.body]}]}
         described["requestBody"] = {"required": bool(route.body or schema["required"]),
                                     "content": {"application/json": {"schema": schema}}}
+        if operation.name in BODY_EXAMPLES:
+            described["requestBody"]["content"]["application/json"]["example"] = BODY_EXAMPLES[operation.name]
     kinds = {"json": "application/json", "text": "text/plain", "events": "text/event-stream"}
     shape = shape_schema(operation.result) if route.form == "json" else {"type": "string"}
     content = {"content": {kinds[route.form]: {"schema": shape}}} if route.form in kinds else {}

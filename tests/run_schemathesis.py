@@ -44,7 +44,7 @@ def main(seed: str) -> int:
         url = f"http://{daemon.http_address}/api/openapi.json"
         done = subprocess.run([
             sys.executable, "-m", "schemathesis.cli.__main__", "--config-file", str(settings), "run", url, "--checks", "all",
-            "--phases", "examples,coverage,fuzzing,stateful", "--max-time", str(SECONDS), "--workers", "2", "--seed", seed,
+            "--phases", "examples,coverage,fuzzing,stateful", "--max-time", str(SECONDS), "--workers", "1", "--seed", seed,
             "--continue-on-failure", "--request-timeout", "10", "--generation-database", "none", "--no-color"],
             cwd=home, env={**os.environ, "PYTHONPATH": str(PROGRAM.parent)}, stdin=subprocess.DEVNULL, timeout=SECONDS + 200)
         alive = daemon.process.poll() is None

@@ -245,6 +245,17 @@ def test_a_list_is_continued_by_its_next(daemon):
     assert found == ids[::-1]
 
 
+def test_a_list_of_none_has_none_and_a_park_ends_before_the_years_do(daemon):
+    daemon.ask("POST", "/api/tasks", body=TASK)
+    assert daemon.ask("GET", "/api/tasks?limit=0") == (200, {"tasks": [], "next": None})
+    for until in ("99999999d", "9999-99-99T00:00:00Z", "2001-01-01T00:00:00Z", "-"):
+        assert error(daemon, 422, "POST", "/api/agents/gemini/park", body={"until": until})["message"].startswith("until: ")
+
+
+def test_an_empty_name_is_an_unknown_parameter_too(daemon):
+    assert error(daemon, 400, "POST", "/api/pool/pause", body={"": 1})["problems"] == [": unknown parameter"]
+
+
 def test_a_wait_ends_with_its_time(daemon):
     task_id = daemon.ask("POST", "/api/tasks", body=TASK)[1]["tasks"][0]["id"]
     assert daemon.ask("GET", f"/api/tasks/{task_id}/wait?timeout_s=0.01")[1]["timed_out"] is True
@@ -360,6 +371,16 @@ def test_every_route_is_in_the_document_once(document):
         for described in methods.values():
             named = [parameter["name"] for parameter in described.get("parameters", ()) if parameter["in"] == "path"]
             assert [f"{{{name}}}" for name in named] == re.findall(r"\{\w+\}", path)
+
+
+def test_every_example_is_as_its_schema_says(document):
+    bodies = [described["requestBody"]["content"]["application/json"] for methods in document["paths"].values()
+              for described in methods.values() if "example" in described.get("requestBody", {}).get("content", {}).get("application/json", {})]
+    assert len(bodies) == len(c.BODY_EXAMPLES)
+    for body in bodies:
+        forms = body["schema"].get("anyOf", [body["schema"]])
+        assert any(faults(form, body["example"], document) == [] for form in forms), body["example"]
+    assert c.parse_tasks(c.BODY_EXAMPLES["task.create"]["tasks"], "example", 0.0)
 
 
 def test_every_reference_leads_somewhere(document):
