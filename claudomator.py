@@ -38,6 +38,7 @@ Contents
     27 Daemon
     28 Control client
     29 Command line
+    30 MCP server
     31 Demo
     32 Commands
 """
@@ -235,6 +236,8 @@ def parse_json(text: str | bytes) -> object:
         return json.loads(stripped)  # says what is wrong
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
+    except ValueError as error:  # Python's own words for it name a switch of Python
+        raise ValueError("a number has too many digits" if "digits" in str(error) else str(error)) from None
     if end != len(stripped):
         raise ValueError(f"more text after the JSON value at character {end}")
     return value
@@ -422,6 +425,17 @@ def nearest(word: str, known) -> str | None:
     return folded[found[0]] if found else None
 
 
+MAX_ITEMS = 100_000  # of all lists of a document
+MAX_PROBLEMS = 50  # told at once; to look for what each of 200,000 wrong keys may mean would stop the daemon
+
+
+def unknown_names(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """A line for each unknown parameter, or for the first ones."""
+    wrong = [name for name in names if name not in known]
+    more = [f"and {len(wrong) - MAX_PROBLEMS} more"] if len(wrong) > MAX_PROBLEMS else []
+    return [f"{name[:60]}: unknown parameter{did_you_mean(name, known)}" for name in wrong[:MAX_PROBLEMS]] + more
+
+
 def did_you_mean(word: str, known) -> str:
     """`` (did you mean 'x'?)`` for an error message, or an empty string."""
     name = nearest(word, known)
@@ -540,12 +554,14 @@ def convert_value(kind: str, value, home: str = "") -> object:
     """``value`` as the program uses it: durations in seconds, paths absolute.  Raises ``ValueError(hint)``."""
     word, _, bound = kind.partition(" ")
     types = {"bool": (bool,), "integer": (int,), "number": (int, float)}.get(word)
+    if word == "integer" and type(value) is float and value.is_integer():
+        value = int(value)  # to JSON 3.0 is as good as 3
     if types:  # NaN is in no range
         _require(type(value) in types and -MAX_INTEGER <= value <= MAX_INTEGER and _within(value, bound))
         return float(value) if word == "number" else value
     if word in ("strings", "table"):  # the caller takes these apart
         raise ValueError(f"write [{value}]" if word == "strings" and type(value) is str and len(value) < 40 else "")
-    value = "0" if word == "duration" and type(value) is int and value == 0 else value
+    value = "0" if word == "duration" and type(value) in (int, float) and value == 0 else value
     if not isinstance(value, str):
         scalar = isinstance(value, (int, float)) or hasattr(value, "isoformat")
         raise ValueError("" if not scalar else "write it like 90s" if word == "duration" else "put it in quotes")
@@ -582,17 +598,26 @@ class Checker:
 
     def __init__(self, where: str, home: str = "") -> None:
         self.where, self.home = where, home
-        self.problems: list[str] = []
+        self.items, self.problems = 0, []
         self.unused: list[str] = []  # paths of keys that are set, but belong to a later version
 
     def problem(self, path: str, text: str) -> None:
-        """Notes one fault at a key path (empty: the document itself); control characters never reach a terminal."""
+        """Notes one fault at a key path (empty: the document itself); control characters never reach a terminal.
+        Of very many only the first ones are told."""
+        if len(self.problems) >= MAX_PROBLEMS:
+            return self.problems.append("")
         line = ": ".join(part for part in (self.where, path, text) if part)
         self.problems.append("".join(char if char.isprintable() else "?" for char in line))
 
     def wrong(self, path: str, expected: str, value, hint: str = "", secret: bool = False) -> None:
         """Notes that something else was expected than ``value``."""
         self.problem(path, f"expected {expected}, got {describe_value(value, secret)}{hint and f' ({hint})'}")
+
+    def count(self, items: int) -> None:
+        """Raises ``InvalidInput`` where the lists of a document have too many elements: reading them stops the daemon."""
+        self.items += items
+        if self.items > MAX_ITEMS:
+            raise InvalidInput(f"{self.where}: the lists of a document may have {MAX_ITEMS} elements in all")
 
     def scalar(self, kind: str, value, path: str, secret: bool = False) -> object:
         """The converted value, or ``None`` where it is not acceptable."""
@@ -606,6 +631,7 @@ class Checker:
         if value == "" == key.default or value is None:
             return key.default
         if key.kind == "strings" and isinstance(value, (list, tuple)):
+            self.count(len(value))
             return tuple(self.scalar("string", item, f"{path}[{i}]", key.secret) for i, item in enumerate(value))
         if key.kind == "table" and isinstance(value, dict):
             return {str(at): self.scalar("string", item, f"{path}.{at}", key.secret) for at, item in value.items()}
@@ -618,7 +644,8 @@ class Checker:
             return {key.field: key.default for key in keys.values()}
         prefix = path and path + "."
         for name in [str(name)[:60] for name in table if name not in keys and name not in others]:
-            self.problem(prefix + name, "unknown key" + did_you_mean(name, [*keys, *others]))
+            hint = did_you_mean(name, [*keys, *others]) if len(self.problems) < MAX_PROBLEMS else ""
+            self.problem(prefix + name, f"unknown key{hint}")
         values = {}
         for leaf, key in keys.items():
             given = table.get(leaf)
@@ -632,7 +659,9 @@ class Checker:
     def finish(self) -> None:
         """Raises ``InvalidInput`` with all problems, if there are any."""
         if self.problems:
-            raise InvalidInput(f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)} found", self.problems)
+            count = len(self.problems)
+            more = [f"and {count - MAX_PROBLEMS} more"] if count > MAX_PROBLEMS else []
+            raise InvalidInput(f"{count} problem{'s' * (count > 1)} found", self.problems[:MAX_PROBLEMS] + more)
 
 
 CONFIG_KEYS: tuple[Key, ...] = (
@@ -655,7 +684,8 @@ CONFIG_KEYS: tuple[Key, ...] = (
     Key("gemini_image", "string", "claudomator-agent:latest", "container image for gemini"),
     Key("container_engine", "choice docker|podman", "docker", "what runs containers"),
     Key("claude_config_dir", "path", "", "given to claude as CLAUDE_CONFIG_DIR; empty: claude's own default"),
-    Key("ssh_auth_sock", "path", "", "SSH agent socket for cloning repository_url and pushing to it; no agent gets it"),
+    Key("ssh_auth_sock", "path", "", "SSH agent socket for cloning repository_url and pushing to it; agents get it only"
+        " by containers.ssh_agent"),
     Key("workspace_root", "path", "", "directory whose repositories are offered as projects", active=False),
     Key("webhook_url", "url", "", "gets a JSON POST per finished or blocked task", active=False),
     Key("webhook_secret", "string", "", "the secret that GitHub signs its webhooks with", active=False, secret=True),
@@ -682,10 +712,12 @@ CONFIG_KEYS: tuple[Key, ...] = (
         example=("ANTHROPIC_API_KEY",)),
     Key("agents.*.on_quota", "choice wait|other_agent|fail", "wait",
         "what queued tasks do while the quota is used up"),
+    Key("agents.*.mcp", "bool", False, "give claude Claudomator's tools by MCP: subtasks, a question, a summary"),
     Key("containers.memory", "string", "4g", "memory of a container, as the engine writes it; empty: no limit"),
     Key("containers.cpus", "number >= 0", 2, "processors of a container, at most those of the machine; 0: no limit"),
     Key("containers.pids", "integer >= 0", 2048, "processes and threads of a container; 0: no limit"),
     Key("containers.network", "string", "", "the engine's network for agents (none, host, a name); empty: its default"),
+    Key("containers.ssh_agent", "bool", False, "agents get ssh_auth_sock, read-only; with it they can push past verify"),
     Key("local_model.endpoint", "url", "", "a server with OpenAI's chat completions; empty: none",
         example="http://localhost:11434/v1"),
     Key("local_model.model", "string", "llama3.1:8b", "its model, for tasks that name none"),
@@ -733,7 +765,7 @@ _DEFAULT_SETTINGS: dict[str, AgentSettings] = {}  # of kinds without a table of 
 
 
 class ContainerSettings(KeyedRecord, keys=CONFIG_GROUPS["containers"]):
-    """``[containers]``: what bounds a container."""
+    """``[containers]``: what bounds a container, and what it is lent."""
 
 
 class LocalModelSettings(KeyedRecord, keys=CONFIG_GROUPS["local_model"]):
@@ -901,12 +933,16 @@ def _check_config(checker: Checker, read: dict[str, dict]) -> None:
         names = [str(name) for name in (*(values["env"] or ()), *(values["pass_env"] or ()))]
         if any(not name or "=" in name or "\0" in name for name in names):
             checker.problem(f"agents.{kind}", "a name in env or pass_env is empty or holds '='")
+        if values["mcp"] and kind != "claude":
+            checker.problem(f"agents.{kind}.mcp", "only claude takes MCP servers from Claudomator")
     projects = [fields["name"] for fields in read["projects[]"].values()]
     for group, what, known in (("agent", "agent kind", kinds), ("project", "project", projects)):
         for name in read[f"budgets.{group}.*"]:
             if name not in known:
                 names = ", ".join(map(str, known)) or "none is configured"
                 checker.problem(f"budgets.{group}.{name}", f"no such {what}{did_you_mean(name, known)}: {names}")
+    if read["containers"]["ssh_agent"] and not read[""]["ssh_auth_sock"]:
+        checker.problem("containers.ssh_agent", "there is no agent to lend: set ssh_auth_sock to the path of its socket")
     address, signed = read[""]["server_addr"], read[""]["webhook_secret"] or read[""]["allow_unsigned_webhooks"]
     if address and not signed and not checker.problems:  # GitHub's webhooks come in over HTTP
         host = split_address(address)[0]
@@ -1093,11 +1129,12 @@ def find_cycle(edges: dict[str, list[str]]) -> list[str] | None:
 
 
 class _TaskReader(Checker):
-    """Reads the tasks of one document; ``now`` (unix seconds) is what a delay counts from."""
+    """Reads the tasks of one document; ``now`` (unix seconds) is what a delay counts from, ``check(agent, project)`` gives
+    more faults as (key path, text)."""
 
-    def __init__(self, source: str, now: float) -> None:
+    def __init__(self, source: str, now: float, check: Callable | None = None) -> None:
         super().__init__(source)
-        self.source, self.now = source, now
+        self.source, self.now, self.check = source, now, check
         self.links: dict[str, list[tuple]] = {}  # (where, depends_on) of each task, by name
 
     def value(self, key: Key, value, path: str) -> object:
@@ -1110,6 +1147,7 @@ class _TaskReader(Checker):
         if not isinstance(value, (list, tuple)):
             return self.wrong(path, "a list of tasks", value, "write [x]") or ()
         found: dict[str, Dependency] = {}
+        self.count(len(value))
         for i, item in enumerate(value):
             item = {"task": item} if isinstance(item, str) else item
             if not isinstance(item, dict):
@@ -1171,6 +1209,8 @@ class _TaskReader(Checker):
         given = {} if given is None else self._renamed(given, _OLD_DIR_KEY, "project_dir", "agent.")
         agent = AgentConfig(**self.group(TASK_GROUPS["agent"], given, "agent"))
         self._check(fields["name"] or "", agent, fields["project"])
+        for path, text in self.check(agent, fields["project"] or "") if self.check else ():
+            self.problem(path, text)
         self.links.setdefault(fields["name"] or "", []).append((self.where, fields["depends_on"]))
         fields["retry"] = fields["retry"] or RetryPolicy()
         return TaskSpec(agent=agent, **fields) if len(self.problems) == before else None
@@ -1197,9 +1237,13 @@ class _TaskReader(Checker):
             self.problem("agent.isolation", "container needs agent.repository_url, agent.project_dir or project")
 
 
-def parse_tasks(document, source: str, now: float) -> list[TaskSpec]:
-    """The tasks of a parsed file; ``now`` is what a delay counts from.  Raises ``InvalidInput`` with every problem."""
-    reader, path = _TaskReader(source, now), ""
+MAX_TASKS = 5000  # of one document; the daemon does nothing else while it reads them
+
+
+def parse_tasks(document, source: str, now: float, check: Callable | None = None) -> list[TaskSpec]:
+    """The tasks of a parsed file; ``now`` is what a delay counts from, ``check`` knows more that may be wrong (see
+    ``_TaskReader``).  Raises ``InvalidInput`` with every problem."""
+    reader, path = _TaskReader(source, now, check), ""
     tasks = [document] if isinstance(document, dict) else document
     if isinstance(document, dict) and "tasks" in document:
         tasks, path = document["tasks"], "tasks"
@@ -1210,6 +1254,8 @@ def parse_tasks(document, source: str, now: float) -> list[TaskSpec]:
         tasks = reader.wrong(path, "a list of tasks" if path else "a task or a list of tasks", tasks) or ()
     elif not tasks:
         reader.problem(path, "expected at least one task")
+    elif len(tasks) > MAX_TASKS:
+        raise InvalidInput(f"{source}: {len(tasks)} tasks in one document; send at most {MAX_TASKS} at once")
     specs = [reader.task(task, index) for index, task in enumerate(tasks, 1)]
     for reader.where, depends_on in [link for named in reader.links.values() for link in named]:
         for i, target in enumerate(depends_on):
@@ -1309,14 +1355,14 @@ def _json_document(text: str, source: str) -> object:
         raise InvalidInput(f"{source}: {place}not JSON: {getattr(error, 'msg', error)}") from None
 
 
-def parse_task_text(text: str, source: str, now: float) -> list[TaskSpec]:
+def parse_task_text(text: str, source: str, now: float, check: Callable | None = None) -> list[TaskSpec]:
     """``parse_tasks`` of a text: JSON where it begins with ``{`` or ``[``, else YAML, which needs PyYAML."""
     text = text.removeprefix("\ufeff")
     if len(text) > MAX_TASK_TEXT:
         raise InvalidInput(f"{source}: longer than {MAX_TASK_TEXT >> 20} MiB")
     try:
         read = _json_document if text.lstrip()[:1] in ("{", "[") else _yaml_document
-        return parse_tasks(read(text, source), source, now)
+        return parse_tasks(read(text, source), source, now, check)
     except RecursionError:
         raise InvalidInput(f"{source}: nested too deeply") from None
 
@@ -1442,9 +1488,9 @@ REASONS: dict[str, dict] = {
     "timed_out": {"retry": True, "state": TIMED_OUT, "next": "raise timeout (ctl edit ID), then run it again"},
     "stalled": {"retry": True, "state": TIMED_OUT, "next": "raise stall_timeout if silence is normal, then run again"},
     "cancelled": {"state": CANCELLED, "next": "ctl run ID starts it again"},
-    "spawn_failed": {"state": FAILED, "next": "install the agent or set its path in the configuration"},
+    "spawn_failed": {"state": FAILED, "next": "do what the detail says, then run it again"},
     "lost": {"free": True, "state": FAILED, "next": "it vanished with its supervisor several times; run it again"},
-    "sandbox_failed": {"retry": True, "state": FAILED, "next": "check project_dir and its remote, then run it again"},
+    "sandbox_failed": {"retry": True, "state": FAILED, "next": "put right what the detail names, then run it again"},
     "build_failed": {"retry": True, "state": FAILED, "next": "the work is kept in the sandbox; see ctl sandbox list"},
     "verify_failed": {"retry": True, "state": FAILED, "next": "the work is kept in the sandbox; see ctl sandbox list"},
     "push_failed": {"retry": True, "state": FAILED, "next": "merge by hand in the kept sandbox, or run it again"},
@@ -4158,7 +4204,8 @@ _TCHAR = b"!#$%&'*+-.^_`|~" + _ALNUM  # RFC 9110 section 5.6.2
 _FIELD_TEXT = b"\t" + bytes(range(0x20, 0x7F)) + bytes(range(0x80, 0x100))  # RFC 9110 section 5.5, with SP and HTAB
 _PCHAR = b"-._~!$&'()*+,;=:@%/" + _ALNUM  # RFC 3986 section 3.3, with "/"
 _HEX = b"0123456789abcdefABCDEF"
-_ONLY_ONCE = ("host", "content-length", "transfer-encoding", "authorization", "origin", "content-type", "expect")
+_ONLY_ONCE = ("host", "content-length", "transfer-encoding", "authorization", "origin", "content-type", "expect",
+              "idempotency-key")
 
 
 class HttpError(ClaudomatorError):
@@ -4890,6 +4937,7 @@ GEMINI_CREDENTIALS = tuple(
     " GOOGLE_APPLICATION_CREDENTIALS GEMINI_CLI_HOME".split())
 CLAUDE_MAX_RETRIES = 2  # by itself claude retries for three minutes in a slot; the queue does the waiting instead
 LOCAL_API_KEY = "CLAUDOMATOR_LOCAL_API_KEY"  # how the key comes to a local agent's process: argv is for all to see
+MCP_SERVER = "claudomator"  # its name to claude, whose names for its tools are mcp__claudomator__TOOL
 LOCAL_MODE = "_local"  # the argument that makes this program the process of a local agent
 LONGEST_VARIABLE = 100_000  # bytes; the kernel refuses a variable or argument of 128 KiB (MAX_ARG_STRLEN)
 
@@ -4907,6 +4955,10 @@ Your task:
 CT_PREAMBLE = """\
 - The command ct writes both files for you: ct ask "your question" --option a --option b, and ct summary "what you did".
 """
+MCP_PREAMBLE = """\
+- The MCP tools ask_operator and report_summary of the server claudomator write both files for you.{subtasks}
+"""
+MCP_SUBTASKS = " Its tools\n  create_subtask, wait_subtask and get_task give a part of the work to another agent."
 SUBTASKS_PREAMBLE = """\
 - You may give a part of the work to another agent, as a subtask:
   ct task submit --name NAME --instructions "what to do" --wait
@@ -4996,16 +5048,27 @@ def secrets_given(config: Config, host: dict) -> set[str]:
     return config.secrets | {host[name] for name in names if name in host}
 
 
-def preamble(context: RunContext) -> str:
-    """What an agent must know of where it runs; put in front of the instructions unless ``skip_planning``."""
+def preamble(context: RunContext, mcp: bool = False) -> str:
+    """What an agent must know of where it runs, and of the tools that it has; put in front of the instructions unless
+    ``skip_planning``."""
     where = f"is {context.cwd}. Work only there."
     if context.sandboxed:
         where = (f"{context.cwd} is a throw-away git clone. Work only there. Commit your work\n  with git in clear, small"
                  " commits; what you leave uncommitted is committed for you, and all is pushed.")
-    tools = CT_PREAMBLE if context.tools_dir else ""
+    tools = MCP_PREAMBLE.format(subtasks=MCP_SUBTASKS if context.api_url else "") if mcp else ""
+    tools += CT_PREAMBLE if context.tools_dir else ""
     tools += SUBTASKS_PREAMBLE if context.tools_dir and context.api_url else ""
     return PREAMBLE.format(where=where, question=f"{context.execution_dir}/question.json", tools=tools,
                            summary=f"{context.execution_dir}/summary.txt")
+
+
+def mcp_config(context: RunContext, env: dict) -> str:
+    """The file for ``--mcp-config``: this program as the server.  It names the variables that the server needs and holds
+    no value, so no token; ``alwaysLoad`` because a tool that must be searched for is not found."""
+    command, *words = context.program
+    return format_json({"mcpServers": {MCP_SERVER: {
+        "type": "stdio", "command": command, "args": [*words, "mcp"], "alwaysLoad": True,
+        "env": {name: f"${{{name}}}" for name in env if name.startswith("CLAUDOMATOR_")}}}}) + "\n"
 
 
 def build_claude(task: Task, context: RunContext, config: Config, host: dict) -> Launch:
@@ -5025,8 +5088,10 @@ def build_claude(task: Task, context: RunContext, config: Config, host: dict) ->
     allowed = list(agent.allowed_tools)
     if not agent.skip_planning and "Bash" not in allowed:
         allowed.append("Bash")  # asking and reporting, as the preamble says, takes a shell
+    allowed += [f"mcp__{MCP_SERVER}"] if settings.mcp else []  # all of its tools
+    mcp_file = f"{context.execution_dir}/mcp.json"
     for flag, values in (("--allowedTools", allowed), ("--disallowedTools", agent.disallowed_tools),
-                         ("--add-dir", agent.context_files)):
+                         ("--add-dir", agent.context_files), ("--mcp-config", [mcp_file] if settings.mcp else [])):
         for value in values:
             argv += [flag, value]
     argv += agent.additional_args
@@ -5036,7 +5101,8 @@ def build_claude(task: Task, context: RunContext, config: Config, host: dict) ->
         env.setdefault("CLAUDE_CONFIG_DIR", config.claude_config_dir)
     if context.is_root and mode == "bypassPermissions":
         env.setdefault("IS_SANDBOX", "1")  # without it claude refuses to run as root
-    return Launch(tuple(argv), env, _prompt(task, context, preamble(context)), "claude", context.session_id)
+    return Launch(tuple(argv), env, _prompt(task, context, preamble(context, settings.mcp)), "claude",
+                  context.session_id, files=((mcp_file, mcp_config(context, env)),) if settings.mcp else ())
 
 
 def _prompt(task: Task, context: RunContext, head: str) -> str:
@@ -5228,16 +5294,21 @@ def runner_binary(kind: str, config: Config) -> str:
 # there, everyone sees in /proc and in ``docker inspect``.  The time limit is kept inside, so that it holds when the
 # daemon, the supervisor and the engine's client are all gone.
 BOX_WORK, BOX_HOME, BOX_FILES = "/workspace", "/home/agent", "/run/claudomator"
+BOX_PROGRAM = f"{BOX_FILES}/claudomator.py"  # this program, where an agent's CLI starts it (section 30)
 BOX_LOGIN, BOX_REPO = "/run/claudomator-login", "/run/claudomator-repo"
+BOX_SSH_AGENT, BOX_GOOGLE = "/run/claudomator-ssh-agent.sock", "/run/claudomator-google.json"
+GOOGLE_FILE = "GOOGLE_APPLICATION_CREDENTIALS"
 EXECUTION_LABEL, DATA_LABEL = "claudomator.execution", "claudomator.data"
 HOST_ONLY = ENVIRONMENT_ALLOWED - set("LANG LANGUAGE TZ HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy"
-                                      " no_proxy".split()) | {"GEMINI_CLI_HOME", "GOOGLE_APPLICATION_CREDENTIALS"}
+                                      " no_proxy".split()) | {"GEMINI_CLI_HOME", GOOGLE_FILE}
 LOGIN_FILES = {"claude": (".claude", (".credentials.json", ".claude.json", "settings.json", "CLAUDE.md")),
                "gemini": (".gemini", ("oauth_creds.json", "google_accounts.json", "installation_id", "settings.json",
                                       "GEMINI.md"))}
-DEFAULT_BASE = "node:22-bookworm-slim"
+DEFAULT_BASE = "docker.io/library/node:22-bookworm-slim"  # in full: podman does not know every short name
 IMAGE_CLIS = "@anthropic-ai/claude-code @google/gemini-cli"
 NO_IMAGE = ("no such image", "image not known", "unable to find image", "no such object")
+NO_ENGINE = ("cannot connect", "connection refused", "unable to connect", "error during connect",
+             "failed to connect to the docker api")
 OUT_OF_MEMORY = "\nError: the container ran out of memory: raise containers.memory in the configuration\n"
 
 
@@ -5304,15 +5375,24 @@ def container_argv(config: Config, image: str, *, name: str, execution_id: str, 
 
 
 def engine_fault(engine: str, said: str, image: str = "", image_key: str = "") -> tuple[str, str]:
-    """(reason, detail) of an engine that did not do what it was told, by what it said."""
-    words = clean_text(" ".join(said.split()), 300)
-    if image and any(known in said.lower() for known in NO_IMAGE):
-        return "spawn_failed", (f"the container image {image} is not there: run `claudomator image build`, or set"
-                                f" {image_key} in the configuration to an image that is")
-    if "annot connect" in said or "connection refused" in said or "unable to connect" in said.lower():
+    """(reason, detail) of an engine that did not do what it was told, by what it said: about ``image``, the value of
+    ``image_key``, or about none."""
+    import re
+    words, lower = clean_text(re.split(r" Usage: | Run '", " ".join(said.split()))[0], 300), said.lower()
+    if lower.startswith("cannot run"):  # run_command's words, not the engine's
+        return "spawn_failed", (f"the container engine cannot be run: install {engine}, put it on the daemon's PATH, or"
+                                f" set container_engine in the configuration ({words})")
+    if image_key and any(known in lower for known in NO_IMAGE):
+        return "spawn_failed", (f"the container image {image or repr('')} is not there: run `claudomator image build`, or"
+                                f" set {image_key} in the configuration to an image that is")
+    if "permission denied while trying to connect" in lower:
+        return "spawn_failed", (f"the daemon's user may not use {engine}: make it a member of the group {engine} and start"
+                                f" the daemon from a new login, or set DOCKER_HOST to an engine of its own ({words})")
+    if any(known in lower for known in NO_ENGINE):
         return "sandbox_failed", (f"the container engine does not answer: start {engine}, or set DOCKER_HOST for the"
                                   f" daemon ({words})")
-    return "spawn_failed", f"{engine} could not start the container: {words or 'it says nothing'}"
+    advice = f"; correct [containers] or {image_key} in the configuration" if image_key else ""
+    return "spawn_failed", f"{engine} refuses: {words or 'it says nothing'}{advice}"
 
 
 def container_end(exit_code: int | None, state: dict | None, said: str) -> str:
@@ -5896,7 +5976,7 @@ class Transactions:
         if rows:
             some = ", ".join(f"{row[0][:13]} ({row[1]})" for row in rows)
             raise NotFound(f"{prefix!r} is the beginning of several {table.noun} ids: {some} ...; give more of it")
-        raise NotFound(f"there is no {table.noun} whose id begins with {prefix!r};"
+        raise NotFound(f"there is no {table.noun} whose id begins with {prefix[:60]!r};"
                        " `claudomator ctl list --all` shows the tasks")
 
     def _insert(self, table: _Table, record: Record) -> Record:
@@ -7014,10 +7094,10 @@ def clone_source(top: str, env: dict) -> str:
     return top
 
 
-def create_sandbox(project_dir: str, path: str, *, env: dict, setup: str = "", timeout_s: float = 600.0,
-                   log_path: str | None = None) -> Sandbox:
+def create_sandbox(project_dir: str, path: str, *, env: dict, setup: str = "", setup_env: dict | None = None,
+                   timeout_s: float = 600.0, log_path: str | None = None) -> Sandbox:
     """Clone a project into ``path`` and prepare it; what an earlier, interrupted call left there is removed first.
-    ``setup`` is a shell command, run in the clone.  Raises ``SandboxError`` (``sandbox_failed``)."""
+    ``setup`` is a shell command, run in the clone with ``setup_env``.  Raises ``SandboxError`` (``sandbox_failed``)."""
     if not os.path.isabs(project_dir) or not os.path.isdir(project_dir):
         raise SandboxError(f"project_dir {project_dir!r} is not the full path of a directory that exists")
     path, project_dir = os.path.abspath(path), os.path.realpath(project_dir)
@@ -7027,7 +7107,8 @@ def create_sandbox(project_dir: str, path: str, *, env: dict, setup: str = "", t
     source = clone_source(top, env)
     branch, start_head, note = _clone_and_settle(source, path, top, env)
     if setup:
-        _run_shell(setup, "setup", "sandbox_failed", env=env, cwd=path, timeout_s=timeout_s, log_path=log_path)
+        _run_shell(setup, "setup", "sandbox_failed", env=env if setup_env is None else setup_env, cwd=path,
+                   timeout_s=timeout_s, log_path=log_path)
     workdir = os.path.normpath(os.path.join(path, os.path.relpath(project_dir, top)))
     sandbox = Sandbox(path, source, branch, start_head, workdir if os.path.isdir(workdir) else path, note)
     # Written last: a clone without it was never handed out.
@@ -7207,11 +7288,12 @@ class SandboxResult(Record):
     note: str
 
 
-def finish_sandbox(sandbox: Sandbox, *, env: dict, build: str = "", verify: str = "", timeout_s: float = 600.0,
-                   log_path: str | None = None, attempts: int = 5, pause_s: float = 0.3,
+def finish_sandbox(sandbox: Sandbox, *, env: dict, shell_env: dict | None = None, build: str = "", verify: str = "",
+                   timeout_s: float = 600.0, log_path: str | None = None, attempts: int = 5, pause_s: float = 0.3,
                    on_step: Callable | None = None, inside: Callable | None = None) -> SandboxResult:
     """Commit what the agent left, build, verify, record and push.  The sandbox stays; the caller removes it.
-    ``env`` is that of build, verify and git; its execution mark tells a repeated call from another run.  ``attempts``:
+    ``env`` is that of git, and of build and verify without a ``shell_env``: they run what an agent may have written,
+    and must not see more than it did.  Its execution mark tells a repeated call from another run.  ``attempts``:
     how often to push when others come first, with a random pause of about ``pause_s`` between.  ``on_step(name)`` is
     called before each step (commit, build, verify, push, rebase) and while it waits for another task (waiting); what
     it raises stops the work.  ``inside(command, directory)`` is the argv that runs build and verify elsewhere, in a
@@ -7221,16 +7303,17 @@ def finish_sandbox(sandbox: Sandbox, *, env: dict, build: str = "", verify: str 
     def shell(command: str, what: str, directory: str) -> None:
         if command:
             step(what)
-            _run_shell(command, what, f"{what}_failed", env=env, cwd=directory, timeout_s=timeout_s, log_path=log_path,
-                       argv=inside(command, directory) if inside else ())
+            _run_shell(command, what, f"{what}_failed", env=shell_env, cwd=directory, timeout_s=timeout_s,
+                       log_path=log_path, argv=inside(command, directory) if inside else ())
 
+    shell_env = env if shell_env is None else shell_env
     step = on_step or (lambda name: None)
     work = _Finish(sandbox, env, step, lambda: shell(verify, "verify", sandbox.workdir))
     try:
         work.recover()
         if work.stage():
             shell(*(build, "build", sandbox.workdir) if build else
-                  find_build(sandbox.workdir, sandbox.path, env, bool(inside)))
+                  find_build(sandbox.workdir, sandbox.path, shell_env, bool(inside)))
             _commit(sandbox.path, AUTOCOMMIT_SUBJECT, env)
         work.verify()
         branch = work.push(attempts, pause_s) if work.has_commits() else ""
@@ -7478,11 +7561,8 @@ class Box:
         return os.path.normpath(os.path.join(BOX_WORK, os.path.relpath(path, self.sandbox.path)))
 
     def check_image(self) -> None:
-        """Raises ``SpawnError`` where the image is not there, ``SandboxError`` where the engine does not answer."""
+        """Raises ``SandboxError`` where the image is not there (its reason: spawn_failed), or the engine does not answer."""
         result = run_engine(self.config, self.host, "image", "inspect", "--format", "{{.Id}}", self.image)
-        if result.exit_code == 127 and result.output.startswith("cannot run"):
-            raise SpawnError(f"{self.config.container_engine} is not installed, or not on the daemon's PATH; install it"
-                             " or set container_engine in the configuration")
         if result.exit_code != 0:
             reason, words = engine_fault(self.config.container_engine, result.output, self.image, self.image_key)
             raise SandboxError(words, reason)
@@ -7525,6 +7605,8 @@ class Box:
         if os.path.exists(self.config.agent_socket_path):
             env["CLAUDOMATOR_API_URL"] = f"unix://{BOX_FILES}/agent.sock"
         self.share_socket()
+        lent = self._lent(env)
+        env.update({name: place for name, (_, place, _) in lent.items()})
         stdin = f"{BOX_FILES}/prompt.txt" if reads_stdin else "/dev/null"
         script = entry_script(launch.replace(env=env), cwd, stdin, limit_s, grace_s)
         own = [(path.replace(BOX_FILES, self.files, 1), text) for path, text in launch.files]
@@ -7532,7 +7614,9 @@ class Box:
                   (self.files, BOX_FILES, False)]
         mounts += [(os.path.join(self.directory, name), f"{BOX_FILES}/{name}", False)
                    for name in ("stdout.log", "stderr.log")]
-        argv = self._argv(self.name, (*mounts, *self._logins()), (f"{BOX_FILES}/run",), is_kept=True)
+        if self.config.agent_settings(self.kind).mcp:
+            mounts.append((os.path.abspath(__file__), BOX_PROGRAM, True))
+        argv = self._argv(self.name, (*mounts, *self._logins(), *lent.values()), (f"{BOX_FILES}/run",), is_kept=True)
         return Launch(argv, engine_env(self.host), launch.stdin, launch.format, launch.session_id, files=(
             (f"{self.files}/run", script), (f"{self.files}/prompt.txt", launch.stdin or ""), *own))
 
@@ -7543,6 +7627,20 @@ class Box:
         root = self.config.claude_config_dir if self.kind == "claude" else os.path.join(home, folder)
         return [(os.path.join(root, name), f"{BOX_LOGIN}/{folder}/{name}", True) for name in names
                 if root and os.path.isfile(os.path.join(root, name))]
+
+    def _lent(self, env: dict) -> dict[str, tuple[str, str, bool]]:
+        """What the configuration lends the agent: variables, each with the mount it names the inner place of.  Raises
+        ``SpawnError`` where the SSH agent is not there."""
+        lent, settings, path = {}, self.config.agent_settings(self.kind), self.config.ssh_auth_sock
+        if self.config.containers.ssh_agent:
+            if not os.path.exists(path):
+                raise SpawnError(f"the SSH agent's socket {path} is not there: start the agent, correct ssh_auth_sock, or"
+                                 " set ssh_agent = false in [containers]")
+            lent["SSH_AUTH_SOCK"] = path, BOX_SSH_AGENT, True
+        path = self.host.get(GOOGLE_FILE, "")
+        if GOOGLE_FILE in settings.pass_env and env.get(GOOGLE_FILE) == path and os.path.isfile(path):
+            lent[GOOGLE_FILE] = os.path.abspath(path), BOX_GOOGLE, True
+        return lent
 
     def share_socket(self) -> None:
         """Let the agent reach this daemon's API.  A hard link, not a mount: after a restart the socket is another one,
@@ -7629,8 +7727,8 @@ class Box:
         return self._tool("gate", ("-c", GATE, "gate", target, command), self.inside(directory))
 
 
-def build_image(config: Config, base: str, tag: str, ct_path: str, host: dict) -> int:
-    """Build the agent image; the engine's words go to stderr.  Returns its exit code."""
+def build_image(config: Config, base: str, tag: str, ct_path: str, host: dict) -> None:
+    """Build the agent image; the engine's words go to stderr.  Raises ``SpawnError``."""
     import shutil
     import subprocess
     import tempfile
@@ -7641,11 +7739,19 @@ def build_image(config: Config, base: str, tag: str, ct_path: str, host: dict) -
         _write_text(os.path.join(directory, "Dockerfile"), dockerfile(base, os.geteuid(), os.getegid(), has_ct))
         network = ["--network", config.containers.network] if config.containers.network else []
         try:
-            return subprocess.run([config.container_engine, "build", *network, "--tag", tag, directory],
-                                  env=engine_env(host), stdin=subprocess.DEVNULL, stdout=2).returncode
+            done = subprocess.run([config.container_engine, "build", *network, "--tag", tag, directory],
+                                  env=engine_env(host), stdin=subprocess.DEVNULL, stdout=2)
         except OSError as error:
-            raise SpawnError(f"{config.container_engine} cannot be run: {error}; install it, or set container_engine in"
-                             " the configuration") from error
+            raise SpawnError(engine_fault(config.container_engine, f"cannot run it: {error}")[1]) from error
+    if done.returncode != 0:
+        engine, found = config.container_engine, run_engine(config, host, "image", "inspect", "--format", "{{.Id}}", base)
+        advice = f"read what {engine} says above"
+        if any(known in found.output.lower() for known in NO_IMAGE):
+            advice += (f"; {base} is not on this machine: where it cannot be fetched, look after the network or the proxy"
+                       f" of {engine}, or name an image that `{engine} images` shows with --base")
+        elif found.exit_code != 0:
+            advice = engine_fault(engine, found.output)[1]
+        raise SpawnError(f"the image was not built: {advice}")
 
 
 # ---- 22 Bus ----------------------------------------------------------------------------------------------------
@@ -7724,21 +7830,34 @@ SETTLED_KEYS = ("idempotency_key", "parent_task_id")  # of a task file: they can
 FRESH_TRIES = {"reason": "", "detail": "", "attempts": 0, "free_tries": 0, "idle_runs": 0, "not_before": None}
 
 
-def complete_spec(spec: TaskSpec, config: Config, kinds) -> TaskSpec:
-    """A spec with what its project gives.  Raises ``InvalidInput`` for an unknown project or agent type."""
-    agent, where = spec.agent, f"task {spec.name!r}: "
+def misfits(agent: AgentConfig, project: str, config: Config, kinds) -> list[tuple[str, str]]:
+    """What a task asks for that there is not with this configuration, as (key path, text)."""
+    found = []
     if agent.type and agent.type not in kinds:
-        raise InvalidInput(f"{where}agent.type: {agent.type!r} is not available here{did_you_mean(agent.type, kinds)};"
-                           f" there are: {', '.join(kinds)}")
-    isolation = isolation_of(agent)
-    if (agent.isolation or agent.repository_url) and isolation != "none" and not runner_of(agent.type, config).sandboxed:
-        raise InvalidInput(f"{where}agent.isolation: a {agent.type} agent has no tools for a {isolation}; leave it out")
+        found.append(("agent.type", f"{agent.type!r} is not available here{did_you_mean(agent.type, kinds)};"
+                                    f" there are: {', '.join(kinds)}"))
+    elif (agent.isolation or agent.repository_url) and not runner_of(agent.type, config).sandboxed \
+            and isolation_of(agent) != "none":
+        found.append(("agent.isolation", f"a {agent.type} agent has no tools for a {isolation_of(agent)}; leave it out"))
+    if project and config.project_named(project) is None:
+        names = [known.name for known in config.projects]
+        found.append(("project", f"there is no project {project!r} in the configuration{did_you_mean(project, names)}"))
+    return found
+
+
+def misfit_check(config: Config, kinds) -> Callable:
+    """``misfits`` as the check of ``parse_tasks``."""
+    return lambda agent, project: misfits(agent, project, config, kinds)
+
+
+def complete_spec(spec: TaskSpec, config: Config, kinds) -> TaskSpec:
+    """A spec with what its project gives.  Raises ``InvalidInput`` for what there is not here."""
+    agent, faults = spec.agent, misfits(spec.agent, spec.project, config, kinds)
     if spec.acceptance_criteria:
-        raise InvalidInput(f"{where}acceptance_criteria: this version has no checker yet; use verify")
+        faults.append(("acceptance_criteria", "this version has no checker yet; use verify"))
+    if faults:
+        raise InvalidInput(f"task {spec.name!r}: " + "; ".join(f"{path}: {text}" for path, text in faults))
     project = config.project_named(spec.project) if spec.project else config.project_for_dir(agent.project_dir)
-    if project is None and spec.project:
-        raise InvalidInput(f"{where}project: there is no project {spec.project!r} in the configuration"
-                           + did_you_mean(spec.project, [known.name for known in config.projects]))
     directory = "" if agent.repository_url else agent.project_dir or (project.dir if project else "")
     return spec if project is None else spec.replace(
         agent=agent.replace(project_dir=directory), project=project.name, verify=spec.verify or project.verify)
@@ -8245,8 +8364,7 @@ def check_params(operation: Operation, params: dict) -> dict:
     if not params and not operation.params:
         return {}
     known = {param.name: param for param in operation.params}
-    problems = [f"{name}: unknown parameter{did_you_mean(name, known)}" for name in params if name not in known]
-    values = {}
+    problems, values = unknown_names(params, known), {}
     for name, param in known.items():
         (expected, is_right, default), value = PARAM_CHECKS[param.kind], params.get(name)
         if value is None and param.required:
@@ -8346,7 +8464,8 @@ def confine(core: Core, operation: Operation, params: dict, caller: Caller) -> d
 
 def _task_create(core: Core, params: dict) -> dict:
     specs = [spec.replace(auto_accept=spec.auto_accept or params["auto_accept"])
-             for spec in parse_tasks(params["tasks"], params["source"], core.store.clock())]
+             for spec in parse_tasks(params["tasks"], params["source"], core.store.clock(),
+                                     misfit_check(core.config, core.kinds))]
     if caller := params.get("caller"):
         own, names = core.store.get_task(caller.task_id), {spec.name for spec in specs}
         below = tasks_below(core, own.id)
@@ -8359,7 +8478,7 @@ def _task_create(core: Core, params: dict) -> dict:
 
 
 def _task_list(core: Core, params: dict) -> dict:
-    states, limit = [state.upper() for state in params["states"]], max(1, min(params["limit"], 1000))
+    states, limit = [state.upper() for state in params["states"]], min(params["limit"], 1000)
     for state in states:
         if state not in MOVES:
             raise InvalidInput(f"states: there is no state {state!r}{did_you_mean(state, MOVES)}")
@@ -8367,7 +8486,7 @@ def _task_list(core: Core, params: dict) -> dict:
         states=states, tag=params["tag"], project=params["project"], agent=params["agent"], limit=limit + 1,
         parent=core.store.resolve_task(params["parent"]) if params["parent"] else "", before_seq=params["before"])
     return {"tasks": [{**shown, "seq": task.seq} for task, shown in zip(tasks, core.show_why(tasks[:limit]))],
-            "next": tasks[limit - 1].seq if len(tasks) > limit else None}
+            "next": tasks[limit - 1].seq if 0 < limit < len(tasks) else None}
 
 
 def _task_get(core: Core, params: dict) -> dict:
@@ -8580,7 +8699,7 @@ def _agent_park(core: Core, params: dict) -> dict:
             until = parse_time(text) if "-" in text else now + parse_duration(text)
         except ValueError:
             until = -1.0
-        if until < now:
+        if not now <= until < YEAR_10000_S:
             raise InvalidInput(f"until: expected a delay like 2h or a time to come like 2026-12-01T22:00:00Z,"
                                f" got {text!r}")
     core.life.park(params["agent"], until, "operator", "parked by the operator")
@@ -8847,11 +8966,12 @@ def free_params(operation: Operation, route: Route) -> dict[str, Param]:
 
 def decode_query(free: dict[str, Param], pairs: list) -> dict:
     """The parameters of a query string's (name, text) pairs.  Raises ``UsageError`` naming every fault."""
-    params, problems = {}, []
+    params, problems = {}, unknown_names([name for name, _ in pairs], free)
+    if any("token" in name.lower() for name, _ in pairs if name not in free):  # URLs end up in logs and histories
+        problems.append("a token belongs in the header Authorization: Bearer TOKEN, never in a URL")
     for name, text in pairs:
         param = free.get(name)
         if param is None:
-            problems.append(f"{name}: unknown parameter{did_you_mean(name, free)}")
             continue
         expected, is_right, _ = PARAM_CHECKS[param.kind]
         value = text if param.kind == "str" else text.split(",") if param.kind == "names" else \
@@ -8883,9 +9003,7 @@ def decode_body(route: Route, free: dict[str, Param], headers: dict, body: bytes
         return {route.body: params}
     if not isinstance(params, dict):
         raise UsageError(f"the body must be a JSON object, got {describe_value(params)}")
-    problems = [f"{name[:60]}: unknown parameter{did_you_mean(name, free)}" for name in params
-                if name not in free and name != route.body]
-    if problems:
+    if problems := unknown_names(params, {*free, route.body}):
         raise UsageError("\n  ".join(["the body's parameters are not right", *problems]), problems=problems)
     return params
 
@@ -8900,10 +9018,10 @@ def decode_params(operation: Operation, route: Route, variable: str, request: ob
         params = decode_body(route, free, headers, request.body)
     if path:
         params[path.name] = variable.split(",") if path.kind == "ids" else variable
-    if (key := headers.get("idempotency-key")) and operation.name == "task.create":
+    if (key := headers.get("idempotency-key")) is not None and operation.name == "task.create":
         task = params["tasks"]
-        if not isinstance(task, dict) or "tasks" in task or task.get("idempotency_key", key) != key:
-            raise UsageError("Idempotency-Key is for a single task, and the same as its idempotency_key if it has one")
+        if not key or not isinstance(task, dict) or "tasks" in task or task.get("idempotency_key", key) != key:
+            raise InvalidInput("Idempotency-Key is for a single task, and the same as its idempotency_key if it has one")
         params["tasks"] = {**task, "idempotency_key": key}
     if (last := headers.get("last-event-id")) and route.form == "events":
         run, _, seq = last.rpartition(":")
@@ -8986,6 +9104,8 @@ def key_schema(key: Key) -> dict:
                   "word": {"type": "string", "pattern": "^[a-z0-9_-]*$"},
                   "duration": {"type": "string", "pattern": f"^{DURATION_PATTERN}$"},
                   "time": {"type": "string", "pattern": f"^({TIME_PATTERN}|{DURATION_PATTERN})$"}}.get(word, text)
+    if key.kind == "duration":  # the number 0 needs no unit
+        return {**schema, "type": ["string", "integer", "null"], "maximum": 0, "minimum": 0, "description": key.help}
     schema = {**schema, "description": f"{key.help} ({kind_words(key.kind)})"}
     if key.required:
         return {**schema, **({"maxLength": MAX_NAME, "pattern": NAME_PATTERN} if key.name == "name" else
@@ -9008,7 +9128,8 @@ def task_schema() -> dict:
     schema, retry, delays = group_schema(""), group_schema("retry"), group_schema("retry")
     retry["properties"]["backoff"] = {"enum": ["exponential", "linear", None]}
     delays["properties"]["backoff"] = {"type": "array", "minItems": 1,
-                                       "items": {"type": "string", "pattern": f"^{DURATION_PATTERN}$"}}
+                                       "items": {"type": ["string", "integer"], "pattern": f"^{DURATION_PATTERN}$",
+                                                 "minimum": 0, "maximum": 0}}
     retry |= {"required": ["max_attempts"]}
     retry["properties"]["max_attempts"] = {"type": "integer", "minimum": 1, "maximum": MAX_INTEGER}
     delays |= {"required": ["backoff"]}
@@ -9080,7 +9201,7 @@ def describe_route(operation: Operation, route: Route) -> dict:
         parameters.insert(0, {"name": name, "in": "path", "required": True, "description": path.help,
                               "schema": {"type": "string", "pattern": f"^{word}$"}})
     if operation.name == "task.create":
-        parameters.append({"name": "Idempotency-Key", "in": "header", "schema": {"type": "string"},
+        parameters.append({"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "minLength": 1},
                            "description": "a second single task with the same key is the first one"})
     if parameters:
         described["parameters"] = parameters
@@ -9166,9 +9287,19 @@ class Workplace:
         self.feedback: dict | None = None  # what a failed check says to the next round
 
     def _environment(self) -> dict:
-        """For git, setup, build and verify: the daemon's own, with the mark so that a stop reaches them."""
+        """For git, with its credential helpers: the daemon's own, with the mark so that a stop reaches it."""
         key = self.core.config.ssh_auth_sock if self.task.agent.repository_url else ""
         return {**os.environ, MARK: self.execution.id, **({"SSH_AUTH_SOCK": key} if key else {})}
+
+    def _shell_environment(self) -> dict:
+        """For setup, build and verify on the host, which run what an agent may have edited: as much as the agent gets
+        but for its keys and its token, and the mark.  A container gets nothing of it: there it is its client's."""
+        if self.box:
+            return self._environment()
+        settings, project_dir = self.core.config.agent_settings(self.execution.agent), self.task.agent.project_dir
+        return agent_environment(self.core.host_env, settings, (), RunContext(
+            execution_id=self.execution.id, execution_dir=self.directory, cwd="", project_dir=project_dir,
+            round=self.execution.round), self.task)
 
     async def _prepare(self) -> None:
         """Make the execution's directory and its sandbox, or take the sandbox of the run that this one continues."""
@@ -9222,7 +9353,8 @@ class Workplace:
             return
         setup = self.project.setup if self.project and not self.box else ""
         self.sandbox = await in_thread(create_sandbox, self.task.agent.project_dir, path, env=self._environment(),
-                                       setup=setup, timeout_s=self.execution.timeout_s,
+                                       setup=setup, setup_env=self._shell_environment(),
+                                       timeout_s=self.execution.timeout_s,
                                        log_path=os.path.join(self.directory, "prepare.log"))
 
     def _working_directory(self) -> str:
@@ -9249,7 +9381,8 @@ class Workplace:
             cwd=box.inside(cwd) if box else cwd, project_dir=self.task.agent.project_dir,
             sandboxed=self.sandbox is not None, session_id=self.execution.session_id, resume=self.resumed, feedback=feedback,
             answer=resume.get("text", "") if resume.get("kind") == "answer" else "", round=self.execution.round,
-            is_root=os.geteuid() == 0, program=(sys.executable, "-I", os.path.abspath(__file__)),
+            is_root=os.geteuid() == 0,
+            program=("python3", "-I", BOX_PROGRAM) if box else (sys.executable, "-I", os.path.abspath(__file__)),
             tools_dir=("/usr/local/bin" if box else tools_dir) if os.path.exists(f"{tools_dir}/ct") else "",
             api_url=f"unix://{config.agent_socket_path}", api_token=agent_token(self.core.agent_key, self.execution.id))
         task = self.task
@@ -9269,7 +9402,7 @@ class Workplace:
         """Autocommit, build, verify and push; a failure replaces the verdict.  Returns (verdict, facts)."""
         if not self.execution.sandbox_dir:
             if self.task.verify:
-                result = await in_thread(run_command, ["/bin/sh", "-c", self.task.verify], env=self._environment(),
+                result = await in_thread(run_command, ["/bin/sh", "-c", self.task.verify], env=self._shell_environment(),
                                          cwd=self._working_directory(), timeout_s=self.execution.timeout_s)
                 if result.exit_code != 0:
                     return self._undelivered("verify_failed", f"verify failed: {self.task.verify}", result.output), {}
@@ -9280,8 +9413,9 @@ class Workplace:
             if self.box:
                 await self._collect()
             result = await in_thread(
-                finish_sandbox, self.sandbox, env=env, build=self.project.build if self.project else "",
-                verify=self.task.verify, timeout_s=self.execution.timeout_s,
+                finish_sandbox, self.sandbox, env=env, shell_env=self._shell_environment(),
+                build=self.project.build if self.project else "", verify=self.task.verify,
+                timeout_s=self.execution.timeout_s,
                 log_path=os.path.join(self.directory, "deliver.log"), on_step=self._unless_cancelled,
                 inside=(lambda command, directory: self.box.gate(command, directory, env)) if self.box else None)
         except SandboxError as error:
@@ -11186,10 +11320,11 @@ async def event_stream(core: Core, operation: Operation, params: dict, request: 
         items = core.bus.follow(hello["seq"], watched_task(core, params))
         opening += b"event: hello\nid: %d\ndata: %b\n" % (hello["seq"], format_json(hello).encode())
     stream = EventChunks(core, operation, request, items, opening + b"\n")
-    if request.method == "HEAD":
-        return HttpResponse(content_type="text/event-stream")
     if is_log:
         await stream.begin()
+    if request.method == "HEAD":
+        await stream.aclose()
+        return HttpResponse(content_type="text/event-stream")
     return HttpStream(stream)
 
 
@@ -11434,7 +11569,8 @@ def _flush_all(clients: list[WebSocketConnection]) -> None:
 
 def open_websocket(request: object, serve: Callable, protocols: tuple[str, ...] = (), **options) -> HttpUpgrade:
     """The answer to an opening request; ``await serve(connection)`` follows.  Raises ``HandshakeError``."""
-    fields = check_handshake(request.method, request.minor, request.headers, protocols)
+    is_plain = request.method == "HEAD" and "upgrade" not in request.headers  # it asks what a GET would be told
+    fields = check_handshake("GET" if is_plain else request.method, request.minor, request.headers, protocols)
 
     async def run(reader, writer) -> None:
         writer.write(encode_head(101, fields))
@@ -12217,7 +12353,12 @@ def read_document(cli: Cli) -> tuple[object, str]:
         raise NotFound(f"there is no file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{source} cannot be read: {error}") from None
-    documents = [spec_to_json(spec) for spec in parse_task_text(text, source, time.time())]
+    try:
+        specs = parse_task_text(text, source, time.time())
+    except InvalidInput:
+        config = cli.load_config()  # costs time; now to tell with the rest what the configuration does not have
+        specs = parse_task_text(text, source, time.time(), misfit_check(config, known_kinds(config)))
+    documents = [spec_to_json(spec) for spec in specs]
     for document in documents:
         if directory := document["agent"].get("project_dir"):
             document["agent"]["project_dir"] = os.path.abspath(cli.expand(directory))
@@ -12278,6 +12419,7 @@ def cmd_init(cli: Cli) -> int:
     found = {"python": sys.version.split()[0], "git": program_version("git"),
              **{kind: program_version(runner_binary(kind, config)) for kind in known_kinds(config)
                 if kind not in ("shell", "local")},
+             config.container_engine: program_version(config.container_engine),
              **({"local": config.local_model.endpoint} if config.local_model.endpoint else {})}
     try:
         import yaml
@@ -12292,6 +12434,7 @@ def cmd_init(cli: Cli) -> int:
                    " (npm install -g @google/gemini-cli)"),
         *((kind, f"{row['command'][0]} is not installed: tasks of type {kind} need it") for kind, row in
           config.runners.items()),
+        (config.container_engine, f"{config.container_engine} is not installed: only tasks in containers need it"),
         ("pyyaml", "PyYAML is not installed: write task files as JSON, or: pip install pyyaml"))
              if found[name] is None]
     facts = {"config": path, "written": written, "data_dir": config.data_dir, "found": found, "hints": hints,
@@ -12336,7 +12479,9 @@ def cmd_run(cli: Cli) -> int:
 
 def _dry_run(cli: Cli, document: dict, source: str) -> int:
     config = cli.load_config()
-    tasks = [complete_spec(spec, config, known_kinds(config)) for spec in parse_tasks(document, source, time.time())]
+    kinds = known_kinds(config)
+    tasks = [complete_spec(spec, config, kinds)
+             for spec in parse_tasks(document, source, time.time(), misfit_check(config, kinds))]
     rows = [[task.name, task.agent.type or "chosen at start", task.agent.project_dir or "none",
              format_duration(task.timeout_s or config.default_timeout_s),
              ", ".join(dependency.task for dependency in task.depends_on)] for task in tasks]
@@ -12678,9 +12823,427 @@ def cmd_image_build(cli: Cli) -> int:
     ct_path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ct.py")
     if not os.path.isfile(ct_path):
         cli.say(f"{ct_path} is not there: the image will have no ct, so agents in it cannot make subtasks")
-    if build_image(config, base, tag, ct_path, dict(os.environ)) != 0:
-        raise SpawnError(f"the image was not built: read what {config.container_engine} says above")
+    build_image(config, base, tag, ct_path, dict(os.environ))
     return cli.document({"image": tag, "base": base, "ct": os.path.isfile(ct_path)}, lambda: f"built {tag} from {base}")
+
+
+# ---- 30 MCP server ---------------------------------------------------------------------------------------------
+# The Model Context Protocol on stdio (revision 2025-06-18), for an agent whose CLI starts it: JSON-RPC 2.0, a message a
+# line, as section 13 has it.  The process runs where the agent runs, maybe in a container, keeps no state, and reaches
+# the daemon as ``ct`` does: by the HTTP API with the token of the run.  Each tool call has a thread, because a wait takes
+# minutes and an agent asks for several things at once.  stdout carries the protocol and nothing else.
+
+PROTOCOL_VERSIONS = ("2025-06-18", "2025-03-26", "2024-11-05")  # the second knows batches, which no client sends
+API_URL, API_TOKEN, OWN_TASK = "CLAUDOMATOR_API_URL", "CLAUDOMATOR_API_TOKEN", "CLAUDOMATOR_TASK_ID"
+API_REQUEST_S = 30.0
+POLL_S = 25  # one long poll; proxies between us and the daemon cut a silence of 60 s
+RESEND_S, FIRST_S, RESTART_S = 10.0, 60.0, 600.0  # what a call bears; a wait where the API never answered, where it did
+PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0  # between two tries; doubles
+CALLS_AT_ONCE, LAST_ANSWERS_S = 64, 1.0  # how long the calls under way may still answer once stdin has ended
+SUBTASK_MODEL, SUBTASK_USD, SUBTASK_WAIT_S = "sonnet", 3.0, 600.0  # where a call names none
+
+
+class ToolCall:
+    """A call under way.  ``stopped`` is set once nobody waits for its answer; ``progress(text)`` keeps its client
+    patient."""
+
+    def __init__(self, progress: Callable = lambda text: None) -> None:
+        import threading
+        self.stopped, self.progress, self._connection = threading.Event(), progress, None
+
+    def stop(self) -> None:
+        """Ends it, also while it reads an answer."""
+        self.stopped.set()
+        self.attach(self._connection)
+
+    def attach(self, connection) -> None:
+        """Notes the socket that the call reads from."""
+        import socket
+        self._connection = connection
+        if self.stopped.is_set() and connection is not None:
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # it is closed already
+
+
+class AgentApi:
+    """The HTTP API as the token of a run sees it, a connection a request.  Raises ``Unreachable`` where it does not
+    answer now, which may pass, else ``ClaudomatorError`` with what it refused."""
+
+    def __init__(self, url: str, token: str) -> None:
+        self.url, self._token, self._reached = url, token, False
+
+    def _exchange(self, call: ToolCall, method: str, path: str, body: str | None, timeout_s: float,
+                  headers: dict) -> tuple[int, bytes]:
+        import socket
+        from http.client import HTTPConnection, HTTPException
+        from urllib.parse import urlsplit
+        try:
+            parts = urlsplit(self.url)
+            _require(parts.scheme == "http" and parts.hostname or parts.scheme == "unix" and parts.path)
+            connection = HTTPConnection(parts.hostname or "localhost", parts.port, timeout_s)
+        except ValueError:
+            raise InvalidInput(f"{self.url!r} is no address of the API: {API_URL} must be http://HOST:PORT or"
+                               " unix:///PATH") from None
+        try:
+            if parts.scheme == "unix":
+                connection.sock, prefix = socket.socket(socket.AF_UNIX), ""
+                connection.sock.settimeout(timeout_s)
+                with short_socket_path(parts.path) as address:
+                    connection.sock.connect(address)
+            else:
+                connection.connect()
+                prefix = parts.path.rstrip("/")
+            call.attach(connection.sock)
+            connection.request(method, prefix + path, body, {
+                "Authorization": f"Bearer {self._token}", "Accept": "application/json", "Connection": "close", **headers})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: a token or path that no header can hold
+            raise Unreachable(f"the Claudomator API at {self.url} cannot be reached"
+                              f" ({getattr(error, 'strerror', None) or error or type(error).__name__})") from None
+        finally:
+            call.attach(None)
+            connection.close()
+
+    def ask(self, call: ToolCall, method: str, path: str, document: dict | None = None,
+            timeout_s: float = API_REQUEST_S, **headers: str) -> dict:
+        """The document that one request is answered with; ``headers`` with ``_`` for ``-``."""
+        body = None if document is None else format_json(document)
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        status, data = self._exchange(call, method, path, body, timeout_s, {
+            **named, **({"Content-Type": "application/json"} if body else {})})
+        answered = parse_json_or(data, None)
+        if 200 <= status < 300 and isinstance(answered, dict):
+            self._reached = True
+            return answered
+        error = answered.get("error") if isinstance(answered, dict) else None
+        told = clean_text(error.get("message"), DETAIL_LIMIT) if isinstance(error, dict) else ""
+        told = told or f"{self.url} answered HTTP {status}, but not as Claudomator's API does"
+        if status in (429, 502, 503, 504):
+            raise Unreachable(told)
+        raise ClaudomatorError(safe_text(told) + {
+            401: f"; {API_TOKEN} is wrong or its run is over: say so in your last message",
+            403: "; you reach your own task and its subtasks, by the id that create_subtask gave",
+            404: "; get_task without an id shows your task and its subtasks"}.get(status, ""))
+
+    def persist(self, call: ToolCall, *request, waiting: bool = False, deadline: float = float("inf"), **more) -> dict:
+        """``ask`` what does no harm twice, again with growing pauses while the daemon restarts."""
+        give_up, pause_s = 0.0, PAUSE_S
+        while True:
+            try:
+                return self.ask(call, *request, **more)
+            except Unreachable as error:
+                now = time.monotonic()
+                lasting_s = RESEND_S if not waiting else RESTART_S if self._reached else FIRST_S
+                give_up = give_up or min(now + lasting_s, deadline)
+                if now >= give_up or call.stopped.wait(min(pause_s, give_up - now)):
+                    raise Unreachable(f"{error}; the daemon may be down: call it again later, or go on without"
+                                      " and say so in your summary") from None
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def task_facts(task: object) -> dict:
+    """What an agent wants to know of a task: short, because it is read by a model.  Raises ``ClaudomatorError``."""
+    if not isinstance(task, dict) or not all(task.get(name) and isinstance(task[name], str) for name in ("id", "state")):
+        raise ClaudomatorError("the API's answer holds no task: this program and the daemon are of different versions;"
+                               " go on without subtasks, and say so in your summary")
+    run = task.get("execution") if isinstance(task.get("execution"), dict) else {}
+    facts = {name: task.get(name) for name in ("id", "name", "state", "reason", "detail", "why", "question", "summary")}
+    facts.update({name: run.get(name) for name in ("cost_usd", "commits", "changestats")})
+    return {name: value for name, value in facts.items() if value not in (None, "", [])}
+
+
+def first_task(answered: dict) -> dict:
+    """The first task of an answer."""
+    tasks = answered.get("tasks")
+    return task_facts(tasks[0] if isinstance(tasks, list) and tasks else None)
+
+
+ADVICE: dict[str, str] = {
+    PENDING: "nothing runs it: a person must queue it, so do not wait for it",
+    COMPLETED: "its commits, if it made any, are pushed: fetch them before you build on them",
+    READY: "it is done, and a person will look at it; its commits are pushed",
+    BLOCKED: "it waits for a person, whom you cannot replace: do other work, or end: your task then waits for it",
+    **{state: "reason and detail say why: do that work yourself, or create another subtask with clearer instructions"
+       for state in FAILURE_STATES},
+}
+
+
+class McpTools:
+    """What the tools do.  Each takes its call and its parameters, and returns the structured result; its ``message`` is
+    for the agent.  Raises ``ClaudomatorError`` with a sentence that says what to do next."""
+
+    def __init__(self, environ: dict) -> None:
+        import threading
+        self._environ, self._api, self._writing = environ, None, threading.Lock()
+
+    def _variable(self, name: str) -> str:
+        if not self._environ.get(name):
+            raise ClaudomatorError(f"{name} is not set: Claudomator sets it in the environment of its tasks; this is none,"
+                                   " or it has no API, so go on without this tool")
+        return self._environ[name]
+
+    def _persist(self, *request, **more) -> dict:
+        if self._api is None:
+            self._api = AgentApi(self._variable(API_URL), self._variable(API_TOKEN))
+        return self._api.persist(*request, **more)
+
+    def create_subtask(self, call: ToolCall, instructions: str, name: str, agent: str, model: str, max_budget_usd: float,
+                       timeout: str, tags: tuple, project_dir: str) -> dict:
+        """Make a task below the agent's own, and queue it."""
+        chosen = {"type": agent, "model": model or (SUBTASK_MODEL if agent == "claude" else ""),
+                  "instructions": instructions, "max_budget_usd": max_budget_usd,
+                  "project_dir": project_dir or self._environ.get("CLAUDOMATOR_PROJECT_DIR", "")}
+        task = {"name": name or one_line(instructions.strip().splitlines()[0], 80), "tags": tags, "timeout": timeout,
+                "parent_task_id": self._variable(OWN_TASK), "agent": {at: value for at, value in chosen.items() if value}}
+        document = {"tasks": {at: value for at, value in task.items() if value}, "queue": True}
+        facts = first_task(self._persist(call, "POST", "/api/tasks", document, Idempotency_Key=os.urandom(16).hex()))
+        return {"message": f"The subtask is {facts['state']}. Call wait_subtask with its id {facts['id']} when you need"
+                           " its result; you may create more subtasks first.", "task": facts}
+
+    def wait_subtask(self, call: ToolCall, id: str, timeout_s: float) -> dict:
+        """Long polls until the task has ended or asks something, or until the time is over."""
+        began, pause_s = time.monotonic(), PAUSE_S
+        deadline = began + timeout_s
+        while True:
+            polled = time.monotonic()
+            left_s = max(0, min(POLL_S, round(deadline - polled)))
+            answered = self._persist(call, "GET", f"/api/tasks/{id}/wait?timeout_s={left_s}", waiting=True,
+                                     deadline=deadline, timeout_s=left_s + API_REQUEST_S)
+            facts, now = first_task(answered), time.monotonic()
+            state, asks = facts["state"], "question" in facts or answered.get("timed_out") is False
+            if state in SETTLED_STATES or state == PENDING or state == BLOCKED and asks:
+                return {"message": f"The subtask is {state}: {ADVICE.get(state)}.", "ended": state in SETTLED_STATES,
+                        "task": facts}
+            if now >= deadline:
+                return {"message": f"The subtask is still {state}: call wait_subtask again, or do other work meanwhile.",
+                        "ended": False, "task": facts}
+            call.progress(f"{id[:8]} is {state}")
+            if now - polled < min(left_s, 1) or not left_s:  # a server that answers at once is not to be hammered
+                call.stopped.wait(min(pause_s, deadline - now))
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def get_task(self, call: ToolCall, id: str) -> dict:
+        """A task and its subtasks."""
+        answered = self._persist(call, "GET", f"/api/tasks/{id or self._variable(OWN_TASK)}")
+        task, below = task_facts(answered.get("task")), answered.get("subtasks")
+        subtasks = [task_facts(each) for each in below] if isinstance(below, list) else []
+        return {"message": f"The task is {task['state']} and has {len(subtasks)} subtasks.", "task": task,
+                "subtasks": subtasks}
+
+    def ask_operator(self, call: ToolCall, question: str, options: tuple) -> dict:
+        """Leave a question in the question file."""
+        if not options and parse_question(format_json({"text": question})).kind != "question":
+            question += " ?"  # it would be taken for a report
+        self._leave("CLAUDOMATOR_QUESTION_FILE", format_json({"text": question, "options": options}), QUESTION_LIMIT)
+        return {"message": "The question is recorded. Stop now, without doing anything else: end your turn, and you will"
+                           " be resumed with the answer."}
+
+    def report_summary(self, call: ToolCall, summary: str) -> dict:
+        """Leave a summary in the summary file."""
+        self._leave("CLAUDOMATOR_SUMMARY_FILE", summary.strip() + "\n", SUMMARY_LIMIT)
+        return {"message": "The summary is recorded; another call replaces it."}
+
+    def _leave(self, variable: str, text: str, limit: int) -> None:
+        path = self._variable(variable)
+        if len(text.encode()) > limit:
+            raise ClaudomatorError(f"it has more than {limit} bytes: shorten it, and put the rest into a file of the"
+                                   " repository")
+        try:
+            with self._writing:
+                write_private(f"{path}.new", text)
+                os.replace(f"{path}.new", path)
+        except OSError as error:
+            raise ClaudomatorError(f"{path} cannot be written ({error.strerror}): say it in your last message instead,"
+                                   " and stop") from None
+
+
+class Tool(Record):
+    """A tool as agents see it: ``run(tools, call, **values)``; ``reads`` tells that it changes nothing, so that clients
+    run several at once."""
+
+    run: object
+    description: str
+    params: tuple
+    reads: bool = False
+
+
+MCP_TOOLS: dict[str, Tool] = {
+    "create_subtask": Tool(McpTools.create_subtask, (
+        "Give a part of your work to another agent, as a subtask, and queue it. It knows nothing but the instructions you"
+        " write, and works on a clone of its own, which has what is pushed and not your own commits."
+        " Returns at once with its id; call wait_subtask for its result. Good for independent parts that can be done at"
+        " the same time; it costs money, so do small things yourself."), (
+        Key("instructions", "string", "", "what to do, whole: files, goal, how to check it; nothing else is known to it",
+            required=True),
+        Key("name", "string", "", "a short name for people; else the first line of the instructions"),
+        Key("agent", "string", "claude", "the agent kind: claude, gemini, local, shell or a configured one"),
+        Key("model", "string", "", f"else {SUBTASK_MODEL} for claude, the agent's own for others"),
+        Key("max_budget_usd", "number 0.01..1000000", SUBTASK_USD, "the most that a run of it may cost"),
+        Key("timeout", "string", "", "its time limit, like 15m or 1h30m; else the configured one"),
+        Key("tags", "strings", (), "tags, by which people find it"),
+        Key("project_dir", "string", "", "the repository to work on; else your own"))),
+    "wait_subtask": Tool(McpTools.wait_subtask, (
+        "Wait until a subtask has ended (COMPLETED, READY, FAILED, TIMED_OUT, CANCELLED, BUDGET_EXCEEDED) or asks a person"
+        " (BLOCKED); returns its state, summary, commits and cost. It survives a restart of the daemon. Waiting costs"
+        " nothing; still running after timeout_s seconds is no error, just call it again."), (
+        Key("id", "word", "", "the id that create_subtask gave", required=True),
+        Key("timeout_s", "number 0..3600", SUBTASK_WAIT_S, "how many seconds to wait at most")), reads=True),
+    "ask_operator": Tool(McpTools.ask_operator, (
+        "Ask the person who gave you this task, when you cannot go on without a decision. Nobody answers while you work:"
+        " after this call end your turn at once; you will be resumed with the answer, in the same working directory. Do"
+        " not ask what you can find out or decide yourself."), (
+        Key("question", "string", "", "the question, with all that is needed to decide it", required=True),
+        Key("options", "strings", (), "possible answers, if there are only a few"))),
+    "report_summary": Tool(McpTools.report_summary, (
+        "Say in 2 to 5 sentences what you changed, how you checked it and what is left. It is what the person reads of"
+        " your work. Call it once, when you are done."), (
+        Key("summary", "string", "", f"the sentences; {SUMMARY_LIMIT} bytes at most", required=True),)),
+    "get_task": Tool(McpTools.get_task, (
+        "Look at a task now, without waiting: its state, question, summary, commits and cost, and its subtasks. Without"
+        " an id it is your own task."), (
+        Key("id", "word", "", "the id of one of your subtasks; else your own task"),), reads=True),
+}
+
+
+def json_schema(key: Key) -> dict:
+    """A parameter as JSON Schema."""
+    word, _, bound = key.kind.partition(" ")
+    low, _, high = bound.partition("..")
+    schema = {"strings": {"type": "array", "items": {"type": "string"}}, "number": {"type": "number"}}.get(
+        word, {"type": "string"})
+    return {**schema, "description": key.help, **({"minimum": float(low), "maximum": float(high)} if bound else {}),
+            **({"default": key.default} if key.default else {}), **({"minLength": 1} if key.required else {})}
+
+
+def describe_tool(name: str) -> dict:
+    """A tool as ``tools/list`` shows it."""
+    tool = MCP_TOOLS[name]
+    return {"name": name, "description": tool.description, "inputSchema": {
+        "type": "object", "properties": {key.name: json_schema(key) for key in tool.params},
+        "required": [key.name for key in tool.params if key.required], "additionalProperties": False},
+        "annotations": {"readOnlyHint": tool.reads, "destructiveHint": False}}
+
+
+class McpServer:
+    """The protocol: bytes in by ``receive``, lines out by ``write``, which gets one whole message each time."""
+
+    def __init__(self, environ: dict, write: Callable) -> None:
+        import threading
+        self._tools, self._write, self._lock = McpTools(environ), write, threading.Lock()
+        self._splitter = RequestSplitter()
+        self._calls: dict[object, tuple] = {}  # request id: (ToolCall, Thread)
+
+    def receive(self, data: bytes) -> None:
+        """Take the client's next bytes; answers come when they are there, in any order."""
+        for line in self._splitter.feed(data):
+            request_id = None
+            try:
+                if isinstance(line, WireError):
+                    raise line
+                request = parse_request(line)
+                request_id = request.id
+                result = self._answer(request)
+                if result is not None and request_id is not None:
+                    self._send(encode_result(request_id, result))
+            except WireError as error:
+                self._send(encode_error(error.request_id if request_id is None else request_id, error))
+
+    def finish(self) -> None:
+        """The client has gone, or sends no more: what can be answered soon still is."""
+        deadline = time.monotonic() + LAST_ANSWERS_S
+        for _, thread in list(self._calls.values()):
+            thread.join(max(0, deadline - time.monotonic()))
+        self._lock.acquire(timeout=LAST_ANSWERS_S)  # an answer that is being written is written whole
+
+    def _send(self, line: bytes) -> None:
+        with self._lock:
+            self._write(line)
+
+    def _answer(self, request: Request) -> dict | None:
+        """The result, or ``None`` where there is none, or not yet."""
+        if request.method == "initialize":
+            asked = request.params.get("protocolVersion")
+            return {"protocolVersion": asked if asked in PROTOCOL_VERSIONS else PROTOCOL_VERSIONS[0],
+                    "capabilities": {"tools": {}}, "serverInfo": {"name": "claudomator", "version": __version__}}
+        if request.method == "ping":
+            return {}
+        if request.method == "tools/list":
+            return {"tools": [describe_tool(name) for name in MCP_TOOLS]}
+        if request.id is None:  # notifications/initialized and others need nothing
+            gone = request.params.get("requestId") if request.method == "notifications/cancelled" else None
+            if isinstance(gone, (str, int)) and gone in self._calls:
+                self._calls[gone][0].stop()
+            return None
+        if request.method == "tools/call":
+            return self._begin(request)
+        raise WireError(METHOD_NOT_FOUND, f"there is no method {request.method[:60]!r} here: this server has tools only")
+
+    def _begin(self, request: Request) -> dict | None:
+        """Start a call's thread; a result only where it does not start."""
+        import threading
+        name, arguments = request.params.get("name"), request.params.get("arguments")
+        tool = MCP_TOOLS.get(name) if isinstance(name, str) else None
+        if tool is None:
+            raise WireError(INVALID_PARAMS, f"there is no tool {describe_value(name)}"
+                                            f"{did_you_mean(str(name)[:60], MCP_TOOLS)}; tools/list lists them")
+        if arguments is not None and not isinstance(arguments, dict):
+            raise WireError(INVALID_PARAMS, f"arguments must be an object, not {describe_value(arguments)}")
+        if request.id in self._calls:
+            raise WireError(INVALID_REQUEST, "a call with this id is still under way: each request needs an id of its own")
+        if len(self._calls) >= CALLS_AT_ONCE:
+            return failed_call(f"{CALLS_AT_ONCE} calls are under way: wait for some of them before you call more")
+        call = ToolCall(self._progress_of(request.params.get("_meta")))
+        thread = threading.Thread(target=self._run, args=(request.id, call, tool, arguments or {}), daemon=True)
+        self._calls[request.id] = call, thread
+        thread.start()
+        return None
+
+    def _progress_of(self, meta: object) -> Callable:
+        """What tells the client that a call is alive, where the client asked for that."""
+        token, began = meta.get("progressToken") if isinstance(meta, dict) else None, time.monotonic()
+        return lambda text: None if token is None else self._send(encode_notification("notifications/progress", {
+            "progressToken": token, "progress": round(time.monotonic() - began, 3), "message": text}))
+
+    def _run(self, request_id, call: ToolCall, tool: Tool, arguments: dict) -> None:
+        try:
+            checker = Checker("")
+            values = checker.group({key.name: key for key in tool.params}, arguments, "")
+            checker.finish()
+            facts = tool.run(self._tools, call, **values)
+            rest = {name: value for name, value in facts.items() if name != "message"}
+            text = facts["message"] + (f"\n{format_json(rest)}" if rest else "")
+            result = {"content": [{"type": "text", "text": text}], "structuredContent": facts, "isError": False}
+        except Exception as error:  # also a fault of this program: an agent must not wait for ever
+            result = failed_call(str(error) or type(error).__name__)
+        with self._lock:  # together: who has the answer may use its id again
+            del self._calls[request_id]
+            try:
+                if not call.stopped.is_set():
+                    self._write(encode_result(request_id, result))
+            except OSError:
+                pass  # the client has left, which ends the reading too
+
+
+def failed_call(text: str) -> dict:
+    """The result of a call that did not do what it should; the agent reads the text."""
+    return {"content": [{"type": "text", "text": text}], "isError": True}
+
+
+def cmd_mcp(cli: Cli) -> int:
+    """``mcp``: serve until stdin ends."""
+    def write(line: bytes) -> None:
+        rest = memoryview(line)
+        while rest:
+            rest = rest[os.write(1, rest):]
+
+    server = McpServer(cli.environ, write)
+    while data := os.read(0, 1 << 16):
+        server.receive(data)
+    server.finish()
+    return EXIT_OK
 
 
 # ---- 31 Demo ---------------------------------------------------------------------------------------------------
@@ -12829,11 +13392,12 @@ COMMANDS: dict[str, Command] = {
     "init": Command(cmd_init, "", "write a commented configuration file and say what is installed"),
     "serve": Command(cmd_serve, "", "run the daemon in the foreground"),
     "demo": Command(cmd_demo, "", "see the whole way in half a minute, without any account"),
+    "mcp": Command(cmd_mcp, "", "serve an agent's MCP client on stdio: subtasks, a question, a summary"),
     "run": Command(cmd_run, "FILE|-", "run a task file to its end and print the result", (
         Option("--parallel N", "at most so many at once (without a daemon)", "int"),
         Option("--dry-run", "check the file and show what would run")), 1, 1),
     "image build": Command(cmd_image_build, "", "make the container image for agents, with ct in it", (
-        Option("--base IMAGE", f"what it is made from; otherwise {DEFAULT_BASE}, with the CLIs"),
+        Option("--base IMAGE", "an image that has git and the agents' CLIs already; otherwise Debian, with both installed"),
         Option("--tag TAG", "its name; otherwise claude_image of the configuration"))),
     "list": Command(cmd_list, "[SELECTORS]", "tasks, newest first; also without a daemon", LISTING),
     "status": Command(cmd_show, "ID", "one task in full; also without a daemon", (), 1, 1),
@@ -12934,7 +13498,7 @@ def command_group(name: str) -> dict[str, Command]:
 def help_text(name: str) -> str:
     """Help on a command, or on all of them."""
     group = command_group(name)
-    if len(group) == 1:
+    if list(group) == [name]:
         options = (*COMMANDS[name].options, *GLOBAL_OPTIONS)
         lines = [f"usage: claudomator {name} {COMMANDS[name].usage}".rstrip(), "", f"  {COMMANDS[name].help}"]
     else:

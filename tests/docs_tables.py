@@ -114,6 +114,13 @@ def commands():
                   for name, command in c.COMMANDS.items()])
 
 
+def tools():
+    def described(tool):
+        keys = [f"`{key.name}`{' (required)' * key.required}: {key.help}" for key in tool.params]
+        return f"{tool.description}<br>{'<br>'.join(keys)}"
+    return table(("tool", "what the agent reads of it"), [(f"`{name}`", described(tool)) for name, tool in c.MCP_TOOLS.items()])
+
+
 def exit_codes():
     return table(("code", "meaning"), c.EXIT_CODES)
 
@@ -131,6 +138,7 @@ BLOCKS = {
     "docs/security.md": {"callers": callers},
     "docs/cli.md": {"commands": commands, "exit codes": exit_codes},
     "docs/architecture.md": {"contents": contents},
+    "docs/mcp.md": {"tools": tools},
 }
 
 

@@ -102,7 +102,7 @@ GOOD = {"string": '"text"', "word": '"codex"', "bool": "true", "integer": "7", "
         "strings": '["a", "b"]', "table": '{A = "b"}', "path": '"/p"', "program": '"/bin/x"',
         "url": '"https://example.org/x"', "address": '"127.0.0.1:1"'}
 BAD = {"string": ["3", "[]", "true", "{}", "2026-01-01", r'"a\u0000b"'], "bool": ['"true"', "1", "0"],
-       "integer": ['"3"', "true", "1.0", "-1", "9223372036854775808", "nan"],
+       "integer": ['"3"', "true", "1.5", "-1", "9223372036854775808", "nan"],
        "number": ['"3"', "false", "-0.1", "nan", "inf", "-inf"],
        "duration": ["30", '"soon"', '"-1s"', '"3651d"', '"15"', "true", '""', '"' + "9" * 400 + 's"'],
        "choice": ['"other"', "3", "[]"], "strings": ['"a"', '["a", 3]', "{}", "[[]]"],
@@ -125,7 +125,8 @@ def toml_for(key: c.Key, value: str) -> str:
 
 
 FITTING = {"runners.*.resume": '["x", "{session}", "{prompt}"]\nformat = "claude"',
-           "runners.*.fields": '{text = "a.b"}\nformat = "jsonl"'}
+           "runners.*.fields": '{text = "a.b"}\nformat = "jsonl"',
+           "containers.ssh_agent": "false"}  # true needs ssh_auth_sock
 
 
 def good_value(key: c.Key) -> str:
@@ -279,6 +280,12 @@ def test_loopback_or_no_address_wants_none(address):
     assert read(f'server_addr = "{address}"').server_addr == address
 
 
+def test_an_ssh_agent_to_lend_must_be_named():
+    found = only_problem("[containers]\nssh_agent = true")
+    assert found.endswith("containers.ssh_agent: there is no agent to lend: set ssh_auth_sock to the path of its socket")
+    assert read('ssh_auth_sock = "/s"\n[containers]\nssh_agent = true').containers.ssh_agent
+
+
 @pytest.mark.parametrize("text, parts", [
     (":8484", ("", 8484)), ("a.b:1", ("a.b", 1)), ("[::1]:65535", ("::1", 65535)), ("1.2.3.4:0", ("1.2.3.4", 0))])
 def test_addresses_are_split_at_the_port(text, parts):
@@ -337,7 +344,7 @@ def test_the_template_documents_every_key_and_marks_the_unused():
 def test_the_keys_of_this_version_are_the_active_ones():
     assert {key.name for key in c.CONFIG_KEYS if key.active} == {
         "claude_image", "gemini_image", "container_engine", "ssh_auth_sock", "containers.memory", "containers.cpus",
-        "containers.pids", "containers.network",
+        "containers.pids", "containers.network", "containers.ssh_agent",
         "data_dir", "socket_path", "server_addr", "server_names", "api_token", "max_concurrent", "default_timeout",
         "stall_timeout", "shutdown_timeout",
         "on_shutdown", "stop_grace", "claude_binary_path", "gemini_binary_path", "claude_config_dir",
@@ -350,7 +357,7 @@ def test_the_keys_of_this_version_are_the_active_ones():
         "local_model.endpoint", "local_model.model", "local_model.timeout_seconds", "local_model.default_temperature",
         "local_model.api_key",
         "prices.*.input", "prices.*.cached", "prices.*.output", "runners.*.command", "runners.*.resume",
-        "runners.*.format", "runners.*.fields", "classifier", "agents.*.models", "agents.*.good_for"}
+        "runners.*.format", "runners.*.fields", "classifier", "agents.*.models", "agents.*.good_for", "agents.*.mcp"}
 
 
 def test_differences_name_changed_keys_and_those_that_need_a_restart():

@@ -649,3 +649,11 @@ def test_jitter_spreads_by_a_tenth_both_ways():
     assert c.retry_delay_s(c.RetryPolicy(), 2, 0.999999) == pytest.approx(11.0, rel=1e-4)
     assert c.retry_delay_s(c.RetryPolicy(), 1, 0.0) == pytest.approx(4.5)
     assert c.retry_delay_s(c.RetryPolicy(delays_s=(10.0,)), 1, 0.25) == pytest.approx(9.5)
+
+
+def test_a_whole_number_may_be_written_with_a_point_and_a_zero():
+    one = c.parse_tasks({"name": "t", "verify_rounds": 3.0, "agent": {"instructions": "x"}, "retry": {"max_attempts": 2.0}}, "f", 0.0)[0]
+    assert (one.verify_rounds, one.retry.max_attempts) == (3, 2) and type(one.verify_rounds) is type(one.retry.max_attempts) is int
+    for wrong in (3.5, 1e300, float("inf"), float("nan")):
+        with pytest.raises(c.InvalidInput, match="verify_rounds"):
+            c.parse_tasks({"name": "t", "verify_rounds": wrong, "agent": {"instructions": "x"}}, "f", 0.0)

@@ -134,6 +134,13 @@ def test_whose_word_an_exit_code_is(code, state, said, whose):
     ("Unable to find image 'img:1' locally", "spawn_failed", "image build"),
     ("Cannot connect to the Docker daemon at unix:///x. Is the docker daemon running?", "sandbox_failed", "start docker"),
     ("error during connect: dial tcp: connection refused", "sandbox_failed", "start docker"),
+    ('error during connect: Get "http://h:1/v1.50/x": dial tcp: lookup h: no such host', "sandbox_failed", "set DOCKER_HOST"),
+    ("failed to connect to the docker API at unix:///x; check if the path is correct", "sandbox_failed", "start docker"),
+    ("permission denied while trying to connect to the Docker daemon socket at unix:///x: dial unix /x: connect: permission"
+     " denied", "spawn_failed", "make it a member of the group docker"),
+    ("cannot run docker: [Errno 2] No such file", "spawn_failed", "install docker, put it on the daemon's PATH, or set container_e"),
+    ("docker: invalid argument \"lots\" for \"-m\"\n\nUsage:  docker run [OPTIONS]\n\nRun 'docker run --help' for more", "spawn_failed",
+     'docker refuses: docker: invalid argument "lots" for "-m"; correct [containers] or claude_image in the configuration'),
     ("Error: unable to connect to Podman socket", "sandbox_failed", "does not answer"),
     ("docker: Error response from daemon: range of CPUs\n is from 0.01", "spawn_failed", "range of CPUs is from 0.01"),
     ("", "spawn_failed", "it says nothing")])
@@ -141,6 +148,11 @@ def test_what_an_engine_says_becomes_a_reason_and_a_way_out(said, reason, words)
     found, text = c.engine_fault("docker", said, "img:1", "claude_image")
     assert (found, words in text) == (reason, True), text
     assert c.REASONS[found].get("retry", False) is (reason == "sandbox_failed")
+
+
+def test_without_an_image_an_engine_is_not_said_to_lack_one():
+    assert c.engine_fault("docker", "Error: No such image: ", "", "claude_image")[1].startswith("the container image '' is not there: run")
+    assert c.engine_fault("podman", "Error: no such image\n") == ("spawn_failed", "podman refuses: Error: no such image")
 
 
 def test_the_default_image_installs_the_clis_and_another_base_nothing():

@@ -48,6 +48,7 @@ cpus = 0
 [agents.shell]
 env = {{ SECRET = "s3cr3t" }}
 [agents.claude]
+mcp = true
 env = {{ FAKE_CLAUDE_VERSION = "2.1.329", PATH = "{FAKES}:{os.environ["PATH"]}", IS_SANDBOX = "1" }}
 [[projects]]
 name = "p"
@@ -86,6 +87,7 @@ def test_the_whole_way_of_a_task(place):
     assert not {"run", "work.bundle"} & set(os.listdir(daemon.data_dir / "executions" / run["id"] / "box"))
 
 
+@pytest.mark.slow
 def test_a_question_goes_on_in_the_same_session_sandbox_and_home(place):
     daemon, engine, bare = place
     agent = {"type": "claude", "repository_url": str(bare), "instructions": "Do it.\nSCENARIO: question\n"}
@@ -93,6 +95,11 @@ def test_a_question_goes_on_in_the_same_session_sandbox_and_home(place):
     task = daemon.wait(task_id)
     assert (task["state"], task["question"]["text"]) == ("BLOCKED", "Which database?"), (task, daemon.log())
     sandbox = pathlib.Path(task["execution"]["sandbox_dir"])
+    own = daemon.data_dir / "executions" / task["execution"]["id"] / "box" / "mcp.json"
+    server = json.loads(own.read_text())["mcpServers"]["claudomator"]
+    assert (server["command"], server["args"]) == ("python3", ["-I", c.BOX_PROGRAM, "mcp"])
+    assert own.stat().st_mode & 0o777 == 0o600 and server["env"]["CLAUDOMATOR_API_URL"] == "${CLAUDOMATOR_API_URL}"
+    assert f"type=bind,source={c.__file__},target={c.BOX_PROGRAM},readonly" in engine.calls("run")[-2]
     home = sandbox / ".git" / c.BOX_DIR / "home" / ".claude"
     assert (home / ".credentials.json").exists() and list(home.glob("projects/*/*.jsonl"))
     assert daemon.call("sandbox.list")["sandboxes"][0]["ahead"] == 1, "the first commit is not in the sandbox"
@@ -181,7 +188,25 @@ def test_the_image_is_built_with_the_configured_engine(place):
     done = daemon.cli("image", "build", "--base", "mine:1", "--tag", "agent:x", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["image"] == "agent:x", done.stderr
     assert "FROM mine:1" in done.stderr and engine.calls("build")[-1][1:3] == ["--tag", "agent:x"]
-    assert daemon.cli("image", "build", PATH="/usr/bin:/bin:/nowhere", DOCKER_FAKE="").returncode != 0
+
+
+@pytest.mark.parametrize("mode, words", [
+    ("unfetched", "mine:1 is not on this machine: where it cannot be fetched, look after the network or the proxy of docker, or name"
+     " an image that `docker images` shows with --base"),
+    ("down", "the container engine does not answer: start docker"), ("unbuilt", "read what docker says above\n")])
+def test_an_image_that_is_not_built_tells_what_to_do(place, mode, words):
+    daemon, engine, bare = place
+    engine.mode(mode)
+    try:
+        done = daemon.cli("image", "build", "--base", "mine:1")
+    finally:
+        engine.mode("")
+    assert done.returncode == 1 and f"claudomator: the image was not built: " in done.stderr and words in done.stderr, done.stderr
+
+
+def test_an_image_build_without_an_engine_names_the_key(tmp_path):
+    done = support.DaemonProcess(tmp_path, 'container_engine = "podman"\n', {"PATH": "/nowhere"}).cli("image", "build")
+    assert done.returncode == 1 and "install podman, put it on the daemon's PATH, or set container_engine" in done.stderr
 
 
 LAUNCHER = """
@@ -197,6 +222,7 @@ sys.exit(c.main(["serve"]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patch", ["c.Box.collect = die", "after(c.Box, 'collect')", "c._Finish.push = die",
                                    "after(c._Finish, 'push')", "c.Run._settle_once = die"])
 def test_a_daemon_that_dies_while_it_takes_the_work_is_followed_by_one_that_takes_it_once(tmp_path, patch):
@@ -209,7 +235,8 @@ def test_a_daemon_that_dies_while_it_takes_the_work_is_followed_by_one_that_take
         process = subprocess.Popen([sys.executable, "-c", LAUNCHER.format(patch=patch)], env=daemon.env,
                                    stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
-        support.wait_until(lambda: os.path.exists(daemon.socket_path))
+        daemon.process = process
+        daemon.wait_for_socket()
         task_id = daemon.add("echo one > one; git add one; git commit -qm 'feat: one'; echo two > two",
                              agent={"repository_url": str(bare)}, verify="cat one two")
         assert process.wait(20) == -9
@@ -229,9 +256,11 @@ def test_a_daemon_that_dies_while_it_takes_the_work_is_followed_by_one_that_take
 # -- the parts
 
 
-def new_box(tmp_path, **more):
+def new_box(tmp_path, host=(), **more):
     config = c.parse_config({"data_dir": str(tmp_path), **more}, "test", "/")
-    box = c.Box(config, {"PATH": "/bin", "HOME": str(tmp_path), "DOCKER_HOST": "d", "SECRET": "s"}, "e" * 36, "claude")
+    host = {"PATH": "/bin", "HOME": str(tmp_path), "DOCKER_HOST": "d", "SECRET": "s", **dict(host)}
+    box = c.Box(config, host, "e" * 36, "claude")
+    box.sandbox = c.Sandbox(str(tmp_path / "sandboxes" / "s"), "", "main", "", "", "")
     os.makedirs(box.files)
     return box
 
@@ -266,7 +295,6 @@ def test_the_api_socket_is_linked_and_linked_anew_and_nothing_is_followed(tmp_pa
 
 def test_a_launch_keeps_command_and_secrets_out_of_the_engines_arguments(tmp_path):
     box = new_box(tmp_path)
-    box.sandbox = c.Sandbox(str(tmp_path / "sandboxes" / "s"), "", "main", "", "", "")
     launch = c.Launch(("claude", "--secret", "s3cr3t"), {"TOKEN": "t0ken", "PATH": "/host/bin"}, "the prompt", "claude",
                       files=((f"{c.BOX_FILES}/policy", "p"),))
     made = box.launch(launch, "/workspace", True, 60, 5)
@@ -278,6 +306,49 @@ def test_a_launch_keeps_command_and_secrets_out_of_the_engines_arguments(tmp_pat
     assert "export TOKEN=t0ken" in script and "/host/bin" not in script and "--secret s3cr3t" in script
     assert f"<{c.BOX_FILES}/prompt.txt" in script and "agent.sock" not in script
     assert made.argv[-1] == f"{c.BOX_FILES}/run"
+
+
+def launched(box, env=()):
+    """(the values of --mount, the script's exports) of an agent with that environment."""
+    made = box.launch(c.Launch(("claude",), dict(env), "", "claude"), "/workspace", True, 60, 5)
+    mounts = [value for name, value in zip(made.argv, made.argv[1:]) if name == "--mount"]
+    return mounts, [line for line in dict(made.files)[f"{box.files}/run"].split("\n") if line.startswith("export ")]
+
+
+def test_the_ssh_agent_stays_outside_unless_it_is_lent(tmp_path):
+    path = tmp_path / "ssh.sock"
+    path.touch()
+    before, exports = launched(new_box(tmp_path / "1", ssh_auth_sock=str(path)))
+    assert str(path) not in str(before) and not any("SSH" in line for line in exports)
+    mounts, exports = launched(new_box(tmp_path / "2", ssh_auth_sock=str(path), containers={"ssh_agent": True}),
+                               {"SSH_AUTH_SOCK": "/of/the/host"})
+    assert mounts[len(before):] == [f"type=bind,source={path},target=/run/claudomator-ssh-agent.sock,readonly"]
+    assert [line for line in exports if "SSH" in line] == ["export SSH_AUTH_SOCK=/run/claudomator-ssh-agent.sock"]
+
+
+def test_an_ssh_agent_that_is_not_there_is_told_with_its_keys(tmp_path):
+    box = new_box(tmp_path, ssh_auth_sock=str(tmp_path / "none"), containers={"ssh_agent": True})
+    with pytest.raises(c.SpawnError, match="none is not there: start the agent, correct ssh_auth_sock, or set ssh_agent = false"):
+        launched(box)
+
+
+@pytest.mark.parametrize("pass_env, given, is_lent", [(["GOOGLE_APPLICATION_CREDENTIALS"], "key.json", True), ([], "key.json", False),
+                                                      (["GOOGLE_APPLICATION_CREDENTIALS"], "of-the-image.json", False)])
+def test_googles_key_file_goes_inside_where_pass_env_names_it_and_it_exists(tmp_path, pass_env, given, is_lent):
+    host = {"GOOGLE_APPLICATION_CREDENTIALS": str(tmp_path / "key.json")}
+    (tmp_path / "key.json").write_text("{}")
+    box = new_box(tmp_path / "data", host, agents={"claude": {"pass_env": pass_env}})
+    mounts, exports = launched(box, {"GOOGLE_APPLICATION_CREDENTIALS": str(tmp_path / given)})
+    assert (f"type=bind,source={tmp_path}/key.json,target=/run/claudomator-google.json,readonly" in mounts) is is_lent
+    inside = "/run/claudomator-google.json" if is_lent else tmp_path / given
+    assert f"export GOOGLE_APPLICATION_CREDENTIALS={inside}" in exports
+
+
+def test_googles_key_file_that_is_not_there_stays_a_name(tmp_path):
+    host = {"GOOGLE_APPLICATION_CREDENTIALS": "/of/the/image.json"}
+    box = new_box(tmp_path, host, agents={"claude": {"pass_env": ["GOOGLE_APPLICATION_CREDENTIALS"]}})
+    mounts, exports = launched(box, host)
+    assert "export GOOGLE_APPLICATION_CREDENTIALS=/of/the/image.json" in exports and "google.json" not in str(mounts)
 
 
 def test_a_container_belongs_to_the_execution_in_its_name():

@@ -137,7 +137,7 @@ def test_a_wrong_query_is_told_what_was_expected(path, pair, words):
 def test_all_faults_of_a_query_come_at_once_and_nothing_is_given_twice():
     with pytest.raises(c.UsageError) as caught:
         decoded("GET", "/api/tasks", [("limit", "5"), ("limit", "6"), ("x", ""), ("before", "no")])
-    assert [problem.partition(":")[0] for problem in caught.value.data["problems"]] == ["limit", "x", "before"]
+    assert [problem.partition(":")[0] for problem in caught.value.data["problems"]] == ["x", "limit", "before"]
 
 
 TASK = {"name": "t", "agent": {"instructions": "x"}}
@@ -158,7 +158,7 @@ def test_the_idempotency_key_of_the_header_is_that_of_the_single_task():
     same = json.dumps({**TASK, "idempotency_key": "k"}).encode()
     assert decoded("POST", "/api/tasks", body=same, idempotency_key="k")["tasks"]["idempotency_key"] == "k"
     for wrong in (same.replace(b'"k"', b'"other"'), b'{"tasks":[]}', b"[]", b"5"):
-        with pytest.raises(c.UsageError, match="Idempotency-Key"):
+        with pytest.raises(c.InvalidInput, match="Idempotency-Key"):
             decoded("POST", "/api/tasks", body=wrong, idempotency_key="k")
 
 
@@ -267,6 +267,15 @@ def test_events_are_followed_from_where_a_client_was(daemon):
     daemon.client.call("task.edit", ids=[task_id], changes={"priority": "high"})
     hello, edited = daemon.events(stream, lambda event: event[1] != "hello")
     assert hello[0] == seq and edited[2]["kind"] == "task.edited"
+
+
+def test_an_event_that_holds_a_text_is_sent_as_an_event(daemon):
+    asking = daemon.add('printf \'{"text": "which?"}\' > "$CLAUDOMATOR_QUESTION_FILE"')
+    daemon.wait(asking)
+    daemon.client.call("task.answer", id=asking, text="this")
+    events = daemon.events(daemon.answer("GET", "/api/events?since=0&task=" + asking), lambda event: event[2]["kind"] == "task.answer")
+    assert events[-1][2]["text"] == "this" and int(events[-1][0]) == events[-1][2]["seq"]
+    daemon.client.call("task.cancel", ids=[asking])
 
 
 def test_a_silent_stream_sends_comments(daemon, monkeypatch):

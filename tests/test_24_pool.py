@@ -359,6 +359,31 @@ def test_background_children_are_ended_before_the_sandbox_goes(tmp_path):
         wait_until(lambda: not sandboxes(daemon), what="the removal of the sandbox")
 
 
+def test_setup_build_and_verify_see_no_more_of_the_daemons_environment_than_the_agent(tmp_path):
+    bare, copy = make_repository(tmp_path)
+    show = lambda name: f"env > {tmp_path}/{name}"
+    hook = f"printf '#!/bin/sh\\n{show('push')}\\n' > .git/hooks/pre-push; chmod +x .git/hooks/pre-push"
+    config = (f'[agents.shell]\npass_env = ["GIVEN"]\nenv = {{ SET = "set" }}\n[[projects]]\nname = "p"\ndir = "{copy}"\n'
+              f'setup = """{show("setup")}; {hook}"""\nbuild = "{show("build")}"\n')
+    env = {"KEPT_SECRET": "never-given", "GIVEN": "given", "ANTHROPIC_API_KEY": "a-key", "SSH_AUTH_SOCK": "/agent"}
+    with DaemonProcess(tmp_path, config, env) as daemon:
+        in_clone = daemon.add(f"{show('agent')}; echo x > new", agent={"project_dir": str(copy)}, verify=show("verify"))
+        elsewhere = daemon.add("true", verify=show("bare"))
+        for task_id in (in_clone, elsewhere):
+            assert daemon.wait(task_id)["state"] == c.READY
+        mark = f"CLAUDOMATOR_EXECUTION_ID={executions(daemon, in_clone)[0]['id']}"
+    seen = {name: (tmp_path / name).read_text().splitlines() for name in ("setup", "agent", "build", "verify", "bare", "push")}
+    assert "KEPT_SECRET=never-given" in seen["push"] and mark in seen["push"]  # git has its credential helpers
+    own, elsewhere = set(line.split("=")[0] for line in seen.pop("agent")), seen.pop("bare")
+    del seen["push"]
+    for name, lines in {**seen, "bare": elsewhere}.items():
+        text = "\n".join(lines)
+        assert not any(word in text for word in ("KEPT_SECRET", "a-key", "CLAUDOMATOR_API_TOKEN")), name
+        assert {"GIVEN=given", "SET=set", "SSH_AUTH_SOCK=/agent"} <= set(lines), name
+        assert name == "bare" or mark in lines
+        assert {line.split("=")[0] for line in lines} <= own, name
+
+
 def test_a_sandbox_that_could_not_be_made_leaves_neither_files_nor_processes(tmp_path):
     bare, copy = make_repository(tmp_path)
     setup = f"sleep 300 & echo $! > {tmp_path}/pid; echo no; exit 3"

@@ -700,3 +700,172 @@ asyncio.run(main())
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=20)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[0] == "[]" and not {"http", "urllib", "email", "ssl"} & set(eval(done.stdout.split("\n")[1]))
+
+
+# The daemon and clients of bad will
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """A daemon, asked over TCP as anybody can."""
+    with DaemonProcess(tmp_path_factory.mktemp("hostile"), 'stop_grace = "300ms"\n', HTTP) as daemon:
+        daemon.token = (daemon.data_dir / "api-token").read_text().strip()
+        yield daemon
+
+
+def send(daemon, method, path, body=None, *fields, token="operator", leave=False):
+    """(status, header lines, document) of one request on a connection of its own; ``leave`` waits for no answer."""
+    token = daemon.token if token == "operator" else token
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", "Connection: close", *fields]
+    lines += [f"Authorization: Bearer {token}"] * (token is not None)
+    if body is not None:
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        lines += [f"Content-Length: {len(body)}"]
+        lines += ["Content-Type: application/json"] * ("Content-Type" not in "".join(fields))
+    name, port = daemon.http_address.rsplit(":", 1)
+    with socket.create_connection((name, int(port)), 60) as raw:
+        raw.sendall("\r\n".join([*lines, "", ""]).encode("latin-1") + (body or b""))
+        if leave:
+            return None
+        head, _, text = read_all(raw).partition(b"\r\n\r\n")
+    fields = head.decode("latin-1").split("\r\n")
+    return int(fields[0].split()[1]), set(fields[1:]), json.loads(text) if text[:1] == b"{" else text
+
+
+def running(daemon, task_id):
+    """The id of a task's execution, once it runs."""
+    return wait_until(lambda: next((run["id"] for run in daemon.call("execution.list", id=task_id)["executions"]
+                                    if run["status"] == "RUNNING"), None))
+
+
+SMALL = {"name": "t", "agent": {"type": "shell", "instructions": "true"}}
+
+
+@pytest.mark.parametrize("path", ["/api/tasks/a%2Frun", "/api%2Ftasks", "/api/tasks/%2e%2e/run", "/api/tasks/a%5Cb"])
+def test_an_encoded_slash_is_no_way_round(hostile, path):
+    status, _, told = send(hostile, "GET", path)
+    assert status == 400 and "encoded slash" in told["error"]["message"]
+
+
+def test_a_huge_id_is_not_repeated(hostile):
+    for method, path, body in (("GET", "/api/tasks/" + "9" * 7000, None), ("POST", f"/api/tasks/{'9' * 7000}/run", {}),
+                               ("POST", "/api/tasks", {**SMALL, "parent_task_id": "9" * 1_000_000}),
+                               ("POST", "/api/tasks", {**SMALL, "depends_on": ["9" * 1_000_000]})):
+        status, _, told = send(hostile, method, path, body)
+        assert status in (404, 422) and len(told["error"]["message"]) < 300, method
+
+
+@pytest.mark.parametrize("body", [b'{"name":"t","timeout":' + b"9" * 5000 + b"}", b"1" * 5000])
+def test_an_endless_number_is_told_in_our_words(hostile, body):
+    status, _, told = send(hostile, "POST", "/api/tasks", body)
+    assert status == 400 and "too many digits" in told["error"]["message"] and "sys." not in told["error"]["message"]
+
+
+@pytest.mark.parametrize("body", [
+    {f"k{n}": n for n in range(200_000)}, {"tasks": SMALL, **{f"k{n}": n for n in range(200_000)}}, [SMALL] * 120_000,
+    [{"name": "t", "agent": 5}] * 250_000, {**SMALL, "tags": ["x"] * 1_000_000}, {**SMALL, "depends_on": ["x"] * 1_000_000}, {**SMALL, **{f"nome{n}": 1 for n in range(400_000)}}])
+def test_a_document_of_wrong_keys_or_countless_tasks_does_not_stop_the_daemon(hostile, body):
+    body = json.dumps(body, separators=(",", ":")).encode()
+    began = time.monotonic()
+    status, _, told = send(hostile, "POST", "/api/tasks", body)
+    assert status in (400, 422) and len(json.dumps(told)) < 20_000
+    assert time.monotonic() - began < 5  # it was half a minute
+
+
+def test_a_large_task_is_taken_whole(hostile):
+    status, _, told = send(hostile, "POST", "/api/tasks", {**SMALL, "description": "x" * 5_000_000})
+    assert status == 201 and len(told["tasks"][0]["description"]) == 5_000_000
+
+
+@pytest.mark.parametrize("name", ["token", "access_token", "api_token"])
+def test_a_token_in_the_query_is_refused_with_its_right_place(hostile, name):
+    for token in (None, "operator"):
+        status, _, told = send(hostile, "GET", f"/api/tasks?{name}={hostile.token}", token=token)
+        assert status == (401 if token is None else 400)
+        assert "Authorization: Bearer TOKEN" in told["error"]["message"] and hostile.token not in json.dumps(told)
+
+
+@pytest.mark.parametrize("fields", [["X-HTTP-Method-Override: DELETE"], ["X-HTTP-Method: DELETE"], ["X-Method-Override: DELETE"],
+                                    ["X-Original-URL: /api/pool/pause"], ["X-Rewrite-URL: /api/pool/pause"]])
+def test_no_field_changes_what_a_request_asks_for(hostile, fields):
+    task_id = hostile.add("true", queue=False)
+    assert send(hostile, "POST", f"/api/tasks/{task_id}", {}, *fields)[0] == 405
+    assert send(hostile, "GET", f"/api/tasks/{task_id}", None, *fields)[0] == 200
+    assert hostile.call("daemon.status")["paused"] is False
+
+
+def test_head_says_what_get_says_without_the_body(hostile):
+    task_id = hostile.add("true")
+    hostile.wait(task_id)
+    known = [path.replace("{}", task_id if "/tasks/" in path else "nope") for path, methods in c.ROUTES.items() if "GET" in methods]
+    for path in [*known, "/api/tasks/nope/logs/stream", "/api/events?task=nope", "/api/nothing"]:
+        path += "?timeout_s=0" * path.endswith("/wait")
+        head = send(hostile, "HEAD", path)
+        if head[0] == 200 and any("event-stream" in line for line in head[1]):
+            assert "nope" not in path and head[2] == b""
+            continue
+        got = send(hostile, "GET", path)
+        lines = [{line for line in answer[1] if not line.startswith(("Date", "Content-Length" if "/daemon" in path else "Date"))}
+                 for answer in (head, got)]
+        assert (head[0], lines[0], head[2]) == (got[0], lines[1], b""), path
+
+
+def test_every_path_tells_what_it_takes_to_who_asks_with_another_method(hostile):
+    for path, methods in c.ROUTES.items():
+        for method in ("OPTIONS", "TRACE", "PUT", "get"):
+            status, lines, _ = send(hostile, method, path.replace("{}", "x"))
+            allowed = next(line for line in lines if line.startswith("Allow: "))[7:].split(", ")
+            assert status == 405 and set(allowed) == {*methods, *(["HEAD"] if "GET" in methods else [])}, path
+
+
+def test_an_idempotency_key_makes_one_task_however_often_and_at_once_it_comes(hostile):
+    found = []
+    clients = [threading.Thread(target=lambda: found.append(send(hostile, "POST", "/api/tasks", SMALL, "Idempotency-Key: one")))
+               for _ in range(20)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join(20)
+    assert len(found) == 20 and {status for status, _, _ in found} == {201}
+    assert len({told["tasks"][0]["id"] for _, _, told in found}) == 1
+    assert send(hostile, "POST", "/api/tasks", SMALL, "Idempotency-Key: a", "Idempotency-Key: b")[0] == 400
+    status, _, told = send(hostile, "POST", "/api/tasks", SMALL, "Idempotency-Key: ")
+    assert status == 422 and "Idempotency-Key" in told["error"]["message"]
+
+
+def test_a_change_goes_to_its_end_when_its_client_leaves_at_once(hostile):
+    task_id = hostile.add("trap '' TERM; while :; do sleep 0.05; done", agent={"type": "shell"})
+    running(hostile, task_id)
+    send(hostile, "POST", f"/api/tasks/{task_id}/cancel", {}, leave=True)  # takes until the agent is proven gone
+    assert hostile.wait(task_id)["state"] == c.CANCELLED
+    send(hostile, "POST", "/api/tasks", {**SMALL, "name": "left alone"}, leave=True)
+    wait_until(lambda: any(task["name"] == "left alone" for task in hostile.call("task.list")["tasks"]))
+
+
+def test_two_hundred_polls_wait_together_and_end_with_their_task(hostile):
+    task_id, before, sockets = hostile.add("while [ ! -e go ]; do sleep 0.02; done", queue=True), hostile.memory_kb(), []
+    name, port = hostile.http_address.rsplit(":", 1)
+    try:
+        for _ in range(200):
+            sockets.append(socket.create_connection((name, int(port)), 30))
+            sockets[-1].sendall(f"GET /api/tasks/{task_id}/wait HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+                                f"Authorization: Bearer {hostile.token}\r\n\r\n".encode())
+        began = time.monotonic()
+        assert send(hostile, "GET", "/api/version")[0] == 200 and time.monotonic() - began < 2
+        hostile.call("task.cancel", ids=[task_id])
+        for raw in sockets:
+            answer = read_all(raw)
+            assert status(answer) == 200 and b'"state":"CANCELLED"' in answer
+        assert hostile.memory_kb() - before < 20_000
+    finally:
+        for raw in sockets:
+            raw.close()
+
+
+def test_a_garbage_token_of_any_length_opens_nothing(hostile):
+    for size in (*range(1, 80), 255, 256, 4096, 12_000):
+        for letter in "a\xff":
+            answered, lines, told = send(hostile, "GET", "/api/version", None, f"Authorization: Bearer {letter * size}", token=None)
+            assert answered == 401 and any(line.startswith("WWW-Authenticate: Bearer") for line in lines), size
+    for near in (hostile.token[:-1], hostile.token + "x", hostile.token.swapcase(), hostile.token[::-1], f"{hostile.token},{hostile.token}"):
+        assert send(hostile, "GET", "/api/version", token=near)[0] == 401

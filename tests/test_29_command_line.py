@@ -87,6 +87,16 @@ def test_every_command_has_help_that_names_its_options(name):
     assert shown.out == run_here({}, "help", *name.split()).out
 
 
+@pytest.mark.parametrize("words", sorted({name.rpartition(" ")[0] for name in c.COMMANDS if " " in name}))
+def test_the_first_words_of_commands_have_help_on_all_of_them(words):
+    shown = run_here({}, *words.split(), "--help")
+    assert (shown.code, shown.err) == (0, "")
+    assert all(f"  {name} " in shown.out for name in c.COMMANDS if name.startswith(f"{words} "))
+    if words not in c.COMMANDS:
+        bare = run_here({}, *words.split())
+        assert (bare.code, bare.out, bare.err) == (c.EXIT_USAGE, "", shown.out)
+
+
 def test_help_lists_every_command_and_exit_code():
     shown = run_here({}, "--help")
     assert shown.code == 0 and all(f"  {name} {command.usage}".rstrip() in shown.out for name, command in c.COMMANDS.items())
@@ -198,7 +208,7 @@ def test_every_command_gives_one_json_document(daemon, cli, tmp_path):
         "ctl agent park": ["claude"], "ctl agent unpark": ["claude"], "ctl pool": [], "ctl budget": [],
         "ctl pool pause": ["--agent", "claude"],
         "ctl pool drain": None, "ctl pool resume": ["--agent", "claude"], "ctl project": [], "ctl sandbox": [], "ctl sandbox list": [], "ctl sandbox rm": [done], "ctl backup": [tmp_path / "b.db"], "ctl reload": [],
-        "ctl call": ["daemon.status"], "ctl logs": [done], "ctl watch": None, "serve": None, "demo": None,
+        "ctl call": ["daemon.status"], "ctl logs": [done], "ctl watch": None, "serve": None, "demo": None, "mcp": None,
         "image build": None,  # wants an engine: tests/test_21_containers.py
     }
     assert set(calls) == set(c.COMMANDS)
@@ -362,6 +372,20 @@ def test_patience_counts_from_the_last_time_the_daemon_was_there(monkeypatch):
     with pytest.raises(c.Unreachable):
         c.patiently(cli, attempt)
     assert len(said) == 2, "where there never was a daemon nobody waits for it"
+
+
+def test_a_file_s_wrong_keys_and_what_the_configuration_lacks_are_told_at_once(daemon, tmp_path):
+    file = tmp_path / "t.json"
+    file.write_text('{"tasks": [{"name": "a", "timout": "5m", "agent": {"type": "shel", "instrctions": "x"}},'
+                    ' {"name": "b", "project": "nix", "agent": {"type": "shell", "instructions": "x"}}]}')
+    for command in (["run"], ["run", "--dry-run"], ["ctl", "submit"]):
+        told = run_here(daemon.env, *command, str(file))
+        assert told.code == 2 and "5 problems found" in told.err
+        assert "agent.type: 'shel' is not available here (did you mean 'shell'?)" in told.err
+        assert 'task 2 "b": project: there is no project \'nix\'' in told.err and "did you mean 'timeout'" in told.err
+    file.write_text('{"tasks": [{"name": "a", "agent": {"type": "shel", "instructions": "x"}},'
+                    ' {"name": "b", "project": "nix", "agent": {"type": "shell", "instructions": "x"}}]}')
+    assert "2 problems found" in run_here(daemon.env, "ctl", "submit", str(file)).err
 
 
 # -- without a daemon
@@ -635,6 +659,7 @@ def test_init_writes_a_configuration_that_loads_and_says_what_is_here(tmp_path):
     assert again["written"] is False and path.read_text() == "max_concurrent = 1\n" and again["found"]["git"].startswith("git version")
     without = run_here({**env, "PATH": "/nowhere"}, "init")
     assert without.code == 0 and "git is not installed" in without.out
+    assert "docker is not installed: only tasks in containers need it" in without.out
 
 
 def test_the_status_table_says_what_waits_and_what_to_do(daemon, cli):

@@ -118,6 +118,35 @@ def test_a_question_blocks_and_its_answer_resumes_the_same_session_in_the_same_s
     support.wait_until(lambda: not os.path.exists(first["sandbox_dir"]), 10, "the sandbox's end")
 
 
+@pytest.mark.parametrize("job", REALS, indirect=True)
+def test_a_question_and_a_summary_come_by_the_mcp_server_in_a_resumed_session_too(job):
+    with job.daemon.config_path.open("a") as file:
+        file.write("mcp = true\n")
+    code, task, first = job.run("mcp_ask")
+    assert (code, task["state"]) == (5, "BLOCKED")
+    assert task["question"] == {"text": "Which database", "options": ["pg", "sqlite"]}
+    job.daemon.start()
+    job.daemon.call("task.answer", id=task["id"], text="pg")
+    ended = job.wait(task["id"])
+    assert (ended["state"], ended["summary"]) == ("COMPLETED", "It is decided.")
+    assert {run["session_id"] for run in job.runs(task["id"])} == {first["id"]}
+    assert not c.marked_processes([run["id"] for run in job.runs(task["id"])])  # the server has gone with its claude
+
+
+@pytest.mark.parametrize("job", REALS, indirect=True)
+def test_a_subtask_comes_by_the_mcp_server(job):
+    with job.daemon.config_path.open("a") as file:
+        file.write("mcp = true\n")
+    job.daemon.start()
+    task_id = job.submit("mcp_subtask")
+    below = support.wait_until(lambda: job.daemon.call("task.subtasks", id=task_id)["tasks"], 30, "the subtask")[0]
+    assert (below["name"], below["agent"]["instructions"]) == tuple(anthropic_api.SUBTASK.values())
+    assert (below["agent"]["model"], below["agent"]["max_budget_usd"]) == ("sonnet", 3.0)
+    ended = support.wait_until(lambda: [task for task in (job.wait(task_id),) if task["state"] == "READY"], 60, "its end")[0]
+    assert ended["summary"] == "A subtask fixes the tests."
+    assert job.daemon.call("task.get", id=below["id"])["task"]["state"] == "COMPLETED"
+
+
 @every_agent
 def test_a_reached_budget_is_its_own_state_and_the_cost_is_known(job):
     code, task, run = job.run("budget", "max_budget_usd: 0.5")

@@ -1,7 +1,8 @@
 """The real job in containers, with a real engine: CLAUDOMATOR_TEST_DOCKER is its DOCKER_HOST, and
 CLAUDOMATOR_TEST_DOCKER_BASE a local image with bash, git, coreutils and python3 (claudomator-base:bookworm).
 
-The agents are shell scripts, and the replaying fake of ``claude``, which stands in the image.
+The agents are shell scripts, the replaying fake of ``claude``, which stands in the image, and the real CLIs that
+CLAUDOMATOR_TEST_CLAUDE and CLAUDOMATOR_TEST_GEMINI name, against stand-ins for their APIs on loopback.
 """
 import json
 import os
@@ -16,6 +17,7 @@ import time
 import claudomator as c
 import pytest
 from tests import support
+from tests.fakes import anthropic_api, gemini_api
 
 ENGINE = os.environ.get("CLAUDOMATOR_TEST_DOCKER", "")
 BASE = os.environ.get("CLAUDOMATOR_TEST_DOCKER_BASE", "claudomator-base:bookworm")
@@ -32,9 +34,22 @@ RUN ln -s /opt/tests/fakes/claude /usr/local/bin/claude.py && \\
 """
 
 
+REAL_CLAUDE = (os.environ.get("CLAUDOMATOR_TEST_CLAUDE") or "").split(":")[0]
+REAL_GEMINI, NODE = os.environ.get("CLAUDOMATOR_TEST_GEMINI") or "", shutil.which("node") or ""
+
+
 def docker(*words, check=True) -> str:
     env = {**os.environ, "DOCKER_HOST": ENGINE, "DOCKER_BUILDKIT": "0"}
     return subprocess.run(["docker", *words], env=env, capture_output=True, text=True, check=check, timeout=120).stdout
+
+
+def build_agent_image(directory, base, tag):
+    """``claudomator image build`` from a local image."""
+    daemon = support.DaemonProcess(directory, '[containers]\nnetwork = "host"\n',
+                                   {"DOCKER_HOST": ENGINE, "DOCKER_BUILDKIT": "0"})
+    done = daemon.cli("image", "build", "--base", base, "--tag", tag, "--json", timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"image": tag, "base": base, "ct": True}
 
 
 @pytest.fixture(scope="module")
@@ -45,19 +60,14 @@ def image(tmp_path_factory):
     shutil.copytree(HERE / "data" / "claude", context / "data")
     (context / "Dockerfile").write_text(FAKE_DOCKERFILE)
     docker("build", "--network", "host", "--tag", WITH_FAKE, str(context))
-    daemon = support.DaemonProcess(context, '[containers]\nnetwork = "host"\n',
-                                   {"DOCKER_HOST": ENGINE, "DOCKER_BUILDKIT": "0"})
-    done = daemon.cli("image", "build", "--base", WITH_FAKE, "--tag", IMAGE, "--json", timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"image": IMAGE, "base": WITH_FAKE,
-                                       "ct": (support.PROGRAM.parent / "ct.py").exists()}
+    build_agent_image(context, WITH_FAKE, IMAGE)
     return IMAGE
 
 
 class Job:
     """A repository, a daemon, and what the engine knows of its containers."""
 
-    def __init__(self, tmp_path, more="", env=None):
+    def __init__(self, tmp_path, more="", env=None, containers="", shell=""):
         self.bare, self.copy = support.make_repository(tmp_path)
         self.daemon = support.DaemonProcess(tmp_path, f"""\
 claude_image = "{IMAGE}"
@@ -69,8 +79,10 @@ network = "host"
 memory = "256m"
 cpus = 1
 pids = 200
+{containers}
 [agents.shell]
 env = {{ SECRET = "s3cr3t-of-the-config" }}
+{shell}
 [agents.claude]
 env = {{ FAKE_CLAUDE_VERSION = "2.1.329" }}
 {more if more.startswith("[") else ""}
@@ -101,6 +113,9 @@ env = {{ FAKE_CLAUDE_VERSION = "2.1.329" }}
 
     def runs(self, task_id) -> list[dict]:
         return self.daemon.call("execution.list", id=task_id)["executions"][::-1]
+
+    def said(self, run) -> str:
+        return (self.daemon.data_dir / "executions" / run["id"] / "stdout.log").read_text()
 
     def box(self, run) -> pathlib.Path:
         return self.daemon.data_dir / "executions" / run["id"] / "box"
@@ -160,8 +175,7 @@ def test_commits_and_what_was_not_committed_are_pushed_from_the_host(job):
     assert job.containers() == []
     run = task["execution"]
     assert [commit["message"] for commit in run["commits"]] == job.log()[1:] and not run["sandbox_dir"]
-    log = (job.daemon.data_dir / "executions" / run["id"] / "stdout.log").read_text()
-    assert log == f"{os.geteuid()}\n/workspace\n"
+    assert job.said(run) == f"{os.geteuid()}\n/workspace\n"
     support.wait_until(lambda: not list((job.daemon.data_dir / "sandboxes").glob("[!.]*")))
     assert not (job.box(run) / "work.bundle").exists()
 
@@ -183,7 +197,7 @@ def test_limits_hold_and_no_secret_is_seen_from_outside(job):
     assert not (job.box(run) / "run").exists(), "the script with the secrets is still there"
     (job.box(run) / "summary.txt.go").touch()
     assert job.daemon.wait(task_id)["state"] == "READY"
-    log = (job.daemon.data_dir / "executions" / run["id"] / "stdout.log").read_text()
+    log = job.said(run)
     assert "s3cr3t-of-the-config" in log and "CapEff:\t0000000000000000" in log
     if (support.PROGRAM.parent / "ct.py").exists():
         assert "/usr/local/bin/ct" in log
@@ -357,36 +371,74 @@ echo a > a; git -c core.fsmonitor= -c core.hooksPath=/dev/null -c filter.x.clean
 
 
 def test_the_agent_reaches_the_api_across_a_restart_of_the_daemon(job):
-    path = job.daemon.data_dir / "agent.sock"
-    ask = ("python3 -c 'import os, socket; s = socket.socket(socket.AF_UNIX);"
-           ' s.connect(os.environ["CLAUDOMATOR_API_URL"].removeprefix("unix://")); print(s.recv(9).decode(), flush=True)\'')
-
-    def listen(word):
-        if path.exists():
-            path.unlink()
-        server = socket.socket(socket.AF_UNIX)
-        server.bind(str(path))
-        server.listen()
-        server.settimeout(20)
-        return server, word
-
-    def answer(server, word):
-        server.accept()[0].sendall(word)
-        server.close()
-    if path.exists():
-        pytest.skip("the daemon serves agent.sock itself: tests of section 26 cover this")
-    first = listen(b"one")
-    task_id = job.add(f"{ask}; {WAITS} {ask}")
-    answer(*first)
+    status = "ct task status $CLAUDOMATOR_TASK_ID"
+    task_id = job.add(f"{status}; {WAITS} {status}")
     run = job.started(task_id)
-    second = listen(b"two")
+    before = os.stat(job.daemon.data_dir / "agent.sock").st_ino
+    job.daemon.kill9()
+    job.daemon._client = None
+    job.daemon.start()
     own = job.box(run) / "agent.sock"
-    support.wait_until(lambda: own.stat().st_ino == path.stat().st_ino, 10, "the new socket")
+    support.wait_until(lambda: own.stat().st_ino == os.stat(job.daemon.data_dir / "agent.sock").st_ino != before, 10,
+                       "the new socket")
     (job.box(run) / "summary.txt.go").touch()
-    answer(*second)
-    assert job.daemon.wait(task_id)["state"] == "READY"
-    log = (job.daemon.data_dir / "executions" / run["id"] / "stdout.log").read_text()
-    assert log.split() == ["one", "begun", "two"]
+    task = job.daemon.wait(task_id)
+    assert task["state"] == "READY", (task, job.said(run))
+    assert job.said(run).count("RUNNING") == 2 and "begun" in job.said(run)
+
+
+def test_an_agent_waits_with_ct_for_its_subtask_across_a_restart_and_asks(job):
+    """``ct`` in the image, with the token of the run, over the mounted socket of two daemons."""
+    task_id = job.add("""\
+if [ -e asked ]; then cat asked; ct summary "all is done"; exit; fi
+ct task submit --name below --agent shell --wait --instructions '
+  echo begun; until [ -e $CLAUDOMATOR_SUMMARY_FILE.go ]; do sleep 0.05; done; echo below > below'
+echo $? > asked
+ct ask "Which one?" --option pg --option sqlite
+""")
+    below, = support.wait_until(lambda: job.daemon.call("task.subtasks", id=task_id)["tasks"], 20, "the subtask")
+    run = job.started(below["id"])
+    job.daemon.kill9()
+    job.daemon._client = None
+    job.daemon.start()
+    (job.box(run) / "summary.txt.go").touch()
+    task = job.daemon.wait(task_id, 60)
+    assert (task["state"], task["question"]["text"]) == ("BLOCKED", "Which one?"), (task, job.daemon.log())
+    assert task["question"]["options"] == ["pg", "sqlite"] and job.said(task["execution"]).startswith("COMPLETED\n")
+    assert job.daemon.call("task.get", id=below["id"])["task"]["agent"]["repository_url"] == str(job.bare)
+    job.daemon.call("task.answer", id=task_id, text="pg")
+    task = job.daemon.wait(task_id, 30)
+    assert (task["state"], task["summary"], job.said(task["execution"])[:2]) == ("READY", "all is done", "0\n"), task
+    assert job.containers() == [] and "below" in subprocess.run(
+        ["git", "-C", job.bare, "ls-tree", "--name-only", "main"], capture_output=True, text=True).stdout
+
+
+def test_the_ssh_agent_and_googles_key_are_lent_read_only_and_reached(tmp_path, image):
+    """A socket that listens stands in for the SSH agent."""
+    path, key = tmp_path / "ssh agent.sock", tmp_path / "key.json"
+    key.write_text('{"type": "service_account"}')
+    key.chmod(0o600)
+    job = Job(tmp_path, f'ssh_auth_sock = "{path}"', {"GOOGLE_APPLICATION_CREDENTIALS": str(key)},
+              "ssh_agent = true\n", 'pass_env = ["GOOGLE_APPLICATION_CREDENTIALS"]')
+    ask = ("import os, socket; s = socket.socket(socket.AF_UNIX); s.connect(os.environ['SSH_AUTH_SOCK']); s.sendall(b'hello'); "
+           "print(s.recv(9).decode())")
+    with socket.socket(socket.AF_UNIX) as agent, job.daemon:
+        agent.bind(str(path))
+        agent.listen()
+        agent.settimeout(20)
+        task_id = job.add(f"""python3 -c "{ask}"; cat $GOOGLE_APPLICATION_CREDENTIALS; echo
+rm -f $SSH_AUTH_SOCK $GOOGLE_APPLICATION_CREDENTIALS; echo x > $GOOGLE_APPLICATION_CREDENTIALS; chmod 777 $SSH_AUTH_SOCK; true""")
+        connection, _ = agent.accept()
+        with connection:
+            assert connection.recv(5) == b"hello"
+            connection.sendall(b"identity")
+        task = job.daemon.wait(task_id)
+        assert task["state"] == "READY" and job.said(task["execution"]) == 'identity\n{"type": "service_account"}\n', task
+        errors = (job.daemon.data_dir / "executions" / task["execution"]["id"] / "stderr.log").read_text()
+        assert errors.count("Read-only file system") == 2 and key.read_text() == '{"type": "service_account"}'
+        path.unlink()
+        task = job.daemon.wait(job.add("true"))
+        assert task["reason"] == "spawn_failed" and "is not there: start the agent" in task["detail"], task
 
 
 def test_the_login_is_copied_into_a_home_that_the_session_keeps(tmp_path, image):
@@ -453,8 +505,7 @@ def test_setup_runs_inside_and_before_the_agent(tmp_path, image):
         task_id = job.daemon.add("cat made; echo x > x", project="p", agent={"isolation": "container"})
         task = job.daemon.wait(task_id)
         assert task["state"] == "READY", (task, job.daemon.log())
-        log = (job.daemon.data_dir / "executions" / task["execution"]["id"] / "stdout.log").read_text()
-        assert log == "/workspace\n" and job.log() == ["first", c.AUTOCOMMIT_SUBJECT]
+        assert job.said(task["execution"]) == "/workspace\n" and job.log() == ["first", c.AUTOCOMMIT_SUBJECT]
         assert not (job.copy / "x").exists()
 
 
@@ -497,3 +548,103 @@ def test_files_of_another_user_in_the_agents_copy_are_taken_back(image):
         finally:
             engine.chmod(mode)
         assert done.stdout == "removed False\n", done.stderr
+
+
+# -- the real CLIs
+
+
+class RealJob:
+    """A daemon whose containers hold the real CLI of ``kind``."""
+
+    def __init__(self, tmp_path, kind, image, env):
+        self.kind, (self.bare, _) = kind, support.make_repository(tmp_path)
+        self.daemon = support.DaemonProcess(tmp_path, f"""\
+{kind}_image = "{image}"
+[containers]
+network = "host"
+[agents.{kind}]
+model = "{"sonnet" if kind == "claude" else "gemini-2.5-flash"}"
+""", {"DOCKER_HOST": ENGINE, **env})
+
+    def run(self, scenario) -> str:
+        agent = {"type": self.kind, "repository_url": str(self.bare), "instructions": f"Do it.\nSCENARIO: {scenario}"}
+        return self.daemon.call("task.create", tasks={"name": scenario, "agent": agent}, queue=True)["tasks"][0]["id"]
+
+    def git(self, *words) -> list[str]:
+        done = subprocess.run(["git", "-C", self.bare, *words], text=True, capture_output=True, check=True)
+        return done.stdout.splitlines()
+
+
+def real_image(tmp_path_factory, kind):
+    """An agent image with the CLI of this machine.  claude is one native program.  gemini needs node 20, and Debian's
+    own is 18: this machine's goes along, as the base is built for the same C library."""
+    context, tag = tmp_path_factory.mktemp(kind), f"claudomator-{kind}:real"
+    if kind == "claude":
+        shutil.copy(os.path.realpath(REAL_CLAUDE), context / "claude")
+        lines = ["COPY claude /usr/local/bin/claude"]
+    else:
+        program = pathlib.Path(os.path.realpath(REAL_GEMINI))
+        modules = next(path for path in program.parents if path.name == "node_modules")
+        shutil.copy(os.path.realpath(NODE), context / "node")
+        shutil.copytree(modules, context / "node_modules", symlinks=True)
+        lines = ["COPY node /usr/local/bin/node", "COPY node_modules /opt/gemini/node_modules",
+                 f"RUN ln -s /opt/gemini/node_modules/{program.relative_to(modules)} /usr/local/bin/gemini"]
+    (context / "Dockerfile").write_text("\n".join([f"FROM {BASE}", *lines, ""]))
+    docker("build", "--network", "host", "--tag", f"{tag}-base", str(context))
+    build_agent_image(context, f"{tag}-base", tag)
+    shutil.rmtree(context)
+    return tag
+
+
+@pytest.fixture(scope="module")
+def claude_image(tmp_path_factory):
+    return real_image(tmp_path_factory, "claude")
+
+
+@pytest.fixture(scope="module")
+def gemini_image(tmp_path_factory):
+    return real_image(tmp_path_factory, "gemini")
+
+
+@pytest.fixture(params=[
+    pytest.param("claude", marks=pytest.mark.skipif(not REAL_CLAUDE, reason="CLAUDOMATOR_TEST_CLAUDE names no claude")),
+    pytest.param("gemini", marks=pytest.mark.skipif(not REAL_GEMINI or not NODE, reason="no CLAUDOMATOR_TEST_GEMINI, or no node"))])
+def real(request, tmp_path):
+    kind, image = request.param, request.getfixturevalue(f"{request.param}_image")
+    with (anthropic_api if kind == "claude" else gemini_api).StandIn() as api:
+        env = {"claude": {"ANTHROPIC_API_KEY": "sk-ant-fake", "ANTHROPIC_BASE_URL": api.url},
+               "gemini": {"GEMINI_API_KEY": "fake", "GOOGLE_GEMINI_BASE_URL": api.url, "HOME": str(tmp_path / "home")}}[kind]
+        login = tmp_path / "home" / ".gemini" / "settings.json"
+        login.parent.mkdir(parents=True)
+        login.write_text('{"security": {"auth": {"selectedType": "gemini-api-key"}}}')
+        job = RealJob(tmp_path, kind, image, env)
+        with job.daemon:
+            yield job
+        names = docker("ps", "--all", "--filter", f"label={c.DATA_LABEL}={job.daemon.data_dir}", "--format", "{{.Names}}")
+        assert names == "", "containers are left"
+
+
+def test_a_real_cli_in_a_container_answers(real):
+    task = real.daemon.wait(real.run("text"), 60)
+    assert (task["state"], task["reason"], task["execution"]["exit_code"]) == ("READY", None, 0), (task, real.daemon.log())
+    assert real.git("log", "--format=%s", "main") == ["first"] and task["execution"]["tokens_in"] > 0
+
+
+def test_what_a_real_cli_wrote_in_a_container_is_committed_and_pushed(real):
+    task = real.daemon.wait(real.run("write"), 60)
+    assert (task["state"], task["summary"]) == ("READY", "The file is there."), (task, real.daemon.log())
+    assert real.git("log", "--format=%s", "main") == [c.AUTOCOMMIT_SUBJECT, "first"]
+    assert real.git("show", "main:made.txt") == ["made by the agent"]
+
+
+def test_a_real_cli_resumes_its_session_in_another_container(real):
+    task_id = real.run("question")
+    for question, answer in (("Which database?", "pg"), ("Which version?", "sixteen")):
+        task = real.daemon.wait(task_id, 60)
+        assert (task["state"], task["question"] and task["question"]["text"]) == ("BLOCKED", question), (task, real.daemon.log())
+        real.daemon.call("task.answer", id=task_id, text=answer)
+    task = real.daemon.wait(task_id, 60)
+    assert task["state"] == "READY", (task, real.daemon.log())
+    runs = real.daemon.call("execution.list", id=task_id)["executions"]
+    assert len(runs) == 3 and {run["session_id"] for run in runs} == {runs[-1]["id"]}
+    assert [line[:5] for line in real.git("log", "--format=%s", "main")] == ["feat:"] * 3 + ["first"]

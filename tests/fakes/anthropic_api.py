@@ -32,6 +32,11 @@ def bash(command: str) -> dict:
             "input": {"command": command, "description": "work"}}
 
 
+def mcp(tool: str, **given) -> dict:
+    """A call of one of Claudomator's tools."""
+    return {"type": "tool_use", "id": "toolu_" + uuid.uuid4().hex[:24], "name": f"mcp__claudomator__{tool}", "input": given}
+
+
 def say(*blocks: dict, usage: dict = ORDINARY) -> dict:
     return {"blocks": blocks, "usage": usage}
 
@@ -71,6 +76,17 @@ SCENARIOS = {
     say(bash("setsid nohup python3 -c 'import time; time.sleep(122)' >/dev/null 2>&1 & echo started")),
 }
 
+SUBTASK = {"name": "Fix tests", "instructions": "Run the tests and fix what fails."}
+MCP_SCENARIOS = {  # of a claude that has Claudomator's MCP server; the fake CLI has none, and replays none of these
+    "mcp_subtask": lambda prompt, step: (
+        say(mcp("create_subtask", **SUBTASK)),
+        say(mcp("report_summary", summary="A subtask fixes the tests."), mcp("get_task")),
+        say(text("It is on its way.")))[step],
+    "mcp_ask": lambda prompt, step: say(text("That was it.")) if step else say(
+        mcp("ask_operator", question="Which database", options=["pg", "sqlite"]) if prompt == 1 else
+        mcp("report_summary", summary="It is decided.")),
+}
+
 
 def words_of(message: dict) -> str:
     """The text of a message without what the CLI itself adds."""
@@ -82,6 +98,14 @@ def words_of(message: dict) -> str:
 def is_tool_result(message: dict) -> bool:
     content = message.get("content")
     return isinstance(content, list) and any(block.get("type") == "tool_result" for block in content)
+
+
+def results_of(message: dict) -> list:
+    """What the tools of a message gave: the text that the model reads, and whether it is an error."""
+    content = message.get("content")
+    found = [block for block in content if block.get("type") == "tool_result"] if isinstance(content, list) else []
+    return [(block["content"] if isinstance(block["content"], str) else "".join(
+        part.get("text", "") for part in block["content"]), bool(block.get("is_error"))) for block in found]
 
 
 def place_of(messages: list) -> tuple[str, int, int, str]:
@@ -133,10 +157,12 @@ class Handler(stand_in.Handler):
         if not request.get("tools"):
             return say(text("A title"), usage=NOTHING)  # the CLI's own side questions (2.1.197)
         self.server.seen.append({"scenario": scenario, "prompt": prompt, "step": step, "last": last,
-                                 "model": request["model"], "system": json.dumps(request.get("system", ""))})
+                                 "model": request["model"], "system": json.dumps(request.get("system", "")),
+                                 "tools": [tool["name"] for tool in request["tools"]],
+                                 "results": results_of(request["messages"][-1])})
         if request["model"] == "no-such-model":
             return refuse(404, "not_found_error", "model: no-such-model")
-        return SCENARIOS.get(scenario, SCENARIOS["text"])(prompt, step)
+        return {**SCENARIOS, **MCP_SCENARIOS}.get(scenario, SCENARIOS["text"])(prompt, step)
 
     def _event(self, name: str, **fields) -> None:
         self.wfile.write(f"event: {name}\ndata: {json.dumps({'type': name, **fields})}\n\n".encode())
