@@ -9219,7 +9219,8 @@ def describe_route(operation: Operation, route: Route) -> dict:
     described["responses"] = {
         str(route.status): {"description": "done" if content else "a WebSocket", **content},
         "default": {"$ref": "#/components/responses/Error"}}
-    return {**described, **({"security": []} if operation.scope == "open" else {})}
+    security = [] if operation.scope == "open" else [{"token": []}, {}]  # a WebSocket's token may come later
+    return {**described, **({"security": security} if operation.scope == "open" or route.form == "socket" else {})}
 
 
 # ---- 24 Pool ---------------------------------------------------------------------------------------------------
