@@ -344,7 +344,7 @@ def test_a_daemon_that_stops_says_so(tmp_path):
         clients = [LiveClient(path, token), LiveClient(path, way="none")]
         assert clients[0].hear()["kind"] == "hello"
         assert daemon.terminate() == 0
-        assert [client.hear()[:2] for client in clients] == [(CLOSE, 1001)] * 2
+        assert [client.hear_until(lambda event: False)[-1][:2] for client in clients] == [(CLOSE, 1001)] * 2
 
 
 class Follower(threading.Thread):
