@@ -242,6 +242,7 @@ def test_times_agree_with_the_standard_library_over_many_centuries():
             assert c.parse_db_time(c.format_db_time(unix_s)) == pytest.approx(unix_s, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_every_day_of_five_centuries_goes_to_its_number_and_back():
     day, number = datetime.date(1800, 1, 1), (datetime.date(1800, 1, 1) - datetime.date(1970, 1, 1)).days
     while day.year < 2300:

@@ -194,6 +194,7 @@ def test_a_stop_reaches_the_agent_and_the_status_stays_true(tmp_path):
     assert code_of(tmp_path) == (9, True)
 
 
+@pytest.mark.slow
 def test_a_stop_at_any_moment_ends_the_agent_and_is_recorded(tmp_path):
     """The supervisor is told between opening of the gate and well into the run; it never goes on as if nothing was."""
     for step in range(20):

@@ -157,6 +157,7 @@ def test_an_engine_that_cannot_is_told_apart_from_an_agent_that_fails(place, mod
     assert len(daemon.call("execution.list", id=task["id"])["executions"]) == tries
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_with_the_engine_is_lost_and_goes_on_when_the_engine_is_back(place):
     daemon, engine, bare = place
     script = f"[ ! -e {engine.path}/again ] || exit 0; touch {engine.path}/again; echo down >{engine.path}/mode; kill -TERM $$"
@@ -170,7 +171,7 @@ def test_a_run_that_was_stopped_with_the_engine_is_lost_and_goes_on_when_the_eng
     assert (task["state"], first["reason"]) == ("READY", "lost"), (task, daemon.log())
 
 
-@pytest.mark.parametrize("code", [125, 126, 127])
+@pytest.mark.parametrize("code", [125, *(pytest.param(code, marks=pytest.mark.slow) for code in (126, 127))])
 def test_the_agents_own_exit_code_stays_the_agents(place, code):
     task = place[0].wait(add(place, f"exit {code}"))
     assert (task["reason"], task["execution"]["exit_code"]) == ("agent_error", code), task

@@ -184,6 +184,7 @@ def test_a_gemini_that_hangs_is_ended_with_its_group_and_the_task_starts(tmp_pat
         daemon.__exit__()
 
 
+@pytest.mark.slow
 def test_a_gemini_that_hangs_ends_also_where_the_daemon_that_asked_it_was_killed(tmp_path):
     daemon = DaemonProcess(tmp_path, gemini_config(tmp_path, "hang"), {"GEMINI_API_KEY": "fake"})
     try:

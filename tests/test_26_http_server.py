@@ -296,6 +296,7 @@ def test_each_phase_has_its_time(server, monkeypatch, phase, sent, expected):
     wait_until(lambda: not server.http.connections)
 
 
+@pytest.mark.slow
 def test_idle_time_begins_anew_with_each_exchange(server, monkeypatch):
     monkeypatch.setattr(c, "IDLE_S", 0.6)
     with server.connect() as raw:
@@ -844,6 +845,7 @@ def test_a_change_goes_to_its_end_when_its_client_leaves_at_once(hostile):
     wait_until(lambda: any(task["name"] == "left alone" for task in hostile.call("task.list")["tasks"]))
 
 
+@pytest.mark.slow
 def test_two_hundred_polls_wait_together_and_end_with_their_task(hostile):
     task_id, before, sockets = hostile.add("while [ ! -e go ]; do sleep 0.02; done", queue=True), hostile.memory_kb(), []
     name, port = hostile.http_address.rsplit(":", 1)

@@ -140,6 +140,7 @@ def test_a_claimed_execution_that_never_started_goes_back_to_the_queue(daemon, t
     assert task["executions"][1]["reason"] == "lost" and task["task"]["attempts"] == 0
 
 
+@pytest.mark.slow
 def test_the_timeout_is_enforced_while_no_daemon_lives(daemon, tmp_path):
     task_id = daemon.add("echo up; trap '' TERM; while true; do sleep 1; done", timeout="1s")
     found = daemon.started(task_id)
@@ -228,6 +229,7 @@ def test_a_cancel_that_the_daemon_did_not_live_to_finish_is_finished_by_the_next
     assert ended["state"] == c.CANCELLED and not c.marked_processes([found.id])
 
 
+@pytest.mark.slow
 def test_cancel_reaches_a_clone_and_a_check_too(tmp_path):
     bare, copy = make_repository(tmp_path)
     hold = f"echo in >> {tmp_path}/seen; sleep 300"

@@ -398,6 +398,7 @@ def test_waiting_is_a_long_poll_and_not_a_hammering(tmp_path):
     assert [request.path for request in api.requests] == [f"/api/tasks/{TASK_ID}/wait?timeout_s=25"]
 
 
+@pytest.mark.slow
 def test_a_server_that_answers_at_once_is_asked_ever_more_slowly():
     result, requests = asked(answer(200, RUNS), "task", "wait", TASK_ID, "--timeout", "3")
     assert (result.returncode, result.stdout) == (124, "RUNNING\n") and "wait on with" in result.stderr
