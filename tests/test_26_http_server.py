@@ -797,7 +797,9 @@ def test_no_field_changes_what_a_request_asks_for(hostile, fields):
 def test_head_says_what_get_says_without_the_body(hostile):
     task_id = hostile.add("true")
     hostile.wait(task_id)
-    known = [path.replace("{}", task_id if "/tasks/" in path else "nope") for path, methods in c.ROUTES.items() if "GET" in methods]
+    known = [path.replace("{}", task_id if "/tasks/" in path else "nope") for path, methods in c.ROUTES.items()
+             if "GET" in methods and path != "/api/ws"]
+    assert send(hostile, "HEAD", "/api/ws")[0] == 405  # a WebSocket is opened with GET alone
     for path in [*known, "/api/tasks/nope/logs/stream", "/api/events?task=nope", "/api/nothing"]:
         path += "?timeout_s=0" * path.endswith("/wait")
         head = send(hostile, "HEAD", path)
