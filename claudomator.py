@@ -11581,8 +11581,7 @@ def _flush_all(clients: list[WebSocketConnection]) -> None:
 
 def open_websocket(request: object, serve: Callable, protocols: tuple[str, ...] = (), **options) -> HttpUpgrade:
     """The answer to an opening request; ``await serve(connection)`` follows.  Raises ``HandshakeError``."""
-    is_plain = request.method == "HEAD" and "upgrade" not in request.headers  # it asks what a GET would be told
-    fields = check_handshake("GET" if is_plain else request.method, request.minor, request.headers, protocols)
+    fields = check_handshake(request.method, request.minor, request.headers, protocols)
 
     async def run(reader, writer) -> None:
         writer.write(encode_head(101, fields))

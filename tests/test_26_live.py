@@ -138,7 +138,7 @@ def test_what_cannot_be_asked_for_is_told_before_the_upgrade_where_the_token_cam
 
 
 def test_plain_requests_are_told_to_upgrade(daemon):
-    for method, status in (("GET", 426), ("HEAD", 426), ("POST", 405)):
+    for method, status in (("GET", 426), ("HEAD", 405), ("POST", 405)):
         assert daemon.answer(method, "/api/ws").status == status
     fields = dict(line.lower().split(": ", 1) for line in opening("/").decode().split("\r\n")[1:-2])
     assert daemon.answer("HEAD", "/api/ws", headers=fields).status == 405
