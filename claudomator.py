@@ -9230,7 +9230,8 @@ def describe_route(operation: Operation, route: Route) -> dict:
     described["responses"] = {
         str(route.status): {"description": "done" if content else "a WebSocket", **content},
         "default": {"$ref": "#/components/responses/Error"}}
-    return {**described, **({"security": []} if operation.scope == "open" else {})}
+    security = [] if operation.scope == "open" else [{"token": []}, {}]  # a WebSocket's token may come later
+    return {**described, **({"security": security} if operation.scope == "open" or route.form == "socket" else {})}
 
 
 # ---- 24 Pool ---------------------------------------------------------------------------------------------------
@@ -11580,7 +11581,8 @@ def _flush_all(clients: list[WebSocketConnection]) -> None:
 
 def open_websocket(request: object, serve: Callable, protocols: tuple[str, ...] = (), **options) -> HttpUpgrade:
     """The answer to an opening request; ``await serve(connection)`` follows.  Raises ``HandshakeError``."""
-    fields = check_handshake(request.method, request.minor, request.headers, protocols)
+    is_plain = request.method == "HEAD" and "upgrade" not in request.headers  # it asks what a GET would be told
+    fields = check_handshake("GET" if is_plain else request.method, request.minor, request.headers, protocols)
 
     async def run(reader, writer) -> None:
         writer.write(encode_head(101, fields))

@@ -21,7 +21,7 @@ SETTINGS = """\
 headers = {{ Authorization = "Bearer {token}" }}
 hooks = "tests.schemathesis_hooks"
 [checks]
-positive_data_acceptance = {{ expected-statuses = ["2xx", "401", "403", "404", "409", "422"] }}  # 422: see the hooks
+positive_data_acceptance = {{ expected-statuses = ["2xx", "401", "403", "404", "409", "422", "426"] }}  # 422: see the hooks; 426: /api/ws
 """
 
 

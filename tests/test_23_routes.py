@@ -365,6 +365,8 @@ def document(daemon):
 def test_every_route_is_in_the_document_once(document):
     described = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
     assert described == {(route.method, route.path) for operation in c.OPERATIONS.values() for route in operation.routes}
+    free = {path for path, methods in document["paths"].items() if {} in methods.get("get", {}).get("security", [])}
+    assert free == {"/api/ws"}, "its token may come after it is open"
     ids = [described["operationId"] for methods in document["paths"].values() for described in methods.values()]
     assert len(set(ids)) == len(ids) and document["openapi"] == "3.1.0"
     for path, methods in document["paths"].items():

@@ -138,8 +138,10 @@ def test_what_cannot_be_asked_for_is_told_before_the_upgrade_where_the_token_cam
 
 
 def test_plain_requests_are_told_to_upgrade(daemon):
-    for method, status in (("GET", 426), ("HEAD", 405), ("POST", 405)):
+    for method, status in (("GET", 426), ("HEAD", 426), ("POST", 405)):
         assert daemon.answer(method, "/api/ws").status == status
+    fields = dict(line.lower().split(": ", 1) for line in opening("/").decode().split("\r\n")[1:-2])
+    assert daemon.answer("HEAD", "/api/ws", headers=fields).status == 405
 
 
 def test_pages_of_other_sites_and_of_other_names_open_nothing(tmp_path):
@@ -342,7 +344,7 @@ def test_a_daemon_that_stops_says_so(tmp_path):
         clients = [LiveClient(path, token), LiveClient(path, way="none")]
         assert clients[0].hear()["kind"] == "hello"
         assert daemon.terminate() == 0
-        assert [client.hear()[:2] for client in clients] == [(CLOSE, 1001)] * 2
+        assert [client.hear_until(lambda event: False)[-1][:2] for client in clients] == [(CLOSE, 1001)] * 2
 
 
 class Follower(threading.Thread):
