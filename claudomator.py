@@ -11768,39 +11768,49 @@ def stderr_log(level: str, message: str) -> None:
         pass  # a full disk or a closed pipe must not end the daemon
 
 
-def compile_ct(source: str, compiled: str) -> None:
-    """Write the bytecode of ``source``, unless it is there.  Raises ``OSError`` or ``py_compile.PyCompileError``."""
+COMPILE = """import py_compile, sys
+py_compile.compile(sys.argv[1], sys.argv[2], doraise=True, invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP)
+"""
+
+
+def install_ct(config: Config, log: Callable) -> str:
+    """Write ``<data_dir>/bin/ct``, which runs the ct.py beside this file; where there is none there is no ``ct``.
+    Returns where its bytecode belongs, or an empty string."""
+    source, command = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ct.py"), f"{config.tools_dir}/ct"
+    compiled = f"{command}.{sys.implementation.cache_tag}.pyc"
+    python, fast, slow = ("'" + word.replace("'", "'\\''") + "'"
+                          for word in (os.path.realpath(sys.executable), compiled, source))
+    script = f'#!/bin/sh\n[ -r {fast} ] && exec {python} -I -S {fast} "$@"\nexec {python} -I -S {slow} "$@"\n'
+    try:
+        if not os.path.exists(source):
+            if os.path.lexists(command):
+                os.unlink(command)
+            return ""
+        make_directory(config.tools_dir)
+        if read_head(command, QUESTION_LIMIT) != script:
+            write_private(f"{command}.new", script)
+            os.chmod(f"{command}.new", 0o700)
+            os.replace(f"{command}.new", command)
+        return compiled
+    except OSError as error:
+        log("warning", f"{command} cannot be made, so agents may lack it: {error}")
+        return ""
+
+
+def compile_ct(compiled: str) -> int:
+    """Begin to write the bytecode of ct.py, unless it is there: compiling takes as long as all the rest of a call.
+    Returns the pid of the process that does it, or 0; here it would leave 3 MB behind.  Raises ``OSError``."""
+    source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ct.py")
     facts = os.stat(source)
     made_of = b"".join((int(number) & 0xFFFFFFFF).to_bytes(4, "little") for number in (facts.st_mtime, facts.st_size))
     try:
         with open_plain(compiled) as file:
             if file.read(16)[8:] == made_of:
-                return
-    except OSError:
+                return 0
+        os.unlink(compiled)
+    except FileNotFoundError:
         pass
-    import py_compile
-    py_compile.compile(source, compiled, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP)
-
-
-def install_ct(config: Config, log: Callable) -> None:
-    """Write ``<data_dir>/bin/ct``, which runs the ct.py beside this file; where there is none there is no ``ct``.  It
-    runs from bytecode, because compiling it takes as long as all the rest of a call."""
-    source, command = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ct.py"), f"{config.tools_dir}/ct"
-    words = [os.path.realpath(sys.executable), "-I", "-S", f"{command}.{sys.implementation.cache_tag}.pyc"]
-    script = "#!/bin/sh\nexec " + " ".join("'" + word.replace("'", "'\\''") + "'" for word in words) + ' "$@"\n'
-    try:
-        if not os.path.exists(source):
-            if os.path.lexists(command):
-                os.unlink(command)
-            return
-        make_directory(config.tools_dir)
-        compile_ct(source, words[-1])
-        if read_head(command, QUESTION_LIMIT) != script:
-            write_private(f"{command}.new", script)
-            os.chmod(f"{command}.new", 0o700)
-            os.replace(f"{command}.new", command)
-    except Exception as error:  # a broken ct.py is no reason not to serve
-        log("warning", f"{command} cannot be made, so agents may lack it: {error}")
+    return os.posix_spawn(sys.executable, (sys.executable, "-I", "-S", "-c", COMPILE, source, compiled), {})
 
 
 class Daemon:
@@ -11834,7 +11844,7 @@ class Daemon:
         self.log = self.http.log = self.core.log
         self.core.reload, self.core.live = self.reload, Live(self.core)
         self.pool = Pool(self.core)
-        install_ct(self.config, self.log)
+        ct = install_ct(self.config, self.log)
         if only_new:
             self.pool.after_seq = store.last_seq()
         self.server = ControlServer(self.core)
@@ -11844,6 +11854,8 @@ class Daemon:
         store.append_event("daemon.started", version=__version__, pid=os.getpid())
         await self.http.start(lambda request, peer: answer_http(self.core, request))
         await self.server.listen(self.config.socket_path)
+        if compiler := ct and compile_ct(ct):
+            loop.create_task(wait_for_exit(compiler, process_start(compiler)))  # which reaps it
 
     def stop(self) -> None:
         """Begin to stop; ``run`` returns soon after."""

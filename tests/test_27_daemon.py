@@ -1,5 +1,6 @@
 """Section 27: what a daemon inherits, how it stops, reloads and comes back, with real daemon processes."""
 import os
+import pathlib
 import resource
 import signal
 import subprocess
@@ -120,7 +121,15 @@ def tools(tmp_path):
 
 
 def install(tools):
-    c.install_ct(tools[0], lambda level, message: tools[1].append(message))
+    """Install and compile; returns the compiler's exit code."""
+    compiled = c.install_ct(tools[0], lambda level, message: tools[1].append(message))
+    pid = compiled and c.compile_ct(compiled)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) if pid else 0
+
+
+def made(tools):
+    """When each file of ct was written."""
+    return {entry.name: entry.stat().st_mtime_ns for entry in pathlib.Path(tools[0].tools_dir).glob("*")}
 
 
 def test_ct_is_installed_once_and_anew_when_it_changes(tools, tmp_path, monkeypatch):
@@ -130,11 +139,11 @@ def test_ct_is_installed_once_and_anew_when_it_changes(tools, tmp_path, monkeypa
     for word in ("one", "one", "another"):
         (tmp_path / "ct.py").write_text(f"import sys; print('{word}', *sys.argv[1:])\n")
         os.utime(tmp_path / "ct.py", (1e9, 1e9))
-        before = [os.stat(entry).st_ino for entry in os.scandir(tools[0].tools_dir)] if os.path.exists(command) else []
+        before = made(tools)
         install(tools)
         result = subprocess.run([command, "a b", "$HOME"], env={}, capture_output=True, text=True)
         assert (result.stdout, result.stderr) == (f"{word} a b $HOME\n", "")
-        same = before == [os.stat(entry).st_ino for entry in os.scandir(tools[0].tools_dir)]
+        same = before == made(tools)
         assert os.stat(command).st_mode & 0o777 == 0o700 and len(os.listdir(tools[0].tools_dir)) == 2
         assert same == (bool(before) and word == "one") and tools[1] == []
 
@@ -147,11 +156,19 @@ def test_without_a_ct_beside_the_program_agents_have_none(tools, tmp_path, monke
     assert not os.path.exists(f"{tools[0].tools_dir}/ct") and tools[1] == []
 
 
-def test_a_ct_that_cannot_be_made_is_logged_and_stops_nothing(tools, tmp_path, monkeypatch):
-    (tmp_path / "ct.py").write_text("def\n")
+def test_a_ct_that_cannot_be_compiled_says_so_itself_and_stops_nothing(tools, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(c, "__file__", str(tmp_path / "claudomator.py"))
-    install(tools)
-    assert "agents may lack it" in tools[1][0] and not os.path.exists(f"{tools[0].tools_dir}/ct")
+    for text, said in (("print('whole')\n", "whole\n"), ("def\n", "")):
+        (tmp_path / "ct.py").write_text(text)
+        code = install(tools)
+        result = subprocess.run([os.path.join(tools[0].tools_dir, "ct")], env={}, capture_output=True, text=True)
+        assert result.stdout == said and ("SyntaxError" in result.stderr) == (code == 1) == (not said)
+    assert "SyntaxError" in capfd.readouterr().err and tools[1] == []
+
+
+def test_a_ct_that_cannot_be_written_is_logged_and_stops_nothing(tools, tmp_path):
+    (tmp_path / "it's data" / "bin").write_text("a file")
+    assert install(tools) == 0 and "agents may lack it" in tools[1][0]
 
 
 def test_an_agent_asks_and_reports_by_ct(tmp_path):
