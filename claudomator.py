@@ -3954,12 +3954,18 @@ AGENT_TOKEN_PREFIX = "clagt"
 AGENT_TOKEN_LENGTH = len(AGENT_TOKEN_PREFIX) + 32 + 64  # the execution's id and an HMAC, in hexadecimal digits
 
 
+_SHA256: list[Callable] = []  # found once: looking for a module that is not there takes longer than all the rest
+
+
 def hmac_sha256(key: bytes, message: bytes) -> bytes:
     """HMAC (RFC 2104) with SHA-256; the module ``hmac`` would bring OpenSSL's 3 MB into the daemon."""
-    try:
-        from _sha2 import sha256  # CPython 3.12
-    except ImportError:
-        from _sha256 import sha256
+    if not _SHA256:
+        try:
+            from _sha2 import sha256  # CPython 3.12
+        except ImportError:
+            from _sha256 import sha256
+        _SHA256.append(sha256)
+    sha256 = _SHA256[0]
     key = (sha256(key).digest() if len(key) > 64 else key).ljust(64, b"\0")
     inner = sha256(bytes(byte ^ 0x36 for byte in key) + message).digest()
     return sha256(bytes(byte ^ 0x5C for byte in key) + inner).digest()
