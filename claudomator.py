@@ -2207,6 +2207,11 @@ class SummaryFinder:
             self._found.append(line[:TEXT_LIMIT])
             self._size += len(line) + 1
 
+    @property
+    def is_collecting(self) -> bool:
+        """Whether a heading was found, so that every line belongs to it."""
+        return self._found is not None
+
     def text(self) -> str:
         """What was found so far, or an empty string."""
         return "\n".join(self._found or ())[:TEXT_LIMIT].strip()
@@ -2398,6 +2403,7 @@ class TextStream:
 
     BORING = ()
     KEPT_LINES, KEPT_CHARS = 64, 4096  # of the end of the output
+    SUMMARY_MARKS = frozenset((b"## ", b"```", b"~~~"))  # how a heading and a fence begin
 
     def __init__(self, cost_usd: float | None = 0.0) -> None:
         self._cost_usd = cost_usd
@@ -2408,11 +2414,13 @@ class TextStream:
     def feed_line(self, line: bytes) -> list[dict]:
         """Take one line without its LF; nothing in plain text is notable."""
         self._lines += 1
-        if line.strip():
-            self._last.append(line[-self.KEPT_CHARS * 4:])
-            if len(self._last) > 2 * self.KEPT_LINES:
+        words = line.lstrip()
+        if words:
+            self._last.append(line if len(line) < self.KEPT_CHARS * 4 else line[-self.KEPT_CHARS * 4:])
+            if len(self._last) > 4 * self.KEPT_LINES:
                 del self._last[:-self.KEPT_LINES]
-        self._summary.add_line(line[:TEXT_LIMIT * 4].decode("utf-8", "replace").rstrip("\r"))
+        if self._summary.is_collecting or words[:3] in self.SUMMARY_MARKS:  # no other line makes a difference
+            self._summary.add_line(line[:TEXT_LIMIT * 4].decode("utf-8", "replace").rstrip("\r"))
         return []
 
     def facts(self) -> AgentFacts:
