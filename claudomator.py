@@ -11834,7 +11834,7 @@ class Daemon:
         self.config, self._load_config, self.log, self._clock = config, load_config, log, clock
         self.core = self.pool = self.server = self.http = None
         self._lock = -1
-        self._stop = None
+        self._stop = self._compiling = None
 
     async def start(self, only_new: bool = False) -> None:
         """Lock, open, adopt, listen, dispatch; with ``only_new`` start no task that was queued before.
@@ -11869,7 +11869,7 @@ class Daemon:
         await self.http.start(lambda request, peer: answer_http(self.core, request))
         await self.server.listen(self.config.socket_path)
         if compiler := ct and compile_ct(ct):
-            loop.create_task(wait_for_exit(compiler, process_start(compiler)))  # which reaps it
+            self._compiling = loop.create_task(wait_for_exit(compiler, process_start(compiler)))  # which reaps it
 
     def stop(self) -> None:
         """Begin to stop; ``run`` returns soon after."""
@@ -11900,6 +11900,8 @@ class Daemon:
 
     async def close(self) -> None:
         """Stop in order: no new clients, no new starts, drain if configured, leave agents running, close the store."""
+        if self._compiling is not None:
+            self._compiling.cancel()
         if self.server is not None:
             self.server.close()
         if self.http is not None:
