@@ -11824,7 +11824,8 @@ def compile_ct(compiled: str) -> int:
         os.unlink(compiled)
     except FileNotFoundError:
         pass
-    return os.posix_spawn(sys.executable, (sys.executable, "-I", "-S", "-c", COMPILE, source, compiled), {})
+    words = (sys.executable, "-I", "-S", "-c", COMPILE, source, compiled)
+    return os.posix_spawn(sys.executable, words, {}, setsid=True)  # a Ctrl-C is not for it
 
 
 class Daemon:
