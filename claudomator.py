@@ -9293,6 +9293,12 @@ class LogReader:
             self.stream.feed_line(line)
 
 
+# This program as a process of its own, by import: as a script it would be compiled at each start, for a third of a second.
+PROGRAM = (sys.executable, "-I", "-S", "-c",
+           "import sys; sys.path.append(sys.argv.pop(1)); import claudomator; claudomator.main()",
+           os.path.dirname(os.path.abspath(__file__)))
+
+
 class Workplace:
     """Where a run works: its directory and its sandbox, what it is given, and what becomes of its work."""
 
@@ -9408,7 +9414,7 @@ class Workplace:
             sandboxed=self.sandbox is not None, session_id=self.execution.session_id, resume=self.resumed, feedback=feedback,
             answer=resume.get("text", "") if resume.get("kind") == "answer" else "", round=self.execution.round,
             is_root=os.geteuid() == 0,
-            program=("python3", "-I", BOX_PROGRAM) if box else (sys.executable, "-I", os.path.abspath(__file__)),
+            program=("python3", "-I", BOX_PROGRAM) if box else PROGRAM,
             tools_dir=("/usr/local/bin" if box else tools_dir) if os.path.exists(f"{tools_dir}/ct") else "",
             api_url=f"unix://{config.agent_socket_path}", api_token=agent_token(self.core.agent_key, self.execution.id))
         task = self.task
@@ -11782,6 +11788,7 @@ def stderr_log(level: str, message: str) -> None:
         pass  # a full disk or a closed pipe must not end the daemon
 
 
+COMPILE_S = 5.0  # how long a stop waits for it; it takes a tenth of a second
 COMPILE = """import py_compile, sys
 py_compile.compile(sys.argv[1], sys.argv[2], doraise=True, invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP)
 """
@@ -11901,8 +11908,7 @@ class Daemon:
 
     async def close(self) -> None:
         """Stop in order: no new clients, no new starts, drain if configured, leave agents running, close the store."""
-        if self._compiling is not None:
-            self._compiling.cancel()
+        import asyncio
         if self.server is not None:
             self.server.close()
         if self.http is not None:
@@ -11919,6 +11925,8 @@ class Daemon:
                 self.core.store.close()
             except StorageError as error:
                 self.log("error", str(error))
+        if self._compiling is not None:
+            await asyncio.wait({self._compiling}, timeout=COMPILE_S)
         if self._lock >= 0:
             os.close(self._lock)
 

@@ -440,6 +440,7 @@ def mutated(rng, data):
     return bytes(data)
 
 
+@pytest.mark.slow
 def test_mutated_requests_never_mean_anything_else_than_to_h11_and_refusals_are_the_documented_ones():
     rng, seen = random.Random(9110), {"request": 0, "refused": 0, "more": 0}
     allowed = [words for _, words in STRICTER.values()]

@@ -203,7 +203,7 @@ def test_the_process_writes_claudes_envelope(server):
 
 def test_the_program_itself_is_the_process_and_asks_for_nothing_but_stdin(server, tmp_path):
     request = {"endpoint": server.endpoint, "timeout_s": 5, "body": BODY}
-    done = subprocess.run([sys.executable, "-I", str(support.PROGRAM), "_local"], capture_output=True, env={},
+    done = subprocess.run([*c.PROGRAM, "_local"], capture_output=True, env={},
                           input=c.format_json(request).encode(), cwd=tmp_path, timeout=30)
     assert (done.returncode, done.stderr) == (0, b"")
     assert c.parse_json(done.stdout.splitlines()[-1])["is_error"] is False

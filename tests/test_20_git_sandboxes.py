@@ -1127,6 +1127,7 @@ def test_called_again_in_the_middle_of_its_own_rebase_it_starts_it_over(lab, whe
     assert not os.path.exists(sandbox.path + "/.git/claudomator-rebase")
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_called_again_the_work_arrives_once(lab):
     """Real SIGKILLs: a process finishes the sandbox and is killed, with its git, after a random time."""
     project, bare = lab.with_bare(**{"Makefile": "build:\n\techo x > product\n"})

@@ -170,6 +170,7 @@ def test_without_a_local_model_the_gemini_cli_is_asked_only_where_the_configurat
         assert not (daemon.home / ".gemini").exists()  # its session was kept apart from the operator's
 
 
+@pytest.mark.slow
 def test_a_gemini_that_hangs_is_ended_with_its_group_and_the_task_starts(tmp_path):
     text = gemini_config(tmp_path, "hang")
     daemon = DaemonProcess(tmp_path, text, {"GEMINI_API_KEY": "fake"})

@@ -193,6 +193,7 @@ def test_pipelined_requests_are_answered_in_their_order(server):
             assert json.loads(read_answer(raw)[2])["query"] == [[str(number), ""]]
 
 
+@pytest.mark.slow
 def test_a_client_that_sends_ahead_does_not_hold_up_others(server):
     with server.connect() as flood, server.connect() as other:
         flood.setblocking(False)
@@ -640,6 +641,7 @@ def test_a_run_without_a_daemon_opens_no_port(tmp_path):
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_thousand_idle_connections_cost_little_and_wake_nobody(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 4096 and hard != resource.RLIM_INFINITY:

@@ -318,6 +318,7 @@ def test_a_client_that_reads_late_still_gets_all_that_it_missed(daemon, connect,
     joined(daemon, 1)
 
 
+@pytest.mark.slow
 def test_half_open_clients_are_dropped_and_cost_no_wakeup_when_they_are_gone(tmp_path, monkeypatch):
     monkeypatch.setattr(c.WebSocketConnection.__init__, "__defaults__", (c.MAX_MESSAGE, 0.2, 5.0))
     with started(tmp_path) as daemon:

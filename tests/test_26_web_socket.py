@@ -167,6 +167,7 @@ def test_a_client_that_keeps_sending_after_its_error_is_dropped(server, connect)
     wait_until(lambda: server.ended == [None])
 
 
+@pytest.mark.slow
 def test_a_half_open_client_is_dropped_and_one_that_answers_pings_stays(server, connect):
     address = server.listen(ping_every_s=0.2)
     silent, alive = connect(address), connect(address)

@@ -6,6 +6,7 @@ import pathlib
 import queue
 import random
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from tests.fakes import anthropic_api, ct_api
 from tests.fakes.ct_api import CtApi, answer, refusal
 from tests.test_claude_job import REALS
 
-PROGRAM = (sys.executable, "-I", c.__file__)  # as a daemon starts it
+PROGRAM = c.PROGRAM  # as a daemon starts it
 COMMAND = [*support.COMMAND, "mcp"]  # the same, but compiled
 TASK_ID, PARENT = "7be1d0c4-0000-4000-8000-000000000002", "4a5e0c1e-0000-4000-8000-000000000001"
 TASK = {"id": TASK_ID, "name": "Fix tests", "state": "COMPLETED", "execution": None}
@@ -243,6 +244,7 @@ def test_the_end_of_stdin_ends_it_and_lets_short_calls_answer(files):
     assert code == 0 and stderr == "" and sorted(each["id"] for each in messages) == [1, 2]
 
 
+@pytest.mark.slow
 def test_the_end_of_stdin_ends_it_while_a_call_waits():
     gate = threading.Event()
     with Api(lambda request: gate.wait(20) and DONE) as api, Server(environment(api.url)) as server:
@@ -527,6 +529,7 @@ def test_a_cancelled_call_leaves_the_api_and_is_never_answered(tmp_path):
             listener.accept()
 
 
+@pytest.mark.slow
 def test_a_wait_goes_on_over_a_restart_of_the_daemon(tmp_path):
     path, first, cut = tmp_path / "agent.sock", threading.Event(), threading.Event()
 
@@ -650,7 +653,7 @@ def test_a_task_makes_a_subtask_and_waits_for_it(tmp_path):
     with support.DaemonProcess(tmp_path) as daemon:
         other = daemon.add("true", queue=False)
         (tmp_path / "client.py").write_text(CLIENT.replace("OTHER", other))
-        task = daemon.wait(daemon.add(" ".join([sys.executable, str(tmp_path / "client.py"), *PROGRAM, "mcp"])))
+        task = daemon.wait(daemon.add(shlex.join([sys.executable, str(tmp_path / "client.py"), *PROGRAM, "mcp"])))
         log = (daemon.data_dir / "executions" / task["execution"]["id"] / "stdout.log").read_text()
         made, waited, looked, refused, wrong, _ = map(json.loads, log.splitlines())
         below, = daemon.call("task.subtasks", id=task["id"])["tasks"]

@@ -410,6 +410,7 @@ def test_a_timeout_of_zero_looks_once():
     assert (result.returncode, result.stdout, len(requests)) == (124, "RUNNING\n", 1)
 
 
+@pytest.mark.slow
 def test_a_pending_task_is_pointed_out_once():
     states = ["PENDING", "PENDING", "COMPLETED"]
     result, _ = asked(lambda request: answer(200, {"tasks": [{**TASK, "state": states.pop(0)}], "timed_out": False}),
@@ -466,6 +467,7 @@ def test_a_wait_survives_a_restart_of_the_daemon_and_says_so_once(unix, tmp_path
     assert err.count("trying again") == 1
 
 
+@pytest.mark.slow
 def test_a_wait_for_a_daemon_that_does_not_come_back_ends_with_its_timeout():
     result = run("task", "wait", TASK_ID, "--timeout", "1", env=environment("unix:///nowhere/agent.sock"))
     told(result, 124, "trying again for 1 s", "--timeout is over")

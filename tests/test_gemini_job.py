@@ -114,6 +114,7 @@ def test_a_daily_quota_parks_the_kind_until_it_is_full_again(job):
     assert set(parked) == {"gemini"} and c.format_time(parked["gemini"]["until"])[11:16] == "08:00"
 
 
+@pytest.mark.slow
 def test_another_session_in_the_same_directory_takes_nothing_from_a_blocked_one(job):
     for name in ("name", "email"):
         subprocess.run(["git", "-C", job.copy, "config", f"user.{name}", "t@example.org"], check=True)
@@ -128,6 +129,7 @@ def test_another_session_in_the_same_directory_takes_nothing_from_a_blocked_one(
     assert login.is_symlink() and login.resolve() == job.daemon.home / "home/.gemini/settings.json"
 
 
+@pytest.mark.slow
 def test_cancel_ends_everything_that_the_agent_started(job):
     job.daemon.start()
     task_id = job.submit("slow_tool")
