@@ -122,6 +122,7 @@ def test_setup_and_verify_of_a_project_run_in_the_agents_copy(place):
     assert names == ["-setup", "", "-colle", "-gate-"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, words", [
     ("echo a > c; git add c; git commit -qm a; git checkout -qb other HEAD^; echo b > c; git add c; git commit -qm b;"
      " git rebase -q main >/dev/null 2>&1; exit 0", "unfinished"),
@@ -142,6 +143,7 @@ def test_a_repository_inside_the_clone_is_left_out(place):
     assert "a b" not in git(bare, "ls-tree", "--name-only", "main")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, reason, words, tries", [
     ("down", "sandbox_failed", "the container engine does not answer: start docker", 2),
     ("missing", "spawn_failed", "run `claudomator image build`, or set claude_image", 1),
@@ -171,7 +173,8 @@ def test_a_run_that_was_stopped_with_the_engine_is_lost_and_goes_on_when_the_eng
     assert (task["state"], first["reason"]) == ("READY", "lost"), (task, daemon.log())
 
 
-@pytest.mark.parametrize("code", [125, *(pytest.param(code, marks=pytest.mark.slow) for code in (126, 127))])
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [125, 126, 127])
 def test_the_agents_own_exit_code_stays_the_agents(place, code):
     task = place[0].wait(add(place, f"exit {code}"))
     assert (task["reason"], task["execution"]["exit_code"]) == ("agent_error", code), task

@@ -322,6 +322,7 @@ c.spawn_supervisor, os.fdatasync = spawn_and_hold, slow_sync
 """
 
 
+@pytest.mark.slow
 def test_a_cancel_while_the_pid_is_not_on_disk_yet_keeps_the_gate_shut_even_where_no_signal_can_be_sent(tmp_path):
     hold = tmp_path / "hold"
     with patched_daemon(tmp_path, SLOW_DISK.format(hold=str(hold))) as daemon:
@@ -438,6 +439,7 @@ def outgrow(daemon):
         daemon.call("task.create", tasks=shell_task("true", description="x" * 20_000))
 
 
+@pytest.mark.slow
 def test_an_end_that_the_disk_refuses_is_recorded_when_there_is_room_and_nothing_runs_twice(tmp_path):
     with patched_daemon(tmp_path, "c.SETTLE_RETRY_S = 0.2") as daemon:
         outgrow(daemon)
@@ -493,6 +495,7 @@ c.Store._undo = noted
 """
 
 
+@pytest.mark.slow
 def test_what_an_agent_reports_while_the_disk_is_full_is_told_once_when_there_is_room(tmp_path):
     lines = (DATA / "a_text.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "first").write_text(lines[0])

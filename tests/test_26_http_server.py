@@ -764,6 +764,7 @@ def test_an_endless_number_is_told_in_our_words(hostile, body):
     assert status == 400 and "too many digits" in told["error"]["message"] and "sys." not in told["error"]["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", [
     {f"k{n}": n for n in range(200_000)}, {"tasks": SMALL, **{f"k{n}": n for n in range(200_000)}}, [SMALL] * 120_000,
     [{"name": "t", "agent": 5}] * 250_000, {**SMALL, "tags": ["x"] * 1_000_000}, {**SMALL, "depends_on": ["x"] * 1_000_000}, {**SMALL, **{f"nome{n}": 1 for n in range(400_000)}}])

@@ -395,6 +395,7 @@ class Follower(threading.Thread):
                             self.take(json.loads(line[6:]))
 
 
+@pytest.mark.slow
 def test_many_clients_miss_nothing_and_hear_nothing_twice_when_the_daemon_is_killed(tmp_path):
     with DaemonProcess(tmp_path, "max_concurrent = 4\n") as daemon:
         path, token = str(daemon.data_dir / "agent.sock"), (daemon.data_dir / "api-token").read_text().strip()

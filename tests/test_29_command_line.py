@@ -591,6 +591,7 @@ def test_a_place_that_cannot_be_written_is_one_sentence():
         assert done.returncode == 1 and "/proc/x" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_output_to_a_closed_pipe_or_a_full_disk_makes_no_traceback(daemon):
     task_id = settled(daemon, "yes | head -c 400000")
     for command in (f"ctl logs {task_id} | head -n 1", f"ctl logs --raw {task_id} | head -c 1", "list --all | true", "--help | true"):

@@ -235,6 +235,7 @@ def test_cancel_ends_everything_that_the_agent_started_and_nothing_else(job):
         stranger.wait()
 
 
+@pytest.mark.slow
 @one_fake
 def test_a_cancelled_session_can_be_resumed(job):
     job.daemon.start()

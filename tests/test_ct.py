@@ -448,7 +448,7 @@ def test_a_wrong_id_among_several_is_told_before_the_wait():
     told(run("task", "wait", "../x", env=environment("http://127.0.0.1:1")), 64, "ct task list")
 
 
-@pytest.mark.parametrize("unix", [False, True], ids=["tcp", "unix"])
+@pytest.mark.parametrize("unix", [pytest.param(False, id="tcp", marks=pytest.mark.slow), pytest.param(True, id="unix")])
 def test_a_wait_survives_a_restart_of_the_daemon_and_says_so_once(unix, tmp_path):
     path = tmp_path / "agent.sock" if unix else None
     first = CtApi(lambda request: answer(200, RUNS), path).__enter__()

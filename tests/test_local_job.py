@@ -138,6 +138,7 @@ def test_a_busy_server_is_asked_again_from_the_queue_when_it_says(job, server):
     assert [run["reason"] for run in job.runs(task_id)] == ["rate_limited", None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario, reason, words", [
     ("drop", "api_error", "before its answer was whole"), ("mid_error", "api_error", "slot is gone"),
     ("error_500", "api_error", "HTTP 500"), ("no_model", "bad_task", "pulling it first"),
