@@ -1,4 +1,4 @@
-"""ct.py, as the process that an agent starts: ``python3 -I -S ct.py`` with nothing but its own variables."""
+"""ct.py, as the process that an agent starts: ``python3 -I -S``, its bytecode, and nothing but its own variables."""
 import ast
 import json
 import os
@@ -21,6 +21,7 @@ from tests.fakes.ct_api import CtApi, answer, chunked, refusal
 from tests.support import wait_until
 
 CT = pathlib.Path(ct.__file__)
+CODE = ct.__cached__ if os.path.exists(ct.__cached__) else str(CT)  # agents have it compiled
 PYTHON = os.path.realpath(sys.executable)
 TASK_ID = "7be1d0c4-0000-4000-8000-000000000002"
 TRANSCRIPTS = ct_api.read_transcripts()
@@ -35,12 +36,12 @@ def environment(url="", token=ct_api.TOKEN, **more) -> dict:
 
 
 def start(*words, env=None, **more) -> subprocess.Popen:
-    return subprocess.Popen([PYTHON, "-I", "-S", str(CT), *words], env=env or {}, stdin=subprocess.DEVNULL,
+    return subprocess.Popen([PYTHON, "-I", "-S", CODE, *words], env=env or {}, stdin=subprocess.DEVNULL,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", **more)
 
 
 def run(*words, env=None, stdin=None, timeout=30) -> subprocess.CompletedProcess:
-    return subprocess.run([PYTHON, "-I", "-S", str(CT), *words], env=env or {}, input=stdin, capture_output=True, text=True,
+    return subprocess.run([PYTHON, "-I", "-S", CODE, *words], env=env or {}, input=stdin, capture_output=True, text=True,
                           encoding="utf-8", timeout=timeout, **({} if stdin is not None else {"stdin": subprocess.DEVNULL}))
 
 
