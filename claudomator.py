@@ -10779,7 +10779,8 @@ class ControlServer:
         self.loop = asyncio.get_running_loop()
         listener, self._path = bind_unix_socket(path, "control socket", "socket_path"), path
         kind = type("Connection", (ControlConnection, asyncio.BufferedProtocol), {})  # not above: asyncio comes late
-        self._server = await self.loop.create_unix_server(lambda: kind(self), sock=listener, backlog=MAX_CONNECTIONS)
+        self._server = await self.loop.create_unix_server(lambda: kind(self), sock=listener, backlog=MAX_CONNECTIONS,
+                                                          **KEEP_SOCKET)
 
     def close(self) -> None:
         """Stop listening and drop the clients; they reconnect to the next daemon."""
@@ -10791,6 +10792,10 @@ class ControlServer:
                 os.unlink(self._path)
             except OSError:
                 pass
+
+
+# CPython 3.13 would remove the socket by its address, which for a long path names a descriptor that is closed by then.
+KEEP_SOCKET = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
 
 
 def bind_unix_socket(path: str, what: str, setting: str) -> Any:
@@ -11128,8 +11133,10 @@ class HttpServer:
         import socket
         self.loop, self.handle = asyncio.get_running_loop(), handle
         for listener in self._listeners:
-            start = asyncio.start_unix_server if listener.family == socket.AF_UNIX else asyncio.start_server
-            server = await start(self._connected, sock=listener, limit=MAX_HEAD_BYTES, backlog=HTTP_BACKLOG)
+            start, more = asyncio.start_server, {}
+            if listener.family == socket.AF_UNIX:
+                start, more = asyncio.start_unix_server, KEEP_SOCKET
+            server = await start(self._connected, sock=listener, limit=MAX_HEAD_BYTES, backlog=HTTP_BACKLOG, **more)
             self._servers.append(server)
 
     async def _connected(self, reader, writer) -> None:

@@ -876,3 +876,19 @@ def test_a_garbage_token_of_any_length_opens_nothing(hostile):
             assert answered == 401 and any(line.startswith("WWW-Authenticate: Bearer") for line in lines), size
     for near in (hostile.token[:-1], hostile.token + "x", hostile.token.swapcase(), hostile.token[::-1], f"{hostile.token},{hostile.token}"):
         assert send(hostile, "GET", "/api/version", token=near)[0] == 401
+
+
+def test_a_socket_in_a_deep_directory_serves_though_the_descriptor_of_its_address_means_something_else_now(tmp_path):
+    directory = tmp_path / ("l" * 100)
+    directory.mkdir(mode=0o700)
+
+    async def body():
+        server = c.HttpServer(lambda level, message: None)
+        server.bind_unix(str(directory / "agent.sock"))
+        taken = [open(__file__, "rb") for _ in range(3)]  # one of them has that number
+        await server.start(lambda request, peer: c.HttpResponse(b"here"))
+        await server.close()
+        for file in taken:
+            file.close()
+    asyncio.run(body())
+    assert not (directory / "agent.sock").exists()
