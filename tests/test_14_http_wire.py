@@ -241,6 +241,7 @@ def test_the_largest_body_is_read_with_a_length_and_in_chunks():
         assert len(found) == 1 and found[0].body == b"x" * size
 
 
+@pytest.mark.slow
 def test_pipelined_requests_come_in_their_order_at_every_split():
     stream = b"".join(data for data, _ in ACCEPTED.values() if len(data) < 500)
     whole = outcomes([stream])

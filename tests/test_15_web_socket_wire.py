@@ -341,6 +341,7 @@ def test_a_close_frame_may_be_empty_but_not_half_a_code_nor_have_a_reason_that_i
 # Whatever comes
 
 
+@pytest.mark.slow
 def test_mutated_streams_end_in_events_or_one_error_and_the_split_does_not_matter():
     draw, errors = random.Random(7), 0
     for _ in range(3000):

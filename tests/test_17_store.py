@@ -907,6 +907,7 @@ def plain(text_lines):
     return [re.sub(r"'20\d\d-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}000\+00:00'", "'now'", str(line)) for line in text_lines]
 
 
+@pytest.mark.slow
 def test_a_migration_that_ends_at_any_statement_has_changed_nothing_or_a_whole_step(tmp_path):
     origin, whole = str(tmp_path / "go.db"), str(tmp_path / "whole.db")
     go_database(origin)

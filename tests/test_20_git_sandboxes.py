@@ -897,6 +897,7 @@ def test_two_tasks_pushing_at_once_both_arrive_and_the_later_is_recorded_anew(la
         lab.git(bare, "merge-base", "--is-ancestor", result.commits[0]["hash"], "main")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared_lock", [True, False])
 def test_ten_tasks_pushing_at_once_all_arrive(lab, shared_lock):
     """Once as one daemon's tasks, which take turns, once as three strangers, who know nothing of each other."""

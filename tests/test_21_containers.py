@@ -112,6 +112,7 @@ def test_a_question_goes_on_in_the_same_session_sandbox_and_home(place):
     assert git(bare, "log", "--format=%s", "-3", "main").splitlines() == ["feat: third", "feat: second", "feat: first"]
 
 
+@pytest.mark.slow
 def test_setup_and_verify_of_a_project_run_in_the_agents_copy(place):
     daemon, engine, bare = place
     task = daemon.wait(daemon.add("cat made; echo p > by-project", project="p", agent={"isolation": "container"}))
@@ -135,6 +136,7 @@ def test_work_that_cannot_be_taken_is_refused_with_its_reason(place, script, wor
     assert os.path.isdir(task["execution"]["sandbox_dir"]) and engine.containers() == []
 
 
+@pytest.mark.slow
 def test_a_repository_inside_the_clone_is_left_out(place):
     daemon, engine, bare = place
     task = daemon.wait(add(place, "git init -q 'a b'; echo x > 'a b/x'; git init -q n; echo y > beside"))

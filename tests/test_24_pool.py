@@ -160,6 +160,7 @@ def test_killed_at_any_point_the_daemon_completes_the_work_with_one_run_and_one_
             wait_until(lambda: not sandboxes(daemon), what="the removal of the sandbox")
 
 
+@pytest.mark.slow
 def test_an_adopted_log_tells_its_events_once_and_the_session_goes_on(tmp_path):
     go = tmp_path / "go"
     lines = ['{"type":"system","subtype":"init","session_id":"s-1","model":"m","claude_code_version":"2.1.329"}',
@@ -188,6 +189,7 @@ def test_an_adopted_log_tells_its_events_once_and_the_session_goes_on(tmp_path):
         assert runs(tmp_path / "runs") == 1
 
 
+@pytest.mark.slow
 def test_an_agent_that_was_silent_without_a_daemon_is_stalled_at_once(tmp_path):
     with DaemonProcess(tmp_path) as daemon:
         task_id = daemon.add("echo up; sleep 300", stall_timeout="30s")
@@ -403,6 +405,7 @@ def test_pipes_and_links_that_an_agent_plants_hold_nobody_up_and_show_nothing(da
     assert ended["state"] == c.READY and ended["summary"] == ""
 
 
+@pytest.mark.slow
 def test_a_kept_sandbox_survives_the_pruning_of_the_run_that_made_it(tmp_path):
     bare, copy = make_repository(tmp_path)
     with DaemonProcess(tmp_path, "keep_executions = 1\n") as daemon:

@@ -196,6 +196,7 @@ def test_half_a_line_and_silence_hold_nobody_up(daemon):
     assert read_lines(silent[0], 1)[0]["id"] == 1
 
 
+@pytest.mark.slow
 def test_requests_without_reading_the_answers_wait_in_the_kernel(daemon):
     daemon.call("task.create", tasks={"tasks": [shell_task("true", f"t{n}", description="d" * 2000) for n in range(300)]})
     peak, greedy = Peak(daemon), [connect(daemon) for _ in range(5)]

@@ -286,6 +286,7 @@ def test_a_client_that_never_reads_is_sent_away_and_the_others_miss_nothing(daem
     assert seqs == list(range(heard[0]["seq"], heard[-1]["seq"] + 1)), "it comes back and has missed nothing"
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_what_it_missed_holds_one_page_and_is_sent_away(daemon, connect, monkeypatch):
     monkeypatch.setattr(c, "WRITE_S", 0.1)
     monkeypatch.setattr(c, "EVENT_PAGE", 10)

@@ -38,6 +38,7 @@ def test_descriptors_that_the_daemon_inherited_do_not_reach_its_agents(tmp_path)
         daemon.__exit__()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config, least_s, most_s", [
     ('on_shutdown = "drain"\nshutdown_timeout = "600ms"\n', 0.6, 5), ('on_shutdown = "leave"\n', 0, 5)])
 def test_a_stop_waits_as_configured_and_leaves_the_agent_at_work_for_the_next(tmp_path, config, least_s, most_s):

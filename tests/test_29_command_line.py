@@ -310,6 +310,7 @@ def test_following_a_log_loses_and_doubles_nothing_when_the_daemon_is_killed(tmp
         assert process.returncode == 0 and b"waiting for it to come back" in err and b"READY" in err and b"Traceback" not in err
 
 
+@pytest.mark.slow
 def test_watch_since_misses_nothing_across_restarts(tmp_path):
     with DaemonProcess(tmp_path) as daemon:
         first = settled(daemon, "true")
@@ -329,6 +330,7 @@ def test_watch_since_misses_nothing_across_restarts(tmp_path):
         assert {event["task_id"] for event in events} >= {first, last}
 
 
+@pytest.mark.slow
 def test_follow_goes_on_through_verify_rounds_and_tells_the_outcome(daemon):
     script = 'sleep 0.5; echo "round $CLAUDOMATOR_ROUND"; echo ok > "r$CLAUDOMATOR_ROUND"'
     env = {"verify": "test -e r2", "verify_rounds": 2, "agent": {"project_dir": str(daemon.home / "w"), "isolation": "none"}}
@@ -449,6 +451,7 @@ def test_run_ends_with_75_when_the_agent_kind_is_parked(daemon):
     daemon.call("agent.unpark", agent="claude")
 
 
+@pytest.mark.slow
 def test_the_budget_is_shown_and_a_reached_one_ends_a_run_with_75(tmp_path):
     with DaemonProcess(tmp_path, "[budgets]\nruns = 1\nusd = 5\n") as daemon:
         assert daemon.cli("ctl", "add", "true", "--agent", "shell", "--wait").returncode == 0

@@ -553,6 +553,7 @@ def test_a_wait_goes_on_over_a_restart_of_the_daemon(tmp_path):
     assert result["structuredContent"]["ended"] is True and not result["isError"] and len(restarted.requests) == 1
 
 
+@pytest.mark.slow
 def test_a_wait_ends_with_its_time_and_says_how_to_go_on():
     with Api(lambda request: RUNS) as api, Server(environment(api.url)) as server:
         result = server.result("wait_subtask", id=TASK_ID, timeout_s=0.6)

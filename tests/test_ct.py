@@ -170,6 +170,7 @@ def test_a_text_that_is_not_utf_8_is_refused(tmp_path):
     told(result, 64, "not UTF-8")
 
 
+@pytest.mark.slow
 def test_a_cut_answer_is_asked_for_again_with_the_same_idempotency_key():
     replies = [b"", answer(201, {"tasks": [TASK]})[:60], answer(201, {"tasks": [TASK]})]
     result, requests = asked(lambda request: replies.pop(0), "task", "submit", "--instructions", "x")

@@ -207,6 +207,7 @@ say(type="end", usage={"in": 10, "out": 2})
 """
 
 
+@pytest.mark.slow
 def test_a_configured_runner_asks_is_answered_and_is_added_by_a_reload(no_api, tmp_path):
     job, program = no_api, tmp_path / "agent.py"
     program.write_text(PROGRAM)

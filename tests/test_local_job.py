@@ -87,6 +87,7 @@ def test_no_sandbox_is_made_of_the_project(job, tmp_path):
         job.submit("text", agent={"project_dir": str(copy), "isolation": "sandbox"})
 
 
+@pytest.mark.slow
 def test_a_cancel_closes_the_request(job, server):
     task_id = job.submit("slow")
     support.wait_until(lambda: server.requests and job.runs(task_id), 20, "the request")
@@ -175,6 +176,7 @@ def test_without_an_endpoint_the_kind_is_not_installed_and_nothing_asks_a_model(
         assert job.daemon.wait(job.daemon.add("echo words"))["summary"] in (None, "")
 
 
+@pytest.mark.slow
 def test_a_wrong_key_parks_the_kind_and_is_shown_nowhere(tmp_path, server):
     server.api_key = "the-right-key"
     job = Job(tmp_path, server.endpoint, 'api_key = "sk-wrong-key"\n')
@@ -194,6 +196,7 @@ def test_a_wrong_key_parks_the_kind_and_is_shown_nowhere(tmp_path, server):
         assert key not in written + job.daemon.log().encode()
 
 
+@pytest.mark.slow
 def test_a_rejection_and_a_failed_check_reach_the_next_prompt(job, server, tmp_path):
     verify = f'test -e "{tmp_path}/checked" || {{ touch "{tmp_path}/checked"; echo the check is not amused; exit 1; }}'
     task, run = job.end("text", verify=verify)
@@ -206,6 +209,7 @@ def test_a_rejection_and_a_failed_check_reach_the_next_prompt(job, server, tmp_p
     assert "Shorter, please." in server.requests[2]["body"]["messages"][-1]["content"]
 
 
+@pytest.mark.slow
 def test_a_follower_reads_along_and_reads_nothing_twice(job, server):
     task_id = job.submit("lines")
     command = [*support.COMMAND, "ctl", "logs", "-f", task_id]

@@ -184,6 +184,7 @@ def test_the_page_and_the_api_are_told_apart(daemon):
     assert b"text/event-stream" in said and b'"text":"said\\n"' in said and b"event: end\n" in said
 
 
+@pytest.mark.slow
 def test_an_agents_stream_ends_with_its_execution(daemon):
     task_id, _, token = daemon.running("sleep 1", name="short")
     stream = daemon.answer("GET", "/api/events", token=token)
