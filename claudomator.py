@@ -8574,7 +8574,7 @@ async def _task_wait(core: Core, params: dict) -> dict:
 
 async def _task_diff(core: Core, params: dict) -> dict:
     task = core.one(params)
-    run, env, diff = core.last_run(task), dict(os.environ), ""
+    run, env, diff = core.last_run(task), core.host_env, ""
     if run.sandbox_dir and os.path.isdir(run.sandbox_dir):
         diff = await in_thread(sandbox_diff, run.sandbox_dir, env)
     elif run.commits and task.agent.project_dir:
@@ -8770,7 +8770,7 @@ async def _sandbox_list(core: Core, params: dict) -> dict:
             found[run.sandbox_dir] = {
                 "path": run.sandbox_dir, "task_id": run.task_id, "execution_id": run.id, "status": run.status,
                 "reason": run.reason or None, "end_time": format_time(run.end_time),
-                **await in_thread(sandbox_summary, run.sandbox_dir, dict(os.environ))}
+                **await in_thread(sandbox_summary, run.sandbox_dir, core.host_env)}
     return {"sandboxes": list(found.values())}
 
 
@@ -9321,7 +9321,7 @@ class Workplace:
     def _environment(self) -> dict:
         """For git, with its credential helpers: the daemon's own, with the mark so that a stop reaches it."""
         key = self.core.config.ssh_auth_sock if self.task.agent.repository_url else ""
-        return {**os.environ, MARK: self.execution.id, **({"SSH_AUTH_SOCK": key} if key else {})}
+        return {**self.core.host_env, MARK: self.execution.id, **({"SSH_AUTH_SOCK": key} if key else {})}
 
     def _shell_environment(self) -> dict:
         """For setup, build and verify on the host, which run what an agent may have edited: as much as the agent gets
@@ -10274,9 +10274,10 @@ class Dispatcher:
         told = tuple(self._told["told"]) if self._told["day"] == day else ()
         if not (notices := new_budget_notices(caps, told)):
             return
-        self._told = {"day": day, "told": [*told, *(key for key, _, _ in notices)]}
+        now_told = {"day": day, "told": [*told, *(key for key, _, _ in notices)]}
         with self.core.store.atomic():
-            self.core.store.put_setting("budget_notices", self._told)
+            self.core.store.put_setting("budget_notices", now_told)
+            self.core.store.after(lambda: setattr(self, "_told", now_told))
             for _, event, cap in notices:
                 words = f"budget {event.removeprefix('budget.')}: {describe_cap(cap)}"
                 self.core.store.append_event(event, **cap_to_json(cap), detail=words)
@@ -10296,7 +10297,7 @@ class Dispatcher:
             return bool(self.core.config.local_model.endpoint)
         program, now = runner_binary(kind, self.core.config), time.monotonic()
         if now > self._programs.get(program, (0.0, False))[0]:
-            self._programs[program] = now + LOOK_S, bool(find_program(program, os.environ.get("PATH", "")))
+            self._programs[program] = now + LOOK_S, bool(find_program(program, self.core.host_env.get("PATH", "")))
         return self._programs[program][1]
 
     def _unpark_due(self, now: float) -> None:
