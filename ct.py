@@ -222,10 +222,20 @@ class Api:
                       f"Authorization: Bearer {token}\r\nAccept: application/json\r\nConnection: close\r\n")
 
     def _connect(self) -> _socket.socket:
-        found, host = [(_socket.AF_UNIX, self._host)], self._host
+        host = self._host
         if self._port:  # as bytes: for a str the codec for international names is imported, and ``re`` with it
             name = host.encode("ascii") if host.isascii() else host
-            found = [(row[0], row[4]) for row in _socket.getaddrinfo(name, self._port, 0, _socket.SOCK_STREAM)]
+            return self._connect_first(
+                [(row[0], row[4]) for row in _socket.getaddrinfo(name, self._port, 0, _socket.SOCK_STREAM)])
+        if len(os.fsencode(host)) < 104:
+            return self._connect_first([(_socket.AF_UNIX, host)])
+        directory = os.open(os.path.dirname(host), os.O_PATH | os.O_DIRECTORY)  # an address has 108 bytes (unix(7))
+        try:
+            return self._connect_first([(_socket.AF_UNIX, f"/proc/self/fd/{directory}/{os.path.basename(host)}")])
+        finally:
+            os.close(directory)
+
+    def _connect_first(self, found: list) -> _socket.socket:
         for last, (family, address) in enumerate(found, 1 - len(found)):
             connection = _socket.socket(family, _socket.SOCK_STREAM)
             try:
