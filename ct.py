@@ -669,17 +669,18 @@ def parse_arguments(words: list[str], name: str) -> tuple[dict, list[str]]:
 
 def dispatch(words: list[str], environ: dict) -> int:
     """Run a command line; returns the exit code.  Raises ``Failure``."""
-    named = [word for word in words[:2] if not word.startswith("-")]
+    first = next((at for at, word in enumerate(words[:2]) if word.startswith("-")), 2)
+    named = words[:first]
     name = next((name for name in (" ".join(named), *named[:1]) if name in COMMANDS), "")
     if not name:
         group = "task " if named[:1] == ["task"] else ""
         if "--help" in words or "-h" in words or not words or words == ["task"]:
             write(1 if words not in ([], ["task"]) else 2, help_text(group) + "\n")
             return EXIT_OK if words not in ([], ["task"]) else EXIT_USAGE
-        if words[0].startswith("-"):
-            raise Failure(f"options come behind the command: ct task list {words[0]}; see ct --help")
+        if named in ([], ["task"]):
+            raise Failure(f"options come behind the command: ct task list {words[first]}; see ct --help")
         known = [full.removeprefix(group) for full in COMMANDS] + ["task"]
-        word = " ".join(named[bool(group):][:1]) or words[-1]
+        word = named[bool(group)]
         raise Failure(f"there is no command ct {group}{word}{hint(word, known)}; see ct --help")
     rest = words[len(name.split()):]
     if "-h" in rest or "--help" in rest:

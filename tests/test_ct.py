@@ -588,9 +588,17 @@ def test_every_command_has_help_with_all_its_options(name):
 
 @pytest.mark.parametrize("words, says", [
     (["tusk"], "did you mean task"), (["task", "sumbit"], "did you mean submit?"), (["--max", "5", "task", "list"], "behind the command"),
+    (["task", "--max", "list"], "behind the command: ct task list --max"), (["tusk", "--max"], "did you mean task"),
     (["task", "list", "--stat", "x"], "did you mean --state?"), (["task", "wait"], "ID..."), (["ask"], "TEXT"), (["list"], "ct --help")])
 def test_a_mistake_gets_a_hint(words, says):
     told(run(*words), 64, says)
+
+
+def test_an_option_before_the_command_does_not_make_its_name_the_text(tmp_path):
+    path = tmp_path / "question.json"
+    result = run("--option", "ask", env={"CLAUDOMATOR_QUESTION_FILE": str(path)})
+    told(result, 64, "behind the command")
+    assert not path.exists()
 
 
 def test_json_is_one_document_for_errors_too():
