@@ -145,7 +145,7 @@ class Answer:
             return False
         first, *lines = bytes(self._bytes[:end]).decode("latin-1").split("\r\n")
         words = first.split(" ", 2)
-        if len(words) < 2 or len(words[1]) != 3 or not words[1].isdigit() or words[1] < "100":
+        if len(words) < 2 or len(words[1]) != 3 or not words[1].isdecimal() or words[1] < "100":
             raise Unreachable("what answers there does not speak HTTP/1.1")
         self.status, self.headers = int(words[1]), {}
         for line in lines:
@@ -205,7 +205,7 @@ def parse_url(url: str) -> tuple[str, int, str]:
     port = port if colon else "80"
     if scheme == "https":
         raise Failure(f"{url}: ct speaks no TLS; set {URL} to the daemon's own http:// or unix:// address")
-    if (scheme != "http" or not host or "@" in host or not url.isprintable() or set(url) & set(' ?#"<>\\')
+    if (scheme != "http" or not host or "@" in host or not (url.isascii() and url.isprintable()) or set(url) & set(' ?#"<>\\')
             or not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536)):
         raise Failure(f"{url!r} is no address of the API: set {URL}, or give --url, as http://HOST:PORT or unix:///PATH")
     return host, int(port), ("/" + prefix).rstrip("/")
@@ -224,9 +224,8 @@ class Api:
     def _connect(self) -> _socket.socket:
         host = self._host
         if self._port:  # as bytes: for a str the codec for international names is imported, and ``re`` with it
-            name = host.encode("ascii") if host.isascii() else host
-            return self._connect_first(
-                [(row[0], row[4]) for row in _socket.getaddrinfo(name, self._port, 0, _socket.SOCK_STREAM)])
+            rows = _socket.getaddrinfo(host.encode("ascii"), self._port, 0, _socket.SOCK_STREAM)
+            return self._connect_first([(row[0], row[4]) for row in rows])
         if len(os.fsencode(host)) < 104:
             return self._connect_first([(_socket.AF_UNIX, host)])
         directory = os.open(os.path.dirname(host), os.O_PATH | os.O_DIRECTORY)  # an address has 108 bytes (unix(7))
@@ -253,7 +252,7 @@ class Api:
         deadline, answer = time.monotonic() + timeout_s, Answer()
         try:
             connection = self._connect()
-        except (OSError, ValueError) as error:  # ValueError: a NUL in a path, a host that no codec takes
+        except (OSError, ValueError) as error:  # ValueError: a NUL in a path
             raise Unreachable(f"{getattr(error, 'strerror', None) or error}", sent=False) from None
         try:
             connection.settimeout(timeout_s)
@@ -274,7 +273,10 @@ class Api:
     def call(self, method: str, path: str, document: dict | None = None, key: str = "",
              timeout_s: float = REQUEST_S) -> dict:
         """The document that the API answers.  Raises ``Failure``."""
-        body = b"" if document is None else format_json(document).encode("utf-8")
+        try:
+            body = b"" if document is None else format_json(document).encode("utf-8")
+        except UnicodeEncodeError:  # arguments and files were looked at already
+            raise Failure(f"CLAUDOMATOR_PROJECT_DIR or {TASK} is not UTF-8: give --dir and --parent") from None
         head = f"{method} {self._prefix}{path}{self._head}" + (f"Idempotency-Key: {key}\r\n" if key else "")
         if method == "POST":
             head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"

@@ -189,6 +189,11 @@ def test_a_run_is_not_asked_for_twice():
 # The environment
 
 
+def test_a_variable_that_is_not_utf_8_is_named_and_is_no_failed_task():
+    env = {**environment("http://127.0.0.1:1"), "CLAUDOMATOR_PROJECT_DIR": b"/srv/\xff"}
+    told(run("task", "submit", "--instructions", "x", env=env), 64, "CLAUDOMATOR_PROJECT_DIR", "--dir")
+
+
 @pytest.mark.parametrize("env, missing", [
     ({}, f"{ct.URL} and {ct.TOKEN} not set"), (environment("http://127.0.0.1:1", ""), f"{ct.TOKEN} not set"),
     (environment(""), f"{ct.URL} not set")])
@@ -216,7 +221,7 @@ def test_a_token_that_no_header_can_hold_is_refused_and_not_shown(token):
 
 @pytest.mark.parametrize("url", [
     "localhost:8484", "http://", "http://host:x", "http://h:0", "http://h:65536", "http://h:99999999999", "ftp://h", "unix://x",
-    "http://user:secret@h", "http://h /", "http://h?x", "https://h:1", "http://h\r\nX:1", "http://h:-1", "http://h:٣"])
+    "http://user:secret@h", "http://h /", "http://h?x", "https://h:1", "http://h\r\nX:1", "http://€", "http://h/€", "http://h:-1", "http://h:٣"])
 def test_a_bad_address_is_told(url):
     told(run("task", "list", env=environment(url)), 64, ct.URL)
 
@@ -230,7 +235,7 @@ def test_an_address_is_taken_apart(url, parts):
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "unix:///nowhere/agent.sock", "unix:///" + "x" * 200,
-                                 "http://no-such-host.invalid:80", "http://" + "ü" * 80 + ":80"])
+                                 "http://no-such-host.invalid:80", "http://" + "x" * 80 + ":80"])
 def test_an_api_that_is_not_there_is_unreachable_at_once(url):
     began = time.monotonic()
     told(run("task", "list", env=environment(url)), 4, "cannot be reached", "claudomator serve")
@@ -292,7 +297,7 @@ def test_a_real_cut_ends_unreachable_when_it_goes_on(at, monkeypatch):
     assert len(api.requests) in (2, 3)
 
 
-BROKEN = [b"SSH-2.0-OpenSSH_9\r\n", b"\r\n", b"HTTP/2 200\r\n\r\n", b"HTTP/1.1 20\r\n\r\n", b"HTTP/1.1 2x0 OK\r\n\r\n",
+BROKEN = [b"SSH-2.0-OpenSSH_9\r\n", b"\r\n", b"HTTP/2 200\r\n\r\n", b"HTTP/1.1 20\r\n\r\n", b"HTTP/1.1 2x0 OK\r\n\r\n", b"HTTP/1.1 20\xb2 OK\r\n\r\n",
           b"HTTP/1.1 099 OK\r\n\r\n", b"HTTP/1.1\r\n\r\n", b"HTTP/1.1 200 OK\r\nno colon\r\n\r\n", b"HTTP/1.1 200 OK\r\nA : b\r\n\r\n",
           b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: +1\r\n\r\nx",
           b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nxx", b"HTTP/1.1 200 OK\r\nContent-Length: \xb2\r\n\r\nxx",
