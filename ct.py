@@ -65,7 +65,7 @@ def note(text: str) -> None:
 def parse_seconds(text: str) -> float:
     """Seconds of ``600``, ``90s``, ``15m`` or ``1h30m``.  Raises ``Failure``."""
     total, digits = 0.0, ""
-    for char in text if text[-1:] not in "0123456789." else text + "s":
+    for char in text if text.strip("0123456789.") else text + "s":
         if char in "0123456789.":
             digits += char
         elif char not in "smhd" or digits.count(".") > 1 or not digits.strip("."):
@@ -73,7 +73,7 @@ def parse_seconds(text: str) -> float:
         else:
             total, digits = total + float(digits) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[char], ""
     else:
-        if text and total < 1e9:
+        if not digits and total < 1e9:
             return total
     raise Failure(f"{text!r} is no duration: write seconds (600), or 90s, 15m, 1h30m")
 
@@ -367,6 +367,12 @@ class Ct:
             raise Failure(f"the token holds characters that no token has: correct {TOKEN} or the file of --token-file")
         return Api(url, token)
 
+    def waiting_api(self) -> Api:
+        """The same, of a command that has --wait."""
+        if self.timeout is not None and not self.wait:
+            raise Failure("--timeout bounds --wait: add --wait, or give a task itself a time limit (ct task submit --limit)")
+        return self.api()
+
     def ids(self) -> list[str]:
         """The ids among the arguments, fit for a path.  Raises ``Failure``."""
         for task_id in self.arguments:
@@ -403,9 +409,7 @@ class Ct:
 
     def create(self, queue: bool) -> int:
         """Create a task; prints its id, or with --wait what became of it."""
-        if self.timeout is not None and not self.wait:
-            raise Failure("--timeout bounds --wait: add --wait, or give the task itself a time limit with --limit")
-        api, document = self.api(), self.document()
+        api, document = self.waiting_api(), self.document()
         answered = api.persist("POST", "/api/tasks", document={"tasks": document, "queue": queue}, key=os.urandom(16).hex())
         task_id = plain(task_in(answered)["id"])
         if not self.wait:
@@ -416,7 +420,7 @@ class Ct:
 
     def run(self) -> int:
         """Queue tasks; prints their ids."""
-        api, tasks = self.api(), []
+        api, tasks = self.waiting_api(), []
         for task_id in self.ids():
             try:
                 tasks.append(task_in(api.call("POST", f"/api/tasks/{task_id}/run")))
@@ -566,7 +570,7 @@ def wait_for(api: Api, task_id: str, deadline: float) -> tuple[dict, bool]:
     warned, pause_s = False, PAUSE_S
     while True:
         began = time.monotonic()
-        left_s = max(0, min(POLL_S, -int(began - deadline) if deadline < 1e18 else POLL_S))
+        left_s = max(0, int(min(POLL_S, deadline - began)))
         answered = api.persist("GET", f"/api/tasks/{task_id}/wait?timeout_s={left_s}", waiting=True, deadline=deadline,
                                timeout_s=left_s + REQUEST_S)
         task, now = task_in(answered), time.monotonic()

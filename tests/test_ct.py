@@ -400,6 +400,12 @@ def test_what_a_server_says_cannot_command_the_terminal():
 # Waiting
 
 
+def test_a_timeout_without_a_wait_is_told_before_a_run():
+    result, requests = asked(answer(200, {"tasks": [TASK]}), "task", "run", TASK_ID, "--timeout", "5")
+    told(result, 64, "add --wait")
+    assert requests == []
+
+
 def test_waiting_is_a_long_poll_and_not_a_hammering(tmp_path):
     release = threading.Event()
 
@@ -521,7 +527,7 @@ def test_a_duration_is_read(text, seconds):
     assert ct.parse_seconds(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "-1", "1x", "m", "1..5s", ".", ".s", "1e3", "٣", "1h30x", "9" * 20, " 1"])
+@pytest.mark.parametrize("text", ["", "-1", "1x", "m", "1..5s", ".", ".s", "1e3", "٣", "1h30x", "1h30", "9" * 20, " 1"])
 def test_what_is_no_duration_is_refused(text):
     with pytest.raises(ct.Failure, match="duration"):
         ct.parse_seconds(text)
