@@ -58,8 +58,11 @@ def write(descriptor: int, text: str) -> None:
 
 
 def note(text: str) -> None:
-    """A line of talk on stderr."""
-    write(2, f"ct: {text}\n")
+    """A line of talk on stderr, if anybody hears it."""
+    try:
+        write(2, f"ct: {text}\n")
+    except OSError:
+        pass
 
 
 def parse_seconds(text: str) -> float:
@@ -255,13 +258,15 @@ class Api:
         except (OSError, ValueError) as error:  # ValueError: a NUL in a path
             raise Unreachable(f"{getattr(error, 'strerror', None) or error}", sent=False) from None
         try:
-            connection.settimeout(timeout_s)
+            connection.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
                 connection.sendall(request)
             except OSError:
                 pass  # it may have refused a long body, and said why, before it closed
-            while not answer.feed(connection.recv(1 << 16)):
+            while True:
                 connection.settimeout(max(deadline - time.monotonic(), 0.001))
+                if answer.feed(connection.recv(1 << 16)):
+                    break
         except TimeoutError:
             raise Unreachable(f"no whole answer came within {timeout_s:.0f} s") from None
         except OSError as error:

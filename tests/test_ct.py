@@ -357,6 +357,14 @@ def test_a_server_that_dribbles_is_given_up():
     listener.close()
 
 
+def test_a_server_that_takes_no_request_is_given_up_in_the_same_time():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        began = time.monotonic()
+        with pytest.raises(ct.Unreachable, match="no whole answer"):
+            ct.Api(f"http://127.0.0.1:{listener.getsockname()[1]}", "t").exchange(b"x" * (32 << 20), 1.0)
+        assert time.monotonic() - began < 1.8
+
+
 @pytest.mark.parametrize("reply, code, says", [
     (answer(502, b"<html><body>502 Bad Gateway</body></html>"), 4, "a proxy"), (answer(200, b"<html>Welcome</html>"), 4, "Welcome"),
     (answer(404, b"nothing here"), 4, ct.URL), (answer(301, b"", "Location: http://elsewhere/\r\n"), 4, "http://elsewhere/"),
@@ -632,6 +640,14 @@ def test_output_that_nobody_reads_or_no_disk_takes_ends_quietly():
     assert result.returncode == 74 and "No space left" in result.stderr
 
 
+def test_a_wait_goes_on_though_nobody_hears_its_talk():
+    replies = [answer(201, {"tasks": [{**TASK, "state": "QUEUED"}]}), DONE]
+    with CtApi(lambda request: replies.pop(0)) as api, open("/dev/full", "w") as full:
+        result = subprocess.run([PYTHON, "-I", "-S", CODE, "task", "submit", "--instructions", "x", "--wait"],
+                                env=environment(api.url), stdout=subprocess.PIPE, stderr=full, text=True, timeout=30)
+    assert (result.returncode, result.stdout) == (0, "COMPLETED\n")
+
+
 def test_the_file_runs_by_itself():
     result = subprocess.run([str(CT), "--help"], env={"PATH": f"{os.path.dirname(PYTHON)}:/usr/bin:/bin"}, capture_output=True)
     assert result.returncode == 0 and b"ct task submit" in result.stdout
@@ -658,7 +674,7 @@ def test_the_file_stays_small_and_imports_next_to_nothing():
     assert source.startswith("#!/usr/bin/env -S python3 -I -S\n") and os.access(CT, os.X_OK)
     assert imported == {"os", "sys", "time", "_socket"} and "claudomator" not in {
         alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert len(source.splitlines()) <= 735 and max(map(len, source.splitlines())) <= 125
+    assert len(source.splitlines()) <= 740 and max(map(len, source.splitlines())) <= 125
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 60
     assert all(node.returns for node in functions) and all(ast.get_docstring(node) for node in functions if node.name[0] != "_")
