@@ -11101,21 +11101,23 @@ class HttpServer:
         except OSError as error:  # ``encode``: of a str, Python would import the codec of foreign names
             places, fault = [], error
         for family, kind, protocol, _, place in places:
+            listener = None
             try:
                 listener = socket.socket(family, kind, protocol)
-                self._listeners.append(listener)
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if family == socket.AF_INET6:
                     listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 listener.bind((place[0], port, *place[2:]))
                 listener.listen(HTTP_BACKLOG)
             except OSError as error:
-                self._listeners.pop().close()
+                if listener:
+                    listener.close()
                 if error.errno == errno.EADDRINUSE:
                     raise WrongState(f"server_addr {address!r}: another program listens on this port; set another "
                                      'server_addr, or server_addr = "" for no HTTP port') from None
                 fault = error  # such as ::1 of localhost on a machine without IPv6
                 continue
+            self._listeners.append(listener)
             port = listener.getsockname()[1]
             self.addresses.append(f"[{place[0]}]:{port}" if ":" in place[0] else f"{place[0]}:{port}")
         if not self.addresses:

@@ -1,5 +1,6 @@
 """Section 26: the HTTP server with real sockets: what it serves, to whom, for how long, and how it stops."""
 import asyncio
+import errno
 import http.client
 import json
 import os
@@ -605,6 +606,25 @@ def test_without_an_address_there_is_no_port_and_changing_it_needs_a_restart(tmp
         daemon.config_path.write_text('server_addr = "127.0.0.1:1"\n')
         assert daemon.call("daemon.reload")["changed"] == ["server_addr (needs a restart)"]
         assert get(daemon, "/api/health")[0] == 200
+
+
+def test_a_kernel_without_a_family_costs_no_other_address(monkeypatch):
+    class Socket(socket.socket):
+        """``socket.socket`` of a kernel without IPv6."""
+        def __init__(self, family=-1, *more, **options):
+            if family == socket.AF_INET6:
+                raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+            super().__init__(family, *more, **options)
+    monkeypatch.setattr(socket, "socket", Socket)
+    four, six = ((socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", 0)),
+                 (socket.AF_INET6, socket.SOCK_STREAM, 0, "", ("::1", 0, 0, 0)))
+    for found in ([six, four], [four, six]):
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
+        server = c.HttpServer(lambda level, text: None)
+        server.bind_tcp("localhost:0")
+        listener, = server._listeners
+        with listener:
+            assert server.addresses == ["127.0.0.1:%d" % listener.getsockname()[1]]
 
 
 @pytest.mark.skipif(not socket.has_ipv6 or not os.path.exists("/proc/net/if_inet6"), reason="no IPv6 here")
