@@ -10912,7 +10912,10 @@ class HttpConnection:
     def close(self) -> None:
         """Close it; what is written may still leave."""
         self._transport.close()
-        self._enter("closing", WRITE_S)
+        self._enter("closing", WRITE_S if self._transport.get_write_buffer_size() else None)
+        if self._deadline is None and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def stop(self) -> None:
         """The server stops: nothing more is read, what has no end of its own ends now."""
@@ -10942,13 +10945,7 @@ class HttpConnection:
             self._server.log_fault(f"HTTP client {self.peer}", error)
         finally:
             self._release()
-            if self._transport.get_write_buffer_size():
-                self.close()
-            else:
-                self._transport.close()
-                self._deadline = None
-                if self._timer is not None:
-                    self._timer.cancel()
+            self.close()
 
     async def _exchange(self) -> bool:
         """One request and its answer.  Returns whether another may come."""
@@ -11143,6 +11140,8 @@ class HttpServer:
             self._servers.append(server)
 
     async def _connected(self, reader, writer) -> None:
+        if self.closing:  # it was accepted before the listeners were closed
+            return writer.close()
         connection = HttpConnection(self, reader, writer)
         if len(self.connections) >= self._most:
             idle = [other for other in self.connections if other.phase == "idle"]

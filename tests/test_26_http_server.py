@@ -448,7 +448,37 @@ def test_beyond_the_limit_the_longest_idle_connection_goes_and_a_busy_one_stays(
         third.close()
 
 
+def test_a_connection_that_is_refused_at_the_limit_leaves_no_timer(server):
+    server.http._most = 1
+    with server.connect() as busy:
+        busy.sendall(ask("/slow", close=False))
+        wait_until(lambda: server.said)
+        for _ in range(5):
+            assert status(server.say(b"")) == 503
+        timers = lambda: [timer for timer in tuple(server.loop._scheduled) if not timer.cancelled()]
+        wait_until(lambda: all(timer._callback.__self__ in server.http.connections for timer in timers()))
+
+
 # The end
+
+@pytest.mark.parametrize("turns", range(8))
+def test_no_request_is_begun_after_the_end(turns):
+    """A connection that is just being accepted when the server closes, after so many turns of the loop."""
+    async def body():
+        http, closed, late = c.HttpServer(lambda level, text: None), [], []
+        http.bind_tcp("127.0.0.1:0")
+        await http.start(lambda request, peer: (late.append(bool(closed)), c.json_response({}))[1])
+        with socket.create_connection(c.split_address(http.addresses[0])) as raw:
+            raw.sendall(ask("/"))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await http.close()
+            closed.append(True)
+            for _ in range(20):
+                await asyncio.sleep(0)
+        assert True not in late and not http.connections
+    asyncio.run(body())
+
 
 def test_a_stop_lets_answers_finish_closes_the_idle_and_ends_what_has_no_end(server):
     with server.connect() as busy, server.connect() as idle, server.connect() as half, server.connect() as stream, server.connect() as parrot:
