@@ -13231,8 +13231,8 @@ class McpServer:
             return {"tools": [describe_tool(name) for name in MCP_TOOLS]}
         if request.id is None:  # notifications/initialized and others need nothing
             gone = request.params.get("requestId") if request.method == "notifications/cancelled" else None
-            if isinstance(gone, (str, int)) and gone in self._calls:
-                self._calls[gone][0].stop()
+            if isinstance(gone, (str, int)) and (under_way := self._calls.get(gone)):  # it may end meanwhile
+                under_way[0].stop()
             return None
         if request.method == "tools/call":
             return self._begin(request)
@@ -13255,7 +13255,11 @@ class McpServer:
         call = ToolCall(self._progress_of(request.params.get("_meta")))
         thread = threading.Thread(target=self._run, args=(request.id, call, tool, arguments or {}), daemon=True)
         self._calls[request.id] = call, thread
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:  # such as a container's bound of threads
+            del self._calls[request.id]
+            return failed_call(f"{error}: wait for the calls under way before you call more")
         return None
 
     def _progress_of(self, meta: object) -> Callable:

@@ -529,6 +529,32 @@ def test_a_cancelled_call_leaves_the_api_and_is_never_answered(tmp_path):
             listener.accept()
 
 
+def test_a_call_that_ends_as_it_is_cancelled_does_not_end_the_server():
+    class Ending(dict):
+        """The calls under way: whoever asks whether one is among them hears yes, and then it ends."""
+        def __contains__(self, request_id):
+            return True
+    written = []
+    server = c.McpServer({}, written.append)
+    server._calls = Ending()
+    server.receive(line("notifications/cancelled", requestId=1) + line("ping", 2))
+    assert [json.loads(each)["id"] for each in written] == [2]
+
+
+def test_a_call_that_gets_no_thread_is_told_to_wait_and_its_id_is_free_again(monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+    written = []
+    server = c.McpServer({}, written.append)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        server.receive(call(1, "get_task"))
+    server.receive(call(1, "get_task"))
+    server.finish()
+    first, second = (text_of(json.loads(each)["result"]) for each in written)
+    assert "can't start new thread: wait for the calls under way" in first and f"{c.OWN_TASK} is not set" in second
+
+
 @pytest.mark.slow
 def test_a_wait_goes_on_over_a_restart_of_the_daemon(tmp_path):
     path, first, cut = tmp_path / "agent.sock", threading.Event(), threading.Event()
