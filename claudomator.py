@@ -12936,24 +12936,24 @@ class AgentApi:
         import socket
         from http.client import HTTPConnection, HTTPException
         from urllib.parse import urlsplit
+        place = self.url.removeprefix("unix://") if self.url.startswith("unix:///") else ""  # with # and ?, if it has them
         try:
-            parts = urlsplit(self.url)
-            _require(parts.scheme == "http" and parts.hostname or parts.scheme == "unix" and parts.path)
-            connection = HTTPConnection(parts.hostname or "localhost", parts.port, timeout_s)
+            parts = urlsplit("http://localhost" if place else self.url)
+            _require(parts.scheme == "http" and parts.hostname)
+            connection = HTTPConnection(parts.hostname, parts.port, timeout_s)
         except ValueError:
             raise InvalidInput(f"{self.url!r} is no address of the API: {API_URL} must be http://HOST:PORT or"
                                " unix:///PATH") from None
         try:
-            if parts.scheme == "unix":
-                connection.sock, prefix = socket.socket(socket.AF_UNIX), ""
+            if place:
+                connection.sock = socket.socket(socket.AF_UNIX)
                 connection.sock.settimeout(timeout_s)
-                with short_socket_path(parts.path) as address:
+                with short_socket_path(place) as address:
                     connection.sock.connect(address)
             else:
                 connection.connect()
-                prefix = parts.path.rstrip("/")
             call.attach(connection.sock)
-            connection.request(method, prefix + path, body, {
+            connection.request(method, parts.path.rstrip("/") + path, body, {
                 "Authorization": f"Bearer {self._token}", "Accept": "application/json", "Connection": "close", **headers})
             answer = connection.getresponse()
             return answer.status, answer.read()

@@ -409,7 +409,7 @@ def test_a_golden_transcript_of_ct_is_what_a_tool_asks_too(name, shared):
 
 
 def test_the_api_is_reached_by_tcp_and_by_a_socket_whose_path_is_longer_than_an_address(tmp_path):
-    path = tmp_path / ("x" * 100) / "agent.sock"
+    path = tmp_path / ("x" * 100 + "#%41?") / "agent.sock"
     path.parent.mkdir()
     with c.short_socket_path(str(path)) as address, Api(lambda request: DONE, address) as near, Api(lambda request: DONE) as far:
         for url in (f"unix://{path}", far.url, f"{far.url}/prefix/"):
@@ -469,7 +469,7 @@ def test_what_the_api_refuses_is_a_failed_call_with_the_next_step(reply, words, 
     assert len(api.requests) == 1 and api.requests[0].path == f"/api/tasks/{PARENT}"
 
 
-@pytest.mark.parametrize("url", ["https://x:1", "ftp://x", "x", "unix://", "http://", "http://x:99999", "http://[::1"])
+@pytest.mark.parametrize("url", ["https://x:1", "ftp://x", "x", "unix://", "unix://x/y", "http://", "http://x:99999", "http://[::1"])
 def test_an_address_that_is_none_is_named(url):
     call_, api = c.ToolCall(), c.AgentApi(url, "t")
     with pytest.raises(c.InvalidInput, match="http://HOST:PORT or unix:///PATH"):
