@@ -10850,7 +10850,7 @@ class short_socket_path:
 # client sends beyond it waits in bounded buffers, and writes each answer at once.  A client can only hurt itself: each
 # phase of an exchange has its time, kept by one timer per connection that is moved only when it fires.
 
-MAX_HTTP_CONNECTIONS = 2048  # beyond that, or half of the descriptors, the longest idle one is closed
+MAX_HTTP_CONNECTIONS = 2048  # beyond that, or half of the descriptors, the one that is waited for longest is closed
 MAX_HELD_BODIES = 64 << 20  # bytes of request bodies held for all connections together
 HTTP_BACKLOG = 128  # connections that the kernel holds until they are accepted
 IDLE_S = 75.0  # between requests; browsers keep a connection for one to five minutes
@@ -11144,12 +11144,12 @@ class HttpServer:
             return writer.close()
         connection = HttpConnection(self, reader, writer)
         if len(self.connections) >= self._most:
-            idle = [other for other in self.connections if other.phase == "idle"]
-            if not idle:
+            waiting = [other for other in self.connections if other.phase in ("idle", "reading")]
+            if not waiting:
                 writer.write(encode_response(error_response(HttpError(503, "too many connections; close some")),
                                              self.date(), connection="close"))
                 return connection.close()
-            silent = min(idle, key=lambda other: other.since)
+            silent = min(waiting, key=lambda other: other.since)
             self.connections.discard(silent)
             silent.close()
         self.connections.add(connection)

@@ -1,5 +1,6 @@
 """Section 26: the HTTP server with real sockets: what it serves, to whom, for how long, and how it stops."""
 import asyncio
+import contextlib
 import errno
 import http.client
 import json
@@ -446,6 +447,25 @@ def test_beyond_the_limit_the_longest_idle_connection_goes_and_a_busy_one_stays(
         server.open_gate()
         assert read_answer(busy)[2] == read_answer(third)[2] == b"slow"
         third.close()
+
+
+def test_requests_that_never_come_keep_nobody_out(server):
+    server.http._most = 3
+    phases = lambda: sorted(one.phase for one in server.http.connections)
+    with server.connect() as idle, server.connect() as first, server.connect() as second, contextlib.ExitStack() as stack:
+        first.sendall(b"GET / HT")
+        wait_until(lambda: phases() == ["idle", "idle", "reading"])
+        second.sendall(ask("/echo", "Content-Length: 9", close=False))
+        wait_until(lambda: phases() == ["idle", "reading", "reading"])
+        third, fourth = (stack.enter_context(server.connect()) for _ in range(2))
+        third.sendall(ask("/slow"))
+        fourth.sendall(ask("/slow"))
+        wait_until(lambda: phases() == ["reading", "working", "working"])
+        assert read_all(idle) == read_all(first) == b"", "those that were awaited longest"
+        second.sendall(b"123456789")
+        assert read_answer(second)[0] == 200
+        server.open_gate()
+        assert read_answer(third)[2] == read_answer(fourth)[2] == b"slow"
 
 
 def test_a_connection_that_is_refused_at_the_limit_leaves_no_timer(server):
