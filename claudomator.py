@@ -11177,7 +11177,7 @@ class HttpServer:
             return error_response(error)
         except Exception as error:
             self.log_fault(f"{request.method} {request.path}", error)
-            return error_response(ClaudomatorError(f"internal error: {error!r}; the daemon's log has more"))
+            return error_response(ClaudomatorError("internal error; the daemon's log has more"))
 
     def log_fault(self, what: str, error: Exception) -> None:
         """A fault of the program itself, with its traceback."""
