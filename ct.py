@@ -471,7 +471,9 @@ class Ct:
 
     def list(self) -> int:
         """Print tasks, newest first."""
-        asked = {"state": (self.state or "").upper(), "tag": "".join(self.tag[-1:]), "parent": self.parent,
+        if len(self.tag) > 1:
+            raise Failure("task list takes one --tag: leave the others out")
+        asked = {"state": (self.state or "").upper(), "tag": "".join(self.tag), "parent": self.parent,
                  "limit": self.max or "20", "before": self.before}
         query = "&".join(f"{name}={quoted(value)}" for name, value in asked.items() if value)
         answered = self.api().persist("GET", f"/api/tasks?{query}")

@@ -202,6 +202,13 @@ def test_without_its_variables_ct_says_which_it_needs(env, missing, words):
     told(run(*words, env=env), 64, missing, "--token-file")
 
 
+def test_a_list_of_two_tags_is_refused_and_not_that_of_the_last():
+    result, requests = asked(answer(200, {"tasks": []}), "task", "list", "--tag", "a", "--tag", "b")
+    told(result, 64, "one --tag")
+    _, requests = asked(answer(200, {"tasks": []}), "task", "list", "--tag", "b c")
+    assert requests[0].path == "/api/tasks?tag=b%20c&limit=20"
+
+
 def test_an_operator_names_the_api_and_a_file_with_the_token(tmp_path):
     (tmp_path / "token").write_text("operator-token\n")
     with CtApi(lambda request: answer(200, {"tasks": [TASK], "next": 7})) as api:
