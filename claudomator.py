@@ -10933,12 +10933,13 @@ class HttpConnection:
         """Exchange after exchange, until one side has enough."""
         import asyncio
         try:
-            while await self._exchange():
-                if self._loop.time() > self._turn_ends:  # a client that sends ahead must not hold up the others
-                    await asyncio.sleep(0)
-                    self._turn_ends = self._loop.time() + TURN_S
-        except HttpError as error:
-            await self._refuse(error)
+            try:
+                while await self._exchange():
+                    if self._loop.time() > self._turn_ends:  # a client that sends ahead must not hold up the others
+                        await asyncio.sleep(0)
+                        self._turn_ends = self._loop.time() + TURN_S
+            except HttpError as error:
+                await self._refuse(error)
         except (OSError, asyncio.CancelledError):
             pass  # the client has left, or the server stops
         except Exception as error:
@@ -11018,12 +11019,9 @@ class HttpConnection:
         self._enter("lingering", REFUSED_S)
         self._release()
         self._decoder = None
-        try:
-            self._writer.write(self._encode(error_response(error), "close"))
-            self._writer.write_eof()
-            while await self._reader.read(READ_SIZE):
-                pass
-        except OSError:
+        self._writer.write(self._encode(error_response(error), "close"))
+        self._writer.write_eof()
+        while await self._reader.read(READ_SIZE):
             pass
 
     async def _stream(self, request: HttpRequest, stream: HttpStream) -> None:

@@ -544,6 +544,18 @@ def test_a_stop_waits_no_longer_than_it_may(server):
         assert read_quietly(hanging) == b""
 
 
+def test_a_refused_client_that_stays_is_dropped_without_a_word_when_the_server_stops(server):
+    unhandled = []
+    server.loop.set_exception_handler(lambda loop, facts: unhandled.append(facts))
+    with server.connect() as raw:
+        raw.sendall(b"nonsense\r\n\r\n")
+        wait_until(lambda: [one.phase for one in server.http.connections] == ["lingering"])
+        server.close(0.05)
+        assert status(read_quietly(raw)) == 400
+    server.run(asyncio.sleep(0))
+    assert not server.http.connections and unhandled == [] and server.logged == []
+
+
 # Files
 
 @pytest.fixture
