@@ -10935,9 +10935,7 @@ class HttpConnection:
         try:
             try:
                 while await self._exchange():
-                    if self._loop.time() > self._turn_ends:  # a client that sends ahead must not hold up the others
-                        await asyncio.sleep(0)
-                        self._turn_ends = self._loop.time() + TURN_S
+                    await self._give_way()
             except HttpError as error:
                 await self._refuse(error)
         except (OSError, asyncio.CancelledError):
@@ -10947,6 +10945,13 @@ class HttpConnection:
         finally:
             self._release()
             self.close()
+
+    async def _give_way(self) -> None:
+        """Let the others have their turn: reading what has come already never does."""
+        if self._loop.time() > self._turn_ends:
+            import asyncio
+            await asyncio.sleep(0)
+            self._turn_ends = self._loop.time() + TURN_S
 
     async def _exchange(self) -> bool:
         """One request and its answer.  Returns whether another may come."""
@@ -11000,6 +11005,7 @@ class HttpConnection:
                 raise HttpError(503, "too many large requests at the same time; try again soon")
             decoder.feed(data)
             request = decoder.take()
+            await self._give_way()
         return request
 
     def _release(self) -> None:

@@ -213,6 +213,26 @@ def test_a_client_that_sends_ahead_does_not_hold_up_others(server):
         assert slowest < 1
 
 
+@pytest.mark.parametrize("body", [
+    b"1\r\nx\r\n" * 3000 + b"0\r\n\r\n", (b"1;" + b"a" * 250 + b"\r\nx\r\n") * 60 + b"0\r\n\r\n", b"0\r\nA: " + b"b" * 15_000 + b"\r\n\r\n"],
+    ids=["tiny chunks", "extensions", "trailer"])
+def test_a_body_that_is_read_in_small_steps_does_not_hold_up_others(server, monkeypatch, body):
+    monkeypatch.setattr(c, "TURN_S", 0)
+    turns, steps, feed = [0], [], c.RequestDecoder.feed
+
+    def turn():
+        turns[0] += 1
+        if not server.gate.is_set():
+            server.loop.call_soon(turn)
+    monkeypatch.setattr(c.RequestDecoder, "feed", lambda decoder, data: (steps.append(turns[0]), feed(decoder, data))[1])
+    server.loop.call_soon_threadsafe(turn)
+    with server.connect() as raw:
+        raw.sendall(ask("/echo", "Transfer-Encoding: chunked", method="POST", close=False) + body)
+        assert read_answer(raw)[0] == 200
+    server.open_gate()
+    assert len(steps) > 1000 and max(map(steps.count, set(steps))) < 10, "so many steps in one turn of the loop"
+
+
 def test_continue_is_said_before_the_body_and_only_where_it_is_awaited(server):
     with server.connect() as raw:
         raw.sendall(ask("/echo", "Expect: 100-continue", "Content-Length: 3", method="POST", close=False))
