@@ -11449,6 +11449,7 @@ async def answer_http(core: Core, request: HttpRequest) -> HttpResponse | HttpSt
 PING_EVERY_S = 25.0  # a client that is silent from one ping to the next is gone; proxies cut idle connections after 60 s
 CLOSE_WAIT_S = 5.0  # from our close frame to the end of the connection, whatever the client does
 TOO_SLOW = 1013, "too slow; connect again from the last event you have seen"
+SMALL_READ = 1 << 12  # bytes read from a client at once: they may be seven hundred frames
 MAX_UNSENT = 1 << 18  # bytes that a client may leave unread beyond what the kernel holds for it
 
 
@@ -11524,8 +11525,10 @@ class WebSocketConnection:
         self._transport.abort()
 
     async def _read(self) -> bytes:
+        import asyncio
+        await asyncio.sleep(0)  # reading what has come already would never let the others have their turn
         try:
-            data = await self._reader.read(READ_SIZE)
+            data = await self._reader.read(SMALL_READ)
         except OSError:  # reset, or timed out
             return b""
         self._heard = True

@@ -93,6 +93,23 @@ def test_frames_that_came_with_the_opening_request_are_not_lost(server, connect)
     assert [client.receive(), client.receive()] == [(TEXT, b"early"), (PONG, b"")]
 
 
+def test_a_client_that_sends_countless_frames_does_not_hold_up_others(server, connect, monkeypatch):
+    turns, steps, feed, done = [0], [], c.MessageDecoder.feed, threading.Event()
+
+    def turn():
+        turns[0] += 1
+        if not done.is_set():
+            server.loop.call_soon(turn)
+    monkeypatch.setattr(c.MessageDecoder, "feed", lambda decoder, data: (steps.append((turns[0], len(data))), feed(decoder, data))[1])
+    client = connect(server.listen())
+    server.loop.call_soon_threadsafe(turn)
+    client.socket.sendall(frame(PONG) * 20_000 + frame(TEXT, "heard all"))
+    assert client.receive() == (TEXT, b"heard all")
+    done.set()
+    numbers = [number for number, _ in steps]
+    assert len(numbers) == len(set(numbers)) and max(size for _, size in steps) < 5000
+
+
 @pytest.mark.parametrize("payload, answer", [
     (b"\x03\xe8bye", (CLOSE, 1000, "")), (b"\x0f\xa0", (CLOSE, 4000, "")), (b"", (CLOSE, None, ""))])
 def test_a_clients_close_frame_is_answered_with_its_code_and_ends_the_connection(server, connect, payload, answer):
