@@ -198,7 +198,8 @@ class Answer:
 
 
 def parse_url(url: str) -> tuple[str, int, str]:
-    """(host, port, prefix of every path) of ``http://host:port/prefix``; (path, 0, "") of ``unix:///path``."""
+    """(host, port, prefix of each path) of ``http://host:port/prefix``; (path, 0, "") of ``unix:///path``.  Raises
+    ``Failure``."""
     scheme, _, rest = url.partition("://")
     if scheme == "unix" and rest.startswith("/"):
         return rest, 0, ""
@@ -208,8 +209,8 @@ def parse_url(url: str) -> tuple[str, int, str]:
     port = port if colon else "80"
     if scheme == "https":
         raise Failure(f"{url}: ct speaks no TLS; set {URL} to the daemon's own http:// or unix:// address")
-    if (scheme != "http" or not host or "@" in host or not (url.isascii() and url.isprintable()) or set(url) & set(' ?#"<>\\')
-            or not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536)):
+    if (scheme != "http" or not host or "@" in host or not url.isascii() or not url.isprintable()
+            or set(url) & set(' ?#"<>\\') or not (port.isdigit() and 0 < int(port[:6]) < 65536)):
         raise Failure(f"{url!r} is no address of the API: set {URL}, or give --url, as http://HOST:PORT or unix:///PATH")
     return host, int(port), ("/" + prefix).rstrip("/")
 
