@@ -4082,7 +4082,10 @@ class Redactor:
     def document(self, encoded: bytes) -> bytes:
         """A JSON document as ``format_json`` writes it, without secrets.  Nearly always there are none, and looking for
         their traces in the bytes costs far less than reading them."""
-        if not any(trace in encoded for trace in self._traces):
+        for trace in self._traces:
+            if trace in encoded:
+                break
+        else:
             return encoded
         end = encoded[len(encoded.rstrip()):]
         return format_json(self.value(parse_json(encoded))).encode() + end
@@ -4163,7 +4166,8 @@ def parse_request(line: bytes) -> Request:
 
 def encode_result(request_id, result) -> bytes:
     """The line that answers a request."""
-    return f'{{"jsonrpc":"2.0","id":{format_json(request_id)},"result":{format_json(result)}}}\n'.encode()
+    shown = request_id if type(request_id) is int else format_json(request_id)
+    return f'{{"jsonrpc":"2.0","id":{shown},"result":{format_json(result)}}}\n'.encode()
 
 
 def encode_error(request_id, error: Exception) -> bytes:
@@ -10548,7 +10552,8 @@ class ControlConnection:
         self._tasks: dict = {}  # ("stream", request id), ("wait", number) or ("call", number): the asyncio task
         self._count, self.heard_at = 0, time.monotonic()
         self._eof = self._reading_paused = self._turn_over = False
-        self._poll = select.poll()
+        self._poll, self._descriptor = select.poll(), -1
+        self._polled, self._polled_call = b"", None  # what a program that polls sends again and again; what it asks
         self._can_write = asyncio.Event()
         self._can_write.set()
         self._hangup = None
@@ -10561,7 +10566,8 @@ class ControlConnection:
         self._transport = transport
         transport.set_write_buffer_limits(high=WRITE_HIGH)
         peer = transport.get_extra_info("socket")
-        self._poll.register(peer.fileno(), select.POLLIN)
+        self._descriptor = peer.fileno()
+        self._poll.register(self._descriptor, select.POLLIN)
         uid = struct.unpack("3I", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
         if uid not in (0, os.geteuid()):
             refusal = f"user {uid} may not use the control socket of user {os.geteuid()}"
@@ -10606,7 +10612,7 @@ class ControlConnection:
         self._eof = True
         self._take(b"\n")
         self._hangup = select.epoll()
-        self._hangup.register(self._transport.get_extra_info("socket").fileno(), 0)
+        self._hangup.register(self._descriptor, 0)
         self._server.loop.add_reader(self._hangup.fileno(), self._transport.abort)
         return True
 
@@ -10620,50 +10626,51 @@ class ControlConnection:
         A program that asks one thing after the other is waited for a moment: a turn of the loop between its requests would
         take longer than all the rest of a round trip.
         """
-        now = time.monotonic()
-        turn_ends, looks = now + TURN_S, LINGER_LOOKS if now - self.heard_at < LINGER_S else 0
-        while size:
+        is_quick = time.monotonic() - self.heard_at < LINGER_S
+        self._take(bytes(self._server.buffer[:size]))
+        turn_ends = self.heard_at + TURN_S
+        while is_quick and self.heard_at < turn_ends and (size := self._linger()):
             self._take(bytes(self._server.buffer[:size]))
-            size = self._linger(looks if self.heard_at < turn_ends else 0)
 
-    def _linger(self, looks: int) -> int:
+    def _linger(self) -> int:
         """Look for the client's next request; the number of its bytes in the buffer.
 
         0 also at the end of the stream and after an error: the transport meets both by itself.
         """
-        for _ in range(looks):
-            if self._tasks or self._reading_paused or self._transport.is_closing():
-                break
-            if self._poll.poll(0):
-                try:
-                    return os.readv(self._transport.get_extra_info("socket").fileno(), (self._server.buffer,))
-                except OSError:
-                    break
+        if not (self._tasks or self._reading_paused or self._transport.is_closing()):
+            poll = self._poll.poll
+            for _ in range(LINGER_LOOKS):
+                if poll(0):
+                    try:
+                        return os.readv(self._descriptor, (self._server.buffer,))
+                    except OSError:
+                        break
         return 0
 
     def _take(self, data: bytes) -> None:
-        self._lines.extend(self._splitter.feed(data))
         self.heard_at = time.monotonic()
+        if data == self._polled and not self._lines and not self._tasks:
+            self._meet(self._polled)
+            if self._can_write.is_set():
+                return
+        else:
+            lines = self._splitter.feed(data)
+            is_alone = lines == [data[:-1]] and not self._lines  # one whole line, and none waits before it
+            self._polled, self._polled_call = data if is_alone else b"", None
+            self._lines.extend(lines)
         self._work()
 
     def _work(self) -> None:
         """Begin requests, for a turn at most, as long as the client reads its answers."""
-        turn_ends = time.monotonic() + TURN_S
+        turn_ends = 0.0
         while self._lines and not self._turn_over and self._can_write.is_set() and len(self._tasks) < MAX_PENDING:
-            if time.monotonic() > turn_ends:
-                self._turn_over = True
-                self._server.loop.call_soon(self._next_turn)
-                break
-            line, request = self._lines.popleft(), None
-            try:
-                if isinstance(line, WireError):
-                    raise line
-                request = parse_request(line)
-                self._begin(request)
-            except WireError as error:
-                self._send(encode_error(error.request_id, error))
-            except Exception as error:
-                self._refuse(request, error)
+            self._meet(self._lines.popleft())
+            if self._lines:
+                now = time.monotonic()
+                turn_ends = turn_ends or now + TURN_S
+                if now > turn_ends:
+                    self._turn_over = True
+                    self._server.loop.call_soon(self._next_turn)
         pause = bool(self._lines) or not self._can_write.is_set() or len(self._tasks) >= MAX_PENDING
         if pause != self._reading_paused and not self._transport.is_closing():
             self._reading_paused = pause
@@ -10675,20 +10682,45 @@ class ControlConnection:
         self._turn_over = False
         self._work()
 
-    def _begin(self, request: Request) -> None:
-        if request.method == "stream.cancel":
-            stream = request.params.get("stream")
-            task = self._tasks.pop(("stream", stream), None) if isinstance(stream, (str, int, float)) else None
-            if task:
-                task.cancel()
-                self._send(encode_result(stream, {}))
-            return self._answer(request, {"cancelled": task is not None})
+    def _meet(self, line: bytes | WireError) -> None:
+        """Begin what a line asks for, and answer it if that needs no waiting."""
+        request = None
+        try:
+            if line is self._polled and self._polled_call:
+                operation, request = self._polled_call
+            else:
+                if isinstance(line, WireError):
+                    raise line
+                request = parse_request(line)
+                if request.method == "stream.cancel":
+                    return self._cancel_stream(request)
+                operation = self._operation_of(request)
+            self._begin(operation, request)
+        except WireError as error:
+            self._send(encode_error(error.request_id, error))
+        except Exception as error:
+            self._refuse(request, error)
+
+    def _cancel_stream(self, request: Request) -> None:
+        stream = request.params.get("stream")
+        task = self._tasks.pop(("stream", stream), None) if isinstance(stream, (str, int, float)) else None
+        if task:
+            task.cancel()
+            self._send(encode_result(stream, {}))
+        self._answer(request, {"cancelled": task is not None})
+
+    def _operation_of(self, request: Request) -> Operation:
         operation = OPERATIONS.get(request.method)
         if operation is None:
             raise WireError(METHOD_NOT_FOUND, f"there is no method {request.method!r}"
                             f"{did_you_mean(request.method, OPERATIONS)}", request.id)
         if operation.stream and ("stream", request.id) in self._tasks:
             raise WireError(INVALID_REQUEST, f"a stream with id {request.id!r} is already open", request.id)
+        if not request.params and not operation.stream:
+            self._polled_call = operation, request
+        return operation
+
+    def _begin(self, operation: Operation, request: Request) -> None:
         work = operation.handler(self._core, check_params(operation, request.params))
         if isinstance(work, dict):  # most operations wait for nothing but the disk, and reading ones not even for that
             if self._core.store.is_durable():
