@@ -162,10 +162,10 @@ class Record:
         values = self.__dict__
         if not kwargs and len(args) == len(self._fields):
             return values.update(zip(self._fields, args))
-        values.update(self._defaults)
-        values.update(zip(self._fields, args))
-        values.update(kwargs)
-        if not len(args) <= len(self._fields) == len(values) or kwargs and not self._names >= values.keys():
+        values.update(self._defaults, **kwargs)
+        if args:
+            values.update(zip(self._fields, args))
+        if not len(args) <= len(self._fields) == len(values) or not self._names >= kwargs.keys():
             self._complain()
 
     def _complain(self) -> None:
@@ -257,7 +257,9 @@ def format_json(value) -> str:
 
 def is_plain_text(value) -> bool:
     """Whether a value is a string that can be stored: no NUL and no half of a surrogate pair."""
-    return isinstance(value, str) and "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    return value.isascii() or not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def parse_json_or(text: str | bytes | None, default: object) -> object:
@@ -833,6 +835,8 @@ class Config(KeyedRecord, keys=CONFIG_GROUPS[""]):
 
     def project_for_dir(self, path: str) -> ProjectSettings | None:
         """The project whose directory ``path`` is; a trailing slash or ``..`` makes no difference."""
+        if not path or not self.projects:
+            return None
         path = Checker("").scalar("path", path, "")
         return next((project for project in self.projects if project.dir == path), None)
 
@@ -2953,8 +2957,10 @@ def parse_question(text: str) -> Question:
     """What an agent wrote into its question file (SPEC section 8).  Never raises: text that is no JSON is a question,
     JSON with neither options nor a question mark a completion report; anything else that is not empty blocks."""
     text = clean_text(text, QUESTION_LIMIT).strip()
+    if not text:
+        return Question()
     try:
-        value = parse_json(text) if text else None
+        value = parse_json(text)
     except ValueError:
         return Question("question", text)
     if isinstance(value, str):
@@ -2973,6 +2979,8 @@ def parse_question(text: str) -> Question:
 
 def parse_changestats(text: str) -> dict | None:
     """The last ``3 files changed, 2 insertions(+), 4 deletions(-)`` of a text, also of a raw log, or ``None``."""
+    if "changed" not in text:
+        return None
     import re
     pattern = r"(\d{1,9}) files? changed(?:, (\d{1,9}) insertions?\(\+\))?(?:, (\d{1,9}) deletions?\(-\))?"
     found = None
@@ -3962,6 +3970,7 @@ AGENT_TOKEN_PREFIX = "clagt"
 AGENT_TOKEN_LENGTH = len(AGENT_TOKEN_PREFIX) + 32 + 64  # the execution's id and an HMAC, in hexadecimal digits
 
 
+_INNER_PAD, _OUTER_PAD = (bytes(byte ^ pad for byte in range(256)) for pad in (0x36, 0x5C))
 _SHA256: list[Callable] = []  # found once: looking for a module that is not there takes longer than all the rest
 
 
@@ -3975,8 +3984,7 @@ def hmac_sha256(key: bytes, message: bytes) -> bytes:
         _SHA256.append(sha256)
     sha256 = _SHA256[0]
     key = (sha256(key).digest() if len(key) > 64 else key).ljust(64, b"\0")
-    inner = sha256(bytes(byte ^ 0x36 for byte in key) + message).digest()
-    return sha256(bytes(byte ^ 0x5C for byte in key) + inner).digest()
+    return sha256(key.translate(_OUTER_PAD) + sha256(key.translate(_INNER_PAD) + message).digest()).digest()
 
 
 def agent_token(key: bytes, execution_id: str) -> str:
@@ -5587,23 +5595,26 @@ SHOWN: dict[str, Callable] = {  # how interfaces see a field that they do not se
 }
 
 
-def _shown(record: Record, names: str) -> dict:
-    fields = ((name, record.__dict__[name]) for name in names.split())
-    return {name: SHOWN[name](value) if name in SHOWN else value for name, value in fields}
+EXECUTION_SHOWN, TASK_SHOWN = ([(name, SHOWN.get(name)) for name in names.split()] for names in (
+    "id task_id status reason detail agent round start_time end_time exit_code cost_usd tokens_in tokens_out session_id"
+    " sandbox_dir changestats commits summary pushed_branch",
+    "id name description state reason detail agent timeout_s priority tags depends_on parent_task_id project story_id"
+    " summary question rejection_comment start_at not_before round attempts created_at updated_at"))
+
+
+def _shown(record: Record, fields: list) -> dict:
+    values = record.__dict__
+    return {name: show(values[name]) if show else values[name] for name, show in fields}
 
 
 def execution_to_json(execution: Execution) -> dict:
     """An execution as every interface shows it (SPEC section 11)."""
-    return _shown(execution, "id task_id status reason detail agent round start_time end_time exit_code cost_usd"
-                             " tokens_in tokens_out session_id sandbox_dir changestats commits summary pushed_branch")
+    return _shown(execution, EXECUTION_SHOWN)
 
 
 def task_to_json(task: Task, execution: Execution | None, default_timeout_s: float) -> dict:
     """A task as every interface shows it (SPEC section 11)."""
-    shown = _shown(task, "id name description state reason detail agent timeout_s priority tags depends_on"
-                         " parent_task_id project story_id summary question rejection_comment start_at not_before"
-                         " round attempts created_at updated_at")
-    return {**shown, "agent": agent_to_json(task.agent), "timeout_s": task.timeout_s or default_timeout_s,
+    return {**_shown(task, TASK_SHOWN), "agent": agent_to_json(task.agent), "timeout_s": task.timeout_s or default_timeout_s,
             "execution": execution and execution_to_json(execution)}
 
 
@@ -5988,6 +5999,8 @@ class Transactions:
         return record
 
     def _resolve(self, table: _Table, prefix: str) -> str:
+        if (table.name, prefix) in self._cache:  # a whole id
+            return prefix
         rows = self._rows(f"SELECT id, {table.label} FROM {table.name} WHERE id >= ? AND id < ? ORDER BY id LIMIT 3",
                           (prefix, prefix + "\U0010ffff")) if prefix else []
         if len(rows) == 1 or rows and rows[0][0] == prefix:
@@ -6032,8 +6045,9 @@ class Transactions:
             return []
         rows, events, first = [], [], self._last_event() + 1
         for seq, (at, kind, task_id, execution_id, text, payload) in enumerate(self._events, first):
-            rows.append((seq, format_db_time(at), kind, task_id, execution_id, text))
-            events.append({"seq": seq, "time": format_time(at), "kind": kind, "task_id": task_id,
+            stored = format_db_time(at)
+            rows.append((seq, stored, kind, task_id, execution_id, text))
+            events.append({"seq": seq, "time": f"{stored[:10]}T{stored[11:23]}Z", "kind": kind, "task_id": task_id,
                            "execution_id": execution_id, **payload})
         self._db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", rows)
         return events
@@ -6112,6 +6126,12 @@ class Store(Transactions):
     def subtasks(self, parent_id: str) -> list[Task]:
         """The direct subtasks of a task, oldest first."""
         return self._find(TASKS, "parent_task_id = ?", (parent_id,))
+
+    def open_subtasks(self, parent_id: str) -> int:
+        """How many of the direct subtasks of a task have not ended."""
+        ended = ", ".join(f"'{state}'" for state in sorted(ENDED_STATES))
+        return self._rows(f"SELECT count(*) FROM tasks WHERE parent_task_id = ? AND state NOT IN ({ended})",
+                          (parent_id,))[0][0]
 
     def task_states(self, ids) -> dict[str, str]:
         """The states of those of ``ids`` that exist."""
@@ -6404,6 +6424,7 @@ def is_same_process(pid: int | None, start: int | None, boot: str) -> bool:
 
 
 _UNMARKED: dict[tuple[str, int], float] = {}  # (pid, its inode in /proc: not a later process's) first seen without mark
+_LEFT_ALONE: set[tuple[str, int]] = set()  # those of them that were so for longer than ``UNMARKED_S``
 _MARKED: dict[tuple[str, int], set] = {}  # the marks of those that had one when they were looked at
 UNMARKED_S = 2.0  # how long a process must have been without a mark to be left alone: longer than fork(2) to execve(2)
 
@@ -6430,14 +6451,17 @@ def marked_processes(execution_ids) -> dict[int, str]:
     prefix, found, clear, now = MARK.encode() + b"=", {}, set(), time.monotonic()
     for _ in range(LOOK_AGAIN if wanted else 0):
         again = starting = False
-        processes = [(entry.name, entry.inode()) for entry in os.scandir("/proc") if entry.name.isdigit()]
+        processes = {(entry.name, entry.inode()) for entry in os.scandir("/proc") if entry.name.isdigit()}
         for known in (_UNMARKED, _MARKED):
-            for gone in known.keys() - set(processes):
+            for gone in known.keys() - processes:
                 del known[gone]
-        for process in processes:
+        _LEFT_ALONE.intersection_update(processes)
+        for process in processes - _LEFT_ALONE:
             name = process[0]
-            if name in clear or now - _UNMARKED.get(process, now) > UNMARKED_S \
-                    or wanted.keys().isdisjoint(_MARKED.get(process, wanted)):
+            if now - _UNMARKED.get(process, now) > UNMARKED_S:
+                _LEFT_ALONE.add(process)
+                continue
+            if name in clear or wanted.keys().isdisjoint(_MARKED.get(process, wanted)):
                 continue
             try:
                 with open(f"/proc/{name}/environ", "rb", buffering=0) as file:
@@ -6599,29 +6623,33 @@ def exit_time(execution_dir: str) -> float | None:
         return None
 
 
-async def wait_for_exit(pid: int, start: int | None) -> None:
-    """Return when the process has ended, at once and without polling (pidfd); reaps it if it is our child.
-
-    Raises ``OSError`` where that cannot be told (no descriptor left).
+def wait_for_exit(pid: int, start: int | None) -> Any:
+    """A future of the running loop that is done when the process has ended, at once and without polling (pidfd); the
+    process is reaped if it is our child.  It raises ``OSError`` where the end cannot be told (no descriptor left).
     """
     import asyncio
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
     loop = asyncio.get_running_loop()
     ended = loop.create_future()
     try:
-        if process_start(pid) == start:
-            loop.add_reader(descriptor, lambda: ended.done() or ended.set_result(None))
-            await ended
-    finally:
+        descriptor = os.pidfd_open(pid)
+    except OSError as error:
+        ended.set_result(None) if isinstance(error, ProcessLookupError) else ended.set_exception(error)
+        return ended
+
+    def leave(_) -> None:
         loop.remove_reader(descriptor)
         os.close(descriptor)
         try:
             os.waitpid(pid, os.WNOHANG)
         except OSError:
             pass  # adopted: init reaps it
+
+    ended.add_done_callback(leave)
+    if process_start(pid) == start:
+        loop.add_reader(descriptor, lambda: ended.done() or ended.set_result(None))
+    else:
+        ended.set_result(None)
+    return ended
 
 
 async def sweep(execution_ids, grace_s: float = 2.0) -> int:
@@ -6640,8 +6668,11 @@ async def sweep(execution_ids, grace_s: float = 2.0) -> int:
     return first
 
 
+GATHER_S = 0.002  # how long the first of several executions waits for the others' ends
+
+
 class SweepQueue:
-    """Shares one pass over /proc among all executions that end within a tick."""
+    """Shares one pass over /proc among all executions that end within ``GATHER_S``."""
 
     def __init__(self):
         self._ids: set[str] = set()
@@ -6663,7 +6694,7 @@ class SweepQueue:
 
     async def _look_once(self) -> set[str]:
         import asyncio
-        await asyncio.sleep(0)
+        await asyncio.sleep(GATHER_S)
         ids, self._ids, self._look = self._ids, set(), None
         return set(marked_processes(ids).values())
 
@@ -8055,8 +8086,8 @@ class Lifecycle(KindKeeper):
         task = self.store.get_task(task_id)
         if task.state == RUNNING:
             raise wrong_state(task, "is RUNNING; cancel it first")
-        if self._open_subtasks(task_id):
-            raise wrong_state(task, f"has {self._open_subtasks(task_id)} open subtasks; cancel them first")
+        if self.store.open_subtasks(task_id):
+            raise wrong_state(task, f"has {self.store.open_subtasks(task_id)} open subtasks; cancel them first")
         executions = self.store.executions_of(task_id, limit=100_000)
         with self.store.atomic():
             self.store.delete_task(task_id)
@@ -8146,7 +8177,7 @@ class Lifecycle(KindKeeper):
         """End an execution and move its task, in one transaction.  ``facts`` are further fields of the execution;
         ``ended`` is when its agent did, if that was not just now."""
         state = follow_up.state
-        if state in (READY, COMPLETED) and self._open_subtasks(execution.task_id):
+        if state in (READY, COMPLETED) and self.store.open_subtasks(execution.task_id):
             state = BLOCKED
         moved = {name: value for name, value in follow_up.__dict__.items()
                  if name not in ("state", "park", "park_until")}
@@ -8189,13 +8220,10 @@ class Lifecycle(KindKeeper):
         return self._move(task_id, FAILED, only_from=(QUEUED,), reason="quota_exhausted",
                           detail=f"it was not started: the quota of {kind} is used up{resets}{QUOTA_FAILS}")
 
-    def _open_subtasks(self, task_id: str) -> int:
-        return sum(child.state not in ENDED_STATES for child in self.store.subtasks(task_id))
-
     def _settle_parent(self, parent_id: str) -> None:
         """Move a parent that waits for its subtasks once the last of them has ended."""
         parent = self.store.find_task(parent_id)
-        if parent is None or parent.state != BLOCKED or parent.question or self._open_subtasks(parent_id):
+        if parent is None or parent.state != BLOCKED or parent.question or self.store.open_subtasks(parent_id):
             return
         children = self.store.subtasks(parent_id)
         failed = [repr(child.name) for child in children if child.state in FAILURE_STATES]
@@ -8567,7 +8595,8 @@ async def _task_wait(core: Core, params: dict) -> dict:
                     (over.add if is_done else over.discard)(task.id)
                 if done := len(over) >= enough:
                     break
-                named = {event["task_id"] for event in await anext(events)}
+                named = {event["task_id"] for event in await anext(events)
+                         if event["task_id"] is None or event["kind"].startswith("task.")}  # what a run does ends no wait
                 touched = set(ids) if None in named else named.intersection(ids)
     except TimeoutError:
         pass
@@ -9591,7 +9620,7 @@ class Run(Started):
         """Read the log from its beginning: events of it were not stored, or are not known to be."""
         self.log = LogReader(os.path.join(self.directory, "stdout.log"), new_stream(self.runner))
         self.events: list[dict] = []  # read from the log and not stored yet
-        self.known_events = self.core.store.count_log_events(self.execution) if self.execution.pid else 0
+        self.known_events: int | None = None if self.execution.pid else 0  # how many of them are stored; not counted yet
 
     def is_alive(self) -> bool:
         """Whether its supervisor still runs."""
@@ -9677,7 +9706,7 @@ class Run(Started):
     async def _follow(self) -> None:
         """Read the log as it grows until the supervisor has ended; stop an agent that is silent for too long."""
         import asyncio
-        ended = asyncio.ensure_future(wait_for_exit(self.execution.pid, self.execution.pid_start))
+        ended = wait_for_exit(self.execution.pid, self.execution.pid_start)
         limit_s = self._stall_limit_s()
         last_output = None
         try:
@@ -9708,6 +9737,8 @@ class Run(Started):
         more = True
         while more:
             more, events = self.log.read_more()
+            if self.known_events is None:
+                self.known_events = self.core.store.count_log_events(self.execution)
             known = min(self.known_events, len(events))
             self.known_events -= known
             self.events += events[known:]
@@ -11917,7 +11948,7 @@ class Daemon:
         await self.http.start(lambda request, peer: answer_http(self.core, request))
         await self.server.listen(self.config.socket_path)
         if compiler := ct and compile_ct(ct):
-            self._compiling = loop.create_task(wait_for_exit(compiler, process_start(compiler)))  # which reaps it
+            self._compiling = wait_for_exit(compiler, process_start(compiler))  # which reaps it
 
     def stop(self) -> None:
         """Begin to stop; ``run`` returns soon after."""
