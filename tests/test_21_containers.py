@@ -5,6 +5,7 @@ What only a real engine shows (limits, adoption, stops) is in tests/test_contain
 import json
 import os
 import pathlib
+import shutil
 import socket
 
 import claudomator as c
@@ -184,7 +185,11 @@ def test_the_agents_own_exit_code_stays_the_agents(place, code):
 
 def test_an_engine_that_is_not_installed_names_the_key(tmp_path):
     bare, copy = support.make_repository(tmp_path)
-    with support.DaemonProcess(tmp_path, 'container_engine = "podman"\n', {"PATH": "/nowhere:/usr/bin:/bin"}) as daemon:
+    programs = tmp_path / "bin"  # /usr/bin may have a podman
+    programs.mkdir()
+    for name in ("git", "sh"):
+        (programs / name).symlink_to(shutil.which(name))
+    with support.DaemonProcess(tmp_path, 'container_engine = "podman"\n', {"PATH": f"/nowhere:{programs}"}) as daemon:
         task = daemon.wait(daemon.add("true", agent={"repository_url": str(bare)}))
         assert task["reason"] == "spawn_failed" and "set container_engine" in task["detail"], task
 
