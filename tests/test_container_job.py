@@ -177,15 +177,18 @@ def commands_of_all() -> bytes:
 
 
 def client_of(execution_id) -> int:
-    """The pid of the engine's client of an execution."""
-    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if words[0].endswith((b"docker", b"podman")) and f"claudomator-{execution_id}".encode() in words:
-            return int(path.parent.name)
-    return 0
+    """The pid of the engine's client that waits for an execution, once it is there."""
+    def look():
+        for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = path.read_bytes().split(b"\0")
+            except OSError:
+                continue
+            is_client = words[0].endswith(b"docker") or words[0].endswith(b"podman") and words[1] == b"wait"
+            if is_client and f"claudomator-{execution_id}".encode() in words:
+                return int(path.parent.name)
+        return 0
+    return support.wait_until(look, 10, "the engine's client")
 
 
 WAITS = "echo begun; until [ -e $CLAUDOMATOR_SUMMARY_FILE.go ]; do sleep 0.05; done; "
@@ -379,6 +382,7 @@ def test_what_a_dead_daemon_left_is_removed_by_the_next_one_and_nobody_elses(job
         job.engine("rm", "--force", other, check=False)
 
 
+@ONLY_DOCKER  # what differs between the engines, test_work_that_others_overtook shows
 def test_a_failed_verify_goes_back_and_the_agents_copy_is_as_it_was(job):
     task_id = job.add('[ $CLAUDOMATOR_ROUND = 1 ] && { echo x > Cargo.lock; mkdir -p t; echo 1 > t/ignored; echo t > '
                       '.gitignore; exit 0; }; test -s Cargo.lock && test -s t/ignored && echo ok > fixed',
@@ -402,6 +406,7 @@ def test_work_that_others_overtook_is_rebased_and_verified_anew_in_the_container
     assert "both" in (job.daemon.data_dir / "executions" / run["id"] / "deliver.log").read_text()
 
 
+@ONLY_DOCKER  # git on the host, whatever the engine
 def test_no_setting_hook_or_link_of_the_agent_reaches_the_host(job):
     """Each of these would run a program, or write to a file, as soon as a git of the host works in the agent's clone."""
     victim = job.daemon.home / "victim"
@@ -438,6 +443,7 @@ def test_the_agent_reaches_the_api_across_a_restart_of_the_daemon(job):
     assert job.said(run).count("RUNNING") == 2 and "begun" in job.said(run)
 
 
+@ONLY_DOCKER  # ct over the mounted socket, test_the_agent_reaches_the_api shows with both
 def test_an_agent_waits_with_ct_for_its_subtask_across_a_restart_and_asks(job):
     """``ct`` in the image, with the token of the run, over the mounted socket of two daemons."""
     task_id = job.add("""\
@@ -602,6 +608,25 @@ def test_files_of_another_user_in_the_agents_copy_are_taken_back(engine, image):
         finally:
             path.chmod(mode)
         assert done.stdout == "removed False\n", done.stderr
+
+
+@ONLY_PODMAN
+@pytest.mark.skipif(os.geteuid() == 0, reason="rootless podman only: root's files need no taking back")
+def test_files_of_a_subordinate_user_in_the_agents_copy_are_taken_back(engine, image, tmp_path):
+    config = c.parse_config({"data_dir": str(tmp_path), "claude_image": image, "container_engine": "podman"}, "test", "/")
+    env = {**os.environ, **engine.environment}
+    box = c.Box(config, env, "0" * 8, "shell")
+    box.sandbox = c.Sandbox(f"{config.sandboxes_dir}/s", "", "", "", "", "")
+    made = pathlib.Path(box.sandbox.path, ".git", c.BOX_DIR, "work", "made")
+    made.mkdir(parents=True)
+    (made / "file").write_text("x")
+    engine("unshare", "chown", "-R", "5:5", str(made))
+    engine("unshare", "chmod", "700", str(made))
+    with pytest.raises(c.SandboxError):
+        c.remove_sandbox(box.sandbox.path, config.sandboxes_dir)
+    box.reclaim(env)
+    assert (made / "file").stat().st_uid == os.geteuid()
+    c.remove_sandbox(box.sandbox.path, config.sandboxes_dir)
 
 
 # -- the real CLIs
