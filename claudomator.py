@@ -5325,6 +5325,7 @@ BOX_PROGRAM = f"{BOX_FILES}/claudomator.py"  # this program, where an agent's CL
 BOX_LOGIN, BOX_REPO = "/run/claudomator-login", "/run/claudomator-repo"
 BOX_SSH_AGENT, BOX_GOOGLE = "/run/claudomator-ssh-agent.sock", "/run/claudomator-google.json"
 GOOGLE_FILE = "GOOGLE_APPLICATION_CREDENTIALS"
+CONTAINER_ENDS = ("exited", "stopped")  # the second: podman's, until it has cleaned up
 EXECUTION_LABEL, DATA_LABEL = "claudomator.execution", "claudomator.data"
 HOST_ONLY = ENVIRONMENT_ALLOWED - set("LANG LANGUAGE TZ HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy"
                                       " no_proxy".split()) | {"GEMINI_CLI_HOME", GOOGLE_FILE}
@@ -5333,10 +5334,13 @@ LOGIN_FILES = {"claude": (".claude", (".credentials.json", ".claude.json", "sett
                                       "GEMINI.md"))}
 DEFAULT_BASE = "docker.io/library/node:22-bookworm-slim"  # in full: podman does not know every short name
 IMAGE_CLIS = "@anthropic-ai/claude-code @google/gemini-cli"
-NO_IMAGE = ("no such image", "image not known", "unable to find image", "no such object")
+NO_IMAGE = ("no such image", "image not known", "unable to find image", "no such object",
+            "repository name must have at least one component")  # the last: podman's word on an empty name
 NO_ENGINE = ("cannot connect", "connection refused", "unable to connect", "error during connect",
              "failed to connect to the docker api")
+ENGINE_SOCKET = {"docker": "DOCKER_HOST", "podman": "CONTAINER_HOST"}  # the variable that leads a client to an engine
 OUT_OF_MEMORY = "\nError: the container ran out of memory: raise containers.memory in the configuration\n"
+PERHAPS_MEMORY = "\nError: if its memory ran out, raise containers.memory in the configuration\n"
 
 
 def isolation_of(agent: AgentConfig, sandboxed: bool = True) -> str:
@@ -5382,7 +5386,8 @@ def container_argv(config: Config, image: str, *, name: str, execution_id: str, 
     """``docker run`` or ``podman run``: ``command`` are the arguments of the image's /bin/sh.
 
     ``mounts`` are (host path, path inside, whether read-only); ``user`` is UID:GID; ``cpus`` how many this machine has;
-    of all capabilities only ``capabilities`` are left; ``is_kept``: it stays when it ends, to be asked for its status.
+    of all capabilities only ``capabilities`` are left; ``is_kept``: it stays when it ends, to be asked for its status
+    (podman: by the script that waits for it, section 21).
     """
     limits, is_podman = config.containers, config.container_engine == "podman"
     words = [] if is_kept else ["--rm"]
@@ -5390,8 +5395,10 @@ def container_argv(config: Config, image: str, *, name: str, execution_id: str, 
                           ("--pids-limit", str(limits.pids or "")), ("--network", network or limits.network),
                           *(("--cap-add", capability) for capability in capabilities)):
         words += [option, value] if value else []
-    if is_podman:  # SELinux would hide the mounts; rootless, the daemon's user must stay the same user inside
-        words += ["--security-opt", "label=disable", *(["--userns", "keep-id"] if not user.startswith("0:") else [])]
+    if is_podman:  # SELinux would hide the mounts; rootless, the daemon's user must stay the same user inside;
+        # ``rm --force`` gives an agent that had its grace already another ten seconds, unless the container says none
+        words += [*["--detach"] * is_kept, "--security-opt", "label=disable", "--stop-timeout", "0",
+                  *(["--userns", "keep-id"] if not user.startswith("0:") else [])]
     for mount in mounts:
         words += ["--mount", _mount(*mount)]
     return (config.container_engine, "run", "--name", name, "--label", f"{EXECUTION_LABEL}={execution_id}",
@@ -5412,14 +5419,35 @@ def engine_fault(engine: str, said: str, image: str = "", image_key: str = "") -
     if image_key and any(known in lower for known in NO_IMAGE):
         return "spawn_failed", (f"the container image {image or repr('')} is not there: run `claudomator image build`, or"
                                 f" set {image_key} in the configuration to an image that is")
+    variable = ENGINE_SOCKET[engine]
     if "permission denied while trying to connect" in lower:
         return "spawn_failed", (f"the daemon's user may not use {engine}: make it a member of the group {engine} and start"
-                                f" the daemon from a new login, or set DOCKER_HOST to an engine of its own ({words})")
+                                f" the daemon from a new login, or set {variable} to an engine of its own ({words})")
+    if "unable to connect to podman socket" in lower and "permission denied" in lower:
+        return "spawn_failed", (f"the daemon's user may not use the socket of {variable}: leave that out, or set it to a"
+                                f" socket of its own ({words})")
     if any(known in lower for known in NO_ENGINE):
-        return "sandbox_failed", (f"the container engine does not answer: start {engine}, or set DOCKER_HOST for the"
+        return "sandbox_failed", (f"the container engine does not answer: start {engine}, or set {variable} for the"
                                   f" daemon ({words})")
+    if "container-init binary not found" in lower:
+        return "spawn_failed", f"{engine} lacks its init program: install catatonit ({words})"
     advice = f"; correct [containers] or {image_key} in the configuration" if image_key else ""
     return "spawn_failed", f"{engine} refuses: {words or 'it says nothing'}{advice}"
+
+
+def known_dead(state: dict, start_of: Callable[[int], int | None]) -> dict:
+    """The engine's ``state`` of a container, ``dead`` where it is said to run and cannot be waited for: podman has no
+    daemon, and what it says is what a process beside each container (conmon) wrote down before it was killed."""
+    pids = [pid for pid in (state.get("Pid"), state.get("ConmonPid")) if "ConmonPid" in state and pid]
+    return {**state, "Status": "dead"} if state.get("Status") == "running" and not all(map(start_of, pids)) else state
+
+
+def memory_note(engine: str, state: dict | None, exit_code: int | None) -> str:
+    """What to add to stderr about memory.  podman does not learn of it from every kernel; then it tells of none."""
+    if not state or not exit_code:
+        return ""
+    return OUT_OF_MEMORY if state.get("OOMKilled") else \
+        PERHAPS_MEMORY if engine == "podman" and exit_code == 137 else ""
 
 
 def container_end(exit_code: int | None, state: dict | None, said: str) -> str:
@@ -5432,7 +5460,8 @@ def container_end(exit_code: int | None, state: dict | None, said: str) -> str:
         return "engine" if exit_code in (125, 126, 127) else "agent"
     if state.get("Status") == "created" or state.get("Error"):  # its program could not be run
         return "engine"
-    return "agent" if state.get("Status") == "exited" and state.get("ExitCode") == exit_code else "lost"
+    has_ended = state.get("Status") in CONTAINER_ENDS
+    return "agent" if has_ended and state.get("ExitCode") == exit_code else "lost"
 
 
 def dockerfile(base: str, uid: int, gid: int, has_ct: bool) -> str:
@@ -7556,6 +7585,18 @@ trap : TERM
 "$1" attach --no-stdin "$2" >/dev/null 2>&1
 exit "$("$1" wait "$2")"
 """
+# podman's client is two processes where the user is not root.  Of the first one's death the second hears by SIGTERM, and
+# would pass that on: a killed client would stop the agent.  So podman's containers are detached from the start, and the
+# client is this script, which waits and alone passes on that it was told to stop.
+WATCH = """
+engine=$1 name=$2 told=
+shift 2
+[ $# = 0 ] || "$@" >/dev/null || exit
+trap 'told=1; "$engine" kill --signal TERM "$name" >/dev/null 2>&1' TERM
+code=$("$engine" wait "$name")
+[ -z "$told" ] || code=$("$engine" wait "$name")
+exit "${code:-125}"
+"""
 
 
 def engine_env(host: dict) -> dict:
@@ -7580,9 +7621,11 @@ def list_containers(config: Config, host: dict, label: str) -> list[str]:
 
 def remove_containers(config: Config, host: dict, names: list[str]) -> None:
     """End and remove containers; returns when they are gone.  Raises ``SandboxError`` where that is not proven."""
-    if names:
+    for is_last in (False, True) if names else ():  # podman needs two tries for one whose conmon was killed
         result = run_engine(config, host, "rm", "--force", "--volumes", *names)
-        if result.exit_code != 0 and "no such container" not in result.output.lower():
+        if result.exit_code == 0 or "no such container" in result.output.lower():
+            return
+        if is_last:
             raise SandboxError(f"containers could not be removed: {clean_text(result.output, 300)}")
 
 
@@ -7667,6 +7710,8 @@ class Box:
         if self.config.agent_settings(self.kind).mcp:
             mounts.append((os.path.abspath(__file__), BOX_PROGRAM, True))
         argv = self._argv(self.name, (*mounts, *self._logins(), *lent.values()), (f"{BOX_FILES}/run",), is_kept=True)
+        if self.config.container_engine == "podman":
+            argv = (*self.attach_argv(), *argv)
         return Launch(argv, engine_env(self.host), launch.stdin, launch.format, launch.session_id, files=(
             (f"{self.files}/run", script), (f"{self.files}/prompt.txt", launch.stdin or ""), *own))
 
@@ -7706,7 +7751,8 @@ class Box:
 
     def attach_argv(self) -> tuple[str, ...]:
         """The command that stands in for a client that was killed: it passes signals on and ends as the container does."""
-        return ("/bin/sh", "-c", ATTACH, "attach", self.config.container_engine, self.name)
+        script = WATCH if self.config.container_engine == "podman" else ATTACH
+        return ("/bin/sh", "-c", script, "attach", self.config.container_engine, self.name)
 
     def state(self) -> dict | None:
         """The container's state as the engine tells it; ``None`` where the engine does not answer."""
@@ -7715,7 +7761,7 @@ class Box:
         if result.exit_code != 0:
             return {"Status": "missing"} if "no such" in result.output.lower() else None
         state = parse_json_or(result.output, None)
-        return state if isinstance(state, dict) else None
+        return known_dead(state, process_start) if isinstance(state, dict) else None
 
     def remove(self) -> None:
         """End and remove all containers of the execution, and what was secret.  Raises ``SandboxError``."""
@@ -7731,6 +7777,8 @@ class Box:
         if uid != 0 and (any(os.lstat(os.path.join(path, name)).st_uid != uid
                              for path, folders, names in os.walk(box, onerror=closed.append)
                              for name in (*folders, *names)) or closed):
+            if self.config.container_engine == "podman":
+                uid = gid = 0  # rootless and without keep-id, the daemon's user is root inside
             argv = self._argv(f"{self.name}-reclaim-{os.urandom(3).hex()}", ((box, BOX_WORK, False),),
                               ("-c", f"chown -Rh {uid}:{gid} {BOX_WORK}/."), user="0:0", network="none",
                               capabilities=("CHOWN", "DAC_OVERRIDE", "FOWNER"))
@@ -9595,9 +9643,9 @@ class Started(Workplace):
         if self.execution.pid is None or read_exit_status(self.directory)[0] is not None:
             return False
         state = await in_thread(self.box.state)
-        if not state or state.get("Status") not in ("running", "exited"):
+        if not state or state.get("Status") not in ("running", *CONTAINER_ENDS):
             return False
-        if state["Status"] == "exited":
+        if state["Status"] in CONTAINER_ENDS:
             write_private(os.path.join(self.directory, "exit"), f"{state['ExitCode']}\n")
             return False
         await self._supervise(self.box.attach_argv(), engine_env(self.core.host_env), "/", "")
@@ -9771,9 +9819,8 @@ class Run(Started):
             key = self.core.config.image_key(self.execution.agent)
             reason, words = engine_fault(self.core.config.container_engine, said, self.box.image, key)
             return failed_verdict(reason, words), {"exit_code": exit_code}
-        if state and state.get("OOMKilled") and exit_code:
-            said += OUT_OF_MEMORY
         stop_reason = self._stop_cause(exit_code)
+        said += "" if stop_reason else memory_note(self.core.config.container_engine, state, exit_code)
         verdict = judge(
             agent=agent, exit_code=exit_code, format=self.runner.format, kind=self.execution.agent,
             stop_reason=stop_reason, limit_s=self._stall_limit_s() if stop_reason == "stalled" else self.execution.timeout_s,
