@@ -162,10 +162,10 @@ class Record:
         values = self.__dict__
         if not kwargs and len(args) == len(self._fields):
             return values.update(zip(self._fields, args))
-        values.update(self._defaults)
-        values.update(zip(self._fields, args))
-        values.update(kwargs)
-        if not len(args) <= len(self._fields) == len(values) or kwargs and not self._names >= values.keys():
+        values.update(self._defaults, **kwargs)
+        if args:
+            values.update(zip(self._fields, args))
+        if not len(args) <= len(self._fields) == len(values) or not self._names >= kwargs.keys():
             self._complain()
 
     def _complain(self) -> None:
@@ -257,7 +257,9 @@ def format_json(value) -> str:
 
 def is_plain_text(value) -> bool:
     """Whether a value is a string that can be stored: no NUL and no half of a surrogate pair."""
-    return isinstance(value, str) and "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    return value.isascii() or not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def parse_json_or(text: str | bytes | None, default: object) -> object:
@@ -833,6 +835,8 @@ class Config(KeyedRecord, keys=CONFIG_GROUPS[""]):
 
     def project_for_dir(self, path: str) -> ProjectSettings | None:
         """The project whose directory ``path`` is; a trailing slash or ``..`` makes no difference."""
+        if not path or not self.projects:
+            return None
         path = Checker("").scalar("path", path, "")
         return next((project for project in self.projects if project.dir == path), None)
 
@@ -2953,8 +2957,10 @@ def parse_question(text: str) -> Question:
     """What an agent wrote into its question file (SPEC section 8).  Never raises: text that is no JSON is a question,
     JSON with neither options nor a question mark a completion report; anything else that is not empty blocks."""
     text = clean_text(text, QUESTION_LIMIT).strip()
+    if not text:
+        return Question()
     try:
-        value = parse_json(text) if text else None
+        value = parse_json(text)
     except ValueError:
         return Question("question", text)
     if isinstance(value, str):
@@ -2973,6 +2979,8 @@ def parse_question(text: str) -> Question:
 
 def parse_changestats(text: str) -> dict | None:
     """The last ``3 files changed, 2 insertions(+), 4 deletions(-)`` of a text, also of a raw log, or ``None``."""
+    if "changed" not in text:
+        return None
     import re
     pattern = r"(\d{1,9}) files? changed(?:, (\d{1,9}) insertions?\(\+\))?(?:, (\d{1,9}) deletions?\(-\))?"
     found = None
@@ -3962,6 +3970,7 @@ AGENT_TOKEN_PREFIX = "clagt"
 AGENT_TOKEN_LENGTH = len(AGENT_TOKEN_PREFIX) + 32 + 64  # the execution's id and an HMAC, in hexadecimal digits
 
 
+_INNER_PAD, _OUTER_PAD = (bytes(byte ^ pad for byte in range(256)) for pad in (0x36, 0x5C))
 _SHA256: list[Callable] = []  # found once: looking for a module that is not there takes longer than all the rest
 
 
@@ -3975,8 +3984,7 @@ def hmac_sha256(key: bytes, message: bytes) -> bytes:
         _SHA256.append(sha256)
     sha256 = _SHA256[0]
     key = (sha256(key).digest() if len(key) > 64 else key).ljust(64, b"\0")
-    inner = sha256(bytes(byte ^ 0x36 for byte in key) + message).digest()
-    return sha256(bytes(byte ^ 0x5C for byte in key) + inner).digest()
+    return sha256(key.translate(_OUTER_PAD) + sha256(key.translate(_INNER_PAD) + message).digest()).digest()
 
 
 def agent_token(key: bytes, execution_id: str) -> str:
@@ -4082,7 +4090,10 @@ class Redactor:
     def document(self, encoded: bytes) -> bytes:
         """A JSON document as ``format_json`` writes it, without secrets.  Nearly always there are none, and looking for
         their traces in the bytes costs far less than reading them."""
-        if not any(trace in encoded for trace in self._traces):
+        for trace in self._traces:
+            if trace in encoded:
+                break
+        else:
             return encoded
         end = encoded[len(encoded.rstrip()):]
         return format_json(self.value(parse_json(encoded))).encode() + end
@@ -4163,7 +4174,8 @@ def parse_request(line: bytes) -> Request:
 
 def encode_result(request_id, result) -> bytes:
     """The line that answers a request."""
-    return f'{{"jsonrpc":"2.0","id":{format_json(request_id)},"result":{format_json(result)}}}\n'.encode()
+    shown = request_id if type(request_id) is int else format_json(request_id)
+    return f'{{"jsonrpc":"2.0","id":{shown},"result":{format_json(result)}}}\n'.encode()
 
 
 def encode_error(request_id, error: Exception) -> bytes:
@@ -5313,6 +5325,7 @@ BOX_PROGRAM = f"{BOX_FILES}/claudomator.py"  # this program, where an agent's CL
 BOX_LOGIN, BOX_REPO = "/run/claudomator-login", "/run/claudomator-repo"
 BOX_SSH_AGENT, BOX_GOOGLE = "/run/claudomator-ssh-agent.sock", "/run/claudomator-google.json"
 GOOGLE_FILE = "GOOGLE_APPLICATION_CREDENTIALS"
+CONTAINER_ENDS = ("exited", "stopped")  # the second: podman's, until it has cleaned up
 EXECUTION_LABEL, DATA_LABEL = "claudomator.execution", "claudomator.data"
 HOST_ONLY = ENVIRONMENT_ALLOWED - set("LANG LANGUAGE TZ HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy"
                                       " no_proxy".split()) | {"GEMINI_CLI_HOME", GOOGLE_FILE}
@@ -5321,10 +5334,13 @@ LOGIN_FILES = {"claude": (".claude", (".credentials.json", ".claude.json", "sett
                                       "GEMINI.md"))}
 DEFAULT_BASE = "docker.io/library/node:22-bookworm-slim"  # in full: podman does not know every short name
 IMAGE_CLIS = "@anthropic-ai/claude-code @google/gemini-cli"
-NO_IMAGE = ("no such image", "image not known", "unable to find image", "no such object")
+NO_IMAGE = ("no such image", "image not known", "unable to find image", "no such object",
+            "repository name must have at least one component")  # the last: podman's word on an empty name
 NO_ENGINE = ("cannot connect", "connection refused", "unable to connect", "error during connect",
              "failed to connect to the docker api")
+ENGINE_SOCKET = {"docker": "DOCKER_HOST", "podman": "CONTAINER_HOST"}  # the variable that leads a client to an engine
 OUT_OF_MEMORY = "\nError: the container ran out of memory: raise containers.memory in the configuration\n"
+PERHAPS_MEMORY = "\nError: if its memory ran out, raise containers.memory in the configuration\n"
 
 
 def isolation_of(agent: AgentConfig, sandboxed: bool = True) -> str:
@@ -5370,7 +5386,8 @@ def container_argv(config: Config, image: str, *, name: str, execution_id: str, 
     """``docker run`` or ``podman run``: ``command`` are the arguments of the image's /bin/sh.
 
     ``mounts`` are (host path, path inside, whether read-only); ``user`` is UID:GID; ``cpus`` how many this machine has;
-    of all capabilities only ``capabilities`` are left; ``is_kept``: it stays when it ends, to be asked for its status.
+    of all capabilities only ``capabilities`` are left; ``is_kept``: it stays when it ends, to be asked for its status
+    (podman: by the script that waits for it, section 21).
     """
     limits, is_podman = config.containers, config.container_engine == "podman"
     words = [] if is_kept else ["--rm"]
@@ -5378,8 +5395,10 @@ def container_argv(config: Config, image: str, *, name: str, execution_id: str, 
                           ("--pids-limit", str(limits.pids or "")), ("--network", network or limits.network),
                           *(("--cap-add", capability) for capability in capabilities)):
         words += [option, value] if value else []
-    if is_podman:  # SELinux would hide the mounts; rootless, the daemon's user must stay the same user inside
-        words += ["--security-opt", "label=disable", *(["--userns", "keep-id"] if not user.startswith("0:") else [])]
+    if is_podman:  # SELinux would hide the mounts; rootless, the daemon's user must stay the same user inside;
+        # ``rm --force`` gives an agent that had its grace already another ten seconds, unless the container says none
+        words += [*["--detach"] * is_kept, "--security-opt", "label=disable", "--stop-timeout", "0",
+                  *(["--userns", "keep-id"] if not user.startswith("0:") else [])]
     for mount in mounts:
         words += ["--mount", _mount(*mount)]
     return (config.container_engine, "run", "--name", name, "--label", f"{EXECUTION_LABEL}={execution_id}",
@@ -5400,14 +5419,35 @@ def engine_fault(engine: str, said: str, image: str = "", image_key: str = "") -
     if image_key and any(known in lower for known in NO_IMAGE):
         return "spawn_failed", (f"the container image {image or repr('')} is not there: run `claudomator image build`, or"
                                 f" set {image_key} in the configuration to an image that is")
+    variable = ENGINE_SOCKET[engine]
     if "permission denied while trying to connect" in lower:
         return "spawn_failed", (f"the daemon's user may not use {engine}: make it a member of the group {engine} and start"
-                                f" the daemon from a new login, or set DOCKER_HOST to an engine of its own ({words})")
+                                f" the daemon from a new login, or set {variable} to an engine of its own ({words})")
+    if "unable to connect to podman socket" in lower and "permission denied" in lower:
+        return "spawn_failed", (f"the daemon's user may not use the socket of {variable}: leave that out, or set it to a"
+                                f" socket of its own ({words})")
     if any(known in lower for known in NO_ENGINE):
-        return "sandbox_failed", (f"the container engine does not answer: start {engine}, or set DOCKER_HOST for the"
+        return "sandbox_failed", (f"the container engine does not answer: start {engine}, or set {variable} for the"
                                   f" daemon ({words})")
+    if "container-init binary not found" in lower:
+        return "spawn_failed", f"{engine} lacks its init program: install catatonit ({words})"
     advice = f"; correct [containers] or {image_key} in the configuration" if image_key else ""
     return "spawn_failed", f"{engine} refuses: {words or 'it says nothing'}{advice}"
+
+
+def known_dead(state: dict, start_of: Callable[[int], int | None]) -> dict:
+    """The engine's ``state`` of a container, ``dead`` where it is said to run and cannot be waited for: podman has no
+    daemon, and what it says is what a process beside each container (conmon) wrote down before it was killed."""
+    pids = [pid for pid in (state.get("Pid"), state.get("ConmonPid")) if "ConmonPid" in state and pid]
+    return {**state, "Status": "dead"} if state.get("Status") == "running" and not all(map(start_of, pids)) else state
+
+
+def memory_note(engine: str, state: dict | None, exit_code: int | None) -> str:
+    """What to add to stderr about memory.  podman does not learn of it from every kernel; then it tells of none."""
+    if not state or not exit_code:
+        return ""
+    return OUT_OF_MEMORY if state.get("OOMKilled") else \
+        PERHAPS_MEMORY if engine == "podman" and exit_code == 137 else ""
 
 
 def container_end(exit_code: int | None, state: dict | None, said: str) -> str:
@@ -5420,7 +5460,8 @@ def container_end(exit_code: int | None, state: dict | None, said: str) -> str:
         return "engine" if exit_code in (125, 126, 127) else "agent"
     if state.get("Status") == "created" or state.get("Error"):  # its program could not be run
         return "engine"
-    return "agent" if state.get("Status") == "exited" and state.get("ExitCode") == exit_code else "lost"
+    has_ended = state.get("Status") in CONTAINER_ENDS
+    return "agent" if has_ended and state.get("ExitCode") == exit_code else "lost"
 
 
 def dockerfile(base: str, uid: int, gid: int, has_ct: bool) -> str:
@@ -5583,23 +5624,26 @@ SHOWN: dict[str, Callable] = {  # how interfaces see a field that they do not se
 }
 
 
-def _shown(record: Record, names: str) -> dict:
-    fields = ((name, record.__dict__[name]) for name in names.split())
-    return {name: SHOWN[name](value) if name in SHOWN else value for name, value in fields}
+EXECUTION_SHOWN, TASK_SHOWN = ([(name, SHOWN.get(name)) for name in names.split()] for names in (
+    "id task_id status reason detail agent round start_time end_time exit_code cost_usd tokens_in tokens_out session_id"
+    " sandbox_dir changestats commits summary pushed_branch",
+    "id name description state reason detail agent timeout_s priority tags depends_on parent_task_id project story_id"
+    " summary question rejection_comment start_at not_before round attempts created_at updated_at"))
+
+
+def _shown(record: Record, fields: list) -> dict:
+    values = record.__dict__
+    return {name: show(values[name]) if show else values[name] for name, show in fields}
 
 
 def execution_to_json(execution: Execution) -> dict:
     """An execution as every interface shows it (SPEC section 11)."""
-    return _shown(execution, "id task_id status reason detail agent round start_time end_time exit_code cost_usd"
-                             " tokens_in tokens_out session_id sandbox_dir changestats commits summary pushed_branch")
+    return _shown(execution, EXECUTION_SHOWN)
 
 
 def task_to_json(task: Task, execution: Execution | None, default_timeout_s: float) -> dict:
     """A task as every interface shows it (SPEC section 11)."""
-    shown = _shown(task, "id name description state reason detail agent timeout_s priority tags depends_on"
-                         " parent_task_id project story_id summary question rejection_comment start_at not_before"
-                         " round attempts created_at updated_at")
-    return {**shown, "agent": agent_to_json(task.agent), "timeout_s": task.timeout_s or default_timeout_s,
+    return {**_shown(task, TASK_SHOWN), "agent": agent_to_json(task.agent), "timeout_s": task.timeout_s or default_timeout_s,
             "execution": execution and execution_to_json(execution)}
 
 
@@ -5984,6 +6028,8 @@ class Transactions:
         return record
 
     def _resolve(self, table: _Table, prefix: str) -> str:
+        if (table.name, prefix) in self._cache:  # a whole id
+            return prefix
         rows = self._rows(f"SELECT id, {table.label} FROM {table.name} WHERE id >= ? AND id < ? ORDER BY id LIMIT 3",
                           (prefix, prefix + "\U0010ffff")) if prefix else []
         if len(rows) == 1 or rows and rows[0][0] == prefix:
@@ -6028,8 +6074,9 @@ class Transactions:
             return []
         rows, events, first = [], [], self._last_event() + 1
         for seq, (at, kind, task_id, execution_id, text, payload) in enumerate(self._events, first):
-            rows.append((seq, format_db_time(at), kind, task_id, execution_id, text))
-            events.append({"seq": seq, "time": format_time(at), "kind": kind, "task_id": task_id,
+            stored = format_db_time(at)
+            rows.append((seq, stored, kind, task_id, execution_id, text))
+            events.append({"seq": seq, "time": f"{stored[:10]}T{stored[11:23]}Z", "kind": kind, "task_id": task_id,
                            "execution_id": execution_id, **payload})
         self._db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", rows)
         return events
@@ -6108,6 +6155,12 @@ class Store(Transactions):
     def subtasks(self, parent_id: str) -> list[Task]:
         """The direct subtasks of a task, oldest first."""
         return self._find(TASKS, "parent_task_id = ?", (parent_id,))
+
+    def open_subtasks(self, parent_id: str) -> int:
+        """How many of the direct subtasks of a task have not ended."""
+        ended = ", ".join(f"'{state}'" for state in sorted(ENDED_STATES))
+        return self._rows(f"SELECT count(*) FROM tasks WHERE parent_task_id = ? AND state NOT IN ({ended})",
+                          (parent_id,))[0][0]
 
     def task_states(self, ids) -> dict[str, str]:
         """The states of those of ``ids`` that exist."""
@@ -6400,6 +6453,7 @@ def is_same_process(pid: int | None, start: int | None, boot: str) -> bool:
 
 
 _UNMARKED: dict[tuple[str, int], float] = {}  # (pid, its inode in /proc: not a later process's) first seen without mark
+_LEFT_ALONE: set[tuple[str, int]] = set()  # those of them that were so for longer than ``UNMARKED_S``
 _MARKED: dict[tuple[str, int], set] = {}  # the marks of those that had one when they were looked at
 UNMARKED_S = 2.0  # how long a process must have been without a mark to be left alone: longer than fork(2) to execve(2)
 
@@ -6426,14 +6480,17 @@ def marked_processes(execution_ids) -> dict[int, str]:
     prefix, found, clear, now = MARK.encode() + b"=", {}, set(), time.monotonic()
     for _ in range(LOOK_AGAIN if wanted else 0):
         again = starting = False
-        processes = [(entry.name, entry.inode()) for entry in os.scandir("/proc") if entry.name.isdigit()]
+        processes = {(entry.name, entry.inode()) for entry in os.scandir("/proc") if entry.name.isdigit()}
         for known in (_UNMARKED, _MARKED):
-            for gone in known.keys() - set(processes):
+            for gone in known.keys() - processes:
                 del known[gone]
-        for process in processes:
+        _LEFT_ALONE.intersection_update(processes)
+        for process in processes - _LEFT_ALONE:
             name = process[0]
-            if name in clear or now - _UNMARKED.get(process, now) > UNMARKED_S \
-                    or wanted.keys().isdisjoint(_MARKED.get(process, wanted)):
+            if now - _UNMARKED.get(process, now) > UNMARKED_S:
+                _LEFT_ALONE.add(process)
+                continue
+            if name in clear or wanted.keys().isdisjoint(_MARKED.get(process, wanted)):
                 continue
             try:
                 with open(f"/proc/{name}/environ", "rb", buffering=0) as file:
@@ -6595,29 +6652,33 @@ def exit_time(execution_dir: str) -> float | None:
         return None
 
 
-async def wait_for_exit(pid: int, start: int | None) -> None:
-    """Return when the process has ended, at once and without polling (pidfd); reaps it if it is our child.
-
-    Raises ``OSError`` where that cannot be told (no descriptor left).
+def wait_for_exit(pid: int, start: int | None) -> Any:
+    """A future of the running loop that is done when the process has ended, at once and without polling (pidfd); the
+    process is reaped if it is our child.  It raises ``OSError`` where the end cannot be told (no descriptor left).
     """
     import asyncio
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
     loop = asyncio.get_running_loop()
     ended = loop.create_future()
     try:
-        if process_start(pid) == start:
-            loop.add_reader(descriptor, lambda: ended.done() or ended.set_result(None))
-            await ended
-    finally:
+        descriptor = os.pidfd_open(pid)
+    except OSError as error:
+        ended.set_result(None) if isinstance(error, ProcessLookupError) else ended.set_exception(error)
+        return ended
+
+    def leave(_) -> None:
         loop.remove_reader(descriptor)
         os.close(descriptor)
         try:
             os.waitpid(pid, os.WNOHANG)
         except OSError:
             pass  # adopted: init reaps it
+
+    ended.add_done_callback(leave)
+    if process_start(pid) == start:
+        loop.add_reader(descriptor, lambda: ended.done() or ended.set_result(None))
+    else:
+        ended.set_result(None)
+    return ended
 
 
 async def sweep(execution_ids, grace_s: float = 2.0) -> int:
@@ -6636,8 +6697,11 @@ async def sweep(execution_ids, grace_s: float = 2.0) -> int:
     return first
 
 
+GATHER_S = 0.002  # how long the first of several executions waits for the others' ends
+
+
 class SweepQueue:
-    """Shares one pass over /proc among all executions that end within a tick."""
+    """Shares one pass over /proc among all executions that end within ``GATHER_S``."""
 
     def __init__(self):
         self._ids: set[str] = set()
@@ -6659,7 +6723,7 @@ class SweepQueue:
 
     async def _look_once(self) -> set[str]:
         import asyncio
-        await asyncio.sleep(0)
+        await asyncio.sleep(GATHER_S)
         ids, self._ids, self._look = self._ids, set(), None
         return set(marked_processes(ids).values())
 
@@ -7521,6 +7585,18 @@ trap : TERM
 "$1" attach --no-stdin "$2" >/dev/null 2>&1
 exit "$("$1" wait "$2")"
 """
+# podman's client is two processes where the user is not root.  Of the first one's death the second hears by SIGTERM, and
+# would pass that on: a killed client would stop the agent.  So podman's containers are detached from the start, and the
+# client is this script, which waits and alone passes on that it was told to stop.
+WATCH = """
+engine=$1 name=$2 told=
+shift 2
+[ $# = 0 ] || "$@" >/dev/null || exit
+trap 'told=1; "$engine" kill --signal TERM "$name" >/dev/null 2>&1' TERM
+code=$("$engine" wait "$name")
+[ -z "$told" ] || code=$("$engine" wait "$name")
+exit "${code:-125}"
+"""
 
 
 def engine_env(host: dict) -> dict:
@@ -7545,9 +7621,11 @@ def list_containers(config: Config, host: dict, label: str) -> list[str]:
 
 def remove_containers(config: Config, host: dict, names: list[str]) -> None:
     """End and remove containers; returns when they are gone.  Raises ``SandboxError`` where that is not proven."""
-    if names:
+    for is_last in (False, True) if names else ():  # podman needs two tries for one whose conmon was killed
         result = run_engine(config, host, "rm", "--force", "--volumes", *names)
-        if result.exit_code != 0 and "no such container" not in result.output.lower():
+        if result.exit_code == 0 or "no such container" in result.output.lower():
+            return
+        if is_last:
             raise SandboxError(f"containers could not be removed: {clean_text(result.output, 300)}")
 
 
@@ -7632,6 +7710,8 @@ class Box:
         if self.config.agent_settings(self.kind).mcp:
             mounts.append((os.path.abspath(__file__), BOX_PROGRAM, True))
         argv = self._argv(self.name, (*mounts, *self._logins(), *lent.values()), (f"{BOX_FILES}/run",), is_kept=True)
+        if self.config.container_engine == "podman":
+            argv = (*self.attach_argv(), *argv)
         return Launch(argv, engine_env(self.host), launch.stdin, launch.format, launch.session_id, files=(
             (f"{self.files}/run", script), (f"{self.files}/prompt.txt", launch.stdin or ""), *own))
 
@@ -7671,7 +7751,8 @@ class Box:
 
     def attach_argv(self) -> tuple[str, ...]:
         """The command that stands in for a client that was killed: it passes signals on and ends as the container does."""
-        return ("/bin/sh", "-c", ATTACH, "attach", self.config.container_engine, self.name)
+        script = WATCH if self.config.container_engine == "podman" else ATTACH
+        return ("/bin/sh", "-c", script, "attach", self.config.container_engine, self.name)
 
     def state(self) -> dict | None:
         """The container's state as the engine tells it; ``None`` where the engine does not answer."""
@@ -7680,7 +7761,7 @@ class Box:
         if result.exit_code != 0:
             return {"Status": "missing"} if "no such" in result.output.lower() else None
         state = parse_json_or(result.output, None)
-        return state if isinstance(state, dict) else None
+        return known_dead(state, process_start) if isinstance(state, dict) else None
 
     def remove(self) -> None:
         """End and remove all containers of the execution, and what was secret.  Raises ``SandboxError``."""
@@ -7696,6 +7777,8 @@ class Box:
         if uid != 0 and (any(os.lstat(os.path.join(path, name)).st_uid != uid
                              for path, folders, names in os.walk(box, onerror=closed.append)
                              for name in (*folders, *names)) or closed):
+            if self.config.container_engine == "podman":
+                uid = gid = 0  # rootless and without keep-id, the daemon's user is root inside
             argv = self._argv(f"{self.name}-reclaim-{os.urandom(3).hex()}", ((box, BOX_WORK, False),),
                               ("-c", f"chown -Rh {uid}:{gid} {BOX_WORK}/."), user="0:0", network="none",
                               capabilities=("CHOWN", "DAC_OVERRIDE", "FOWNER"))
@@ -8051,8 +8134,8 @@ class Lifecycle(KindKeeper):
         task = self.store.get_task(task_id)
         if task.state == RUNNING:
             raise wrong_state(task, "is RUNNING; cancel it first")
-        if self._open_subtasks(task_id):
-            raise wrong_state(task, f"has {self._open_subtasks(task_id)} open subtasks; cancel them first")
+        if self.store.open_subtasks(task_id):
+            raise wrong_state(task, f"has {self.store.open_subtasks(task_id)} open subtasks; cancel them first")
         executions = self.store.executions_of(task_id, limit=100_000)
         with self.store.atomic():
             self.store.delete_task(task_id)
@@ -8142,7 +8225,7 @@ class Lifecycle(KindKeeper):
         """End an execution and move its task, in one transaction.  ``facts`` are further fields of the execution;
         ``ended`` is when its agent did, if that was not just now."""
         state = follow_up.state
-        if state in (READY, COMPLETED) and self._open_subtasks(execution.task_id):
+        if state in (READY, COMPLETED) and self.store.open_subtasks(execution.task_id):
             state = BLOCKED
         moved = {name: value for name, value in follow_up.__dict__.items()
                  if name not in ("state", "park", "park_until")}
@@ -8185,13 +8268,10 @@ class Lifecycle(KindKeeper):
         return self._move(task_id, FAILED, only_from=(QUEUED,), reason="quota_exhausted",
                           detail=f"it was not started: the quota of {kind} is used up{resets}{QUOTA_FAILS}")
 
-    def _open_subtasks(self, task_id: str) -> int:
-        return sum(child.state not in ENDED_STATES for child in self.store.subtasks(task_id))
-
     def _settle_parent(self, parent_id: str) -> None:
         """Move a parent that waits for its subtasks once the last of them has ended."""
         parent = self.store.find_task(parent_id)
-        if parent is None or parent.state != BLOCKED or parent.question or self._open_subtasks(parent_id):
+        if parent is None or parent.state != BLOCKED or parent.question or self.store.open_subtasks(parent_id):
             return
         children = self.store.subtasks(parent_id)
         failed = [repr(child.name) for child in children if child.state in FAILURE_STATES]
@@ -8563,7 +8643,8 @@ async def _task_wait(core: Core, params: dict) -> dict:
                     (over.add if is_done else over.discard)(task.id)
                 if done := len(over) >= enough:
                     break
-                named = {event["task_id"] for event in await anext(events)}
+                named = {event["task_id"] for event in await anext(events)
+                         if event["task_id"] is None or event["kind"].startswith("task.")}  # what a run does ends no wait
                 touched = set(ids) if None in named else named.intersection(ids)
     except TimeoutError:
         pass
@@ -9562,9 +9643,9 @@ class Started(Workplace):
         if self.execution.pid is None or read_exit_status(self.directory)[0] is not None:
             return False
         state = await in_thread(self.box.state)
-        if not state or state.get("Status") not in ("running", "exited"):
+        if not state or state.get("Status") not in ("running", *CONTAINER_ENDS):
             return False
-        if state["Status"] == "exited":
+        if state["Status"] in CONTAINER_ENDS:
             write_private(os.path.join(self.directory, "exit"), f"{state['ExitCode']}\n")
             return False
         await self._supervise(self.box.attach_argv(), engine_env(self.core.host_env), "/", "")
@@ -9587,7 +9668,7 @@ class Run(Started):
         """Read the log from its beginning: events of it were not stored, or are not known to be."""
         self.log = LogReader(os.path.join(self.directory, "stdout.log"), new_stream(self.runner))
         self.events: list[dict] = []  # read from the log and not stored yet
-        self.known_events = self.core.store.count_log_events(self.execution) if self.execution.pid else 0
+        self.known_events: int | None = None if self.execution.pid else 0  # how many of them are stored; not counted yet
 
     def is_alive(self) -> bool:
         """Whether its supervisor still runs."""
@@ -9673,7 +9754,7 @@ class Run(Started):
     async def _follow(self) -> None:
         """Read the log as it grows until the supervisor has ended; stop an agent that is silent for too long."""
         import asyncio
-        ended = asyncio.ensure_future(wait_for_exit(self.execution.pid, self.execution.pid_start))
+        ended = wait_for_exit(self.execution.pid, self.execution.pid_start)
         limit_s = self._stall_limit_s()
         last_output = None
         try:
@@ -9704,6 +9785,8 @@ class Run(Started):
         more = True
         while more:
             more, events = self.log.read_more()
+            if self.known_events is None:
+                self.known_events = self.core.store.count_log_events(self.execution)
             known = min(self.known_events, len(events))
             self.known_events -= known
             self.events += events[known:]
@@ -9736,9 +9819,8 @@ class Run(Started):
             key = self.core.config.image_key(self.execution.agent)
             reason, words = engine_fault(self.core.config.container_engine, said, self.box.image, key)
             return failed_verdict(reason, words), {"exit_code": exit_code}
-        if state and state.get("OOMKilled") and exit_code:
-            said += OUT_OF_MEMORY
         stop_reason = self._stop_cause(exit_code)
+        said += "" if stop_reason else memory_note(self.core.config.container_engine, state, exit_code)
         verdict = judge(
             agent=agent, exit_code=exit_code, format=self.runner.format, kind=self.execution.agent,
             stop_reason=stop_reason, limit_s=self._stall_limit_s() if stop_reason == "stalled" else self.execution.timeout_s,
@@ -10548,7 +10630,8 @@ class ControlConnection:
         self._tasks: dict = {}  # ("stream", request id), ("wait", number) or ("call", number): the asyncio task
         self._count, self.heard_at = 0, time.monotonic()
         self._eof = self._reading_paused = self._turn_over = False
-        self._poll = select.poll()
+        self._poll, self._descriptor = select.poll(), -1
+        self._polled, self._polled_call = b"", None  # what a program that polls sends again and again; what it asks
         self._can_write = asyncio.Event()
         self._can_write.set()
         self._hangup = None
@@ -10561,7 +10644,8 @@ class ControlConnection:
         self._transport = transport
         transport.set_write_buffer_limits(high=WRITE_HIGH)
         peer = transport.get_extra_info("socket")
-        self._poll.register(peer.fileno(), select.POLLIN)
+        self._descriptor = peer.fileno()
+        self._poll.register(self._descriptor, select.POLLIN)
         uid = struct.unpack("3I", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
         if uid not in (0, os.geteuid()):
             refusal = f"user {uid} may not use the control socket of user {os.geteuid()}"
@@ -10606,7 +10690,7 @@ class ControlConnection:
         self._eof = True
         self._take(b"\n")
         self._hangup = select.epoll()
-        self._hangup.register(self._transport.get_extra_info("socket").fileno(), 0)
+        self._hangup.register(self._descriptor, 0)
         self._server.loop.add_reader(self._hangup.fileno(), self._transport.abort)
         return True
 
@@ -10620,50 +10704,51 @@ class ControlConnection:
         A program that asks one thing after the other is waited for a moment: a turn of the loop between its requests would
         take longer than all the rest of a round trip.
         """
-        now = time.monotonic()
-        turn_ends, looks = now + TURN_S, LINGER_LOOKS if now - self.heard_at < LINGER_S else 0
-        while size:
+        is_quick = time.monotonic() - self.heard_at < LINGER_S
+        self._take(bytes(self._server.buffer[:size]))
+        turn_ends = self.heard_at + TURN_S
+        while is_quick and self.heard_at < turn_ends and (size := self._linger()):
             self._take(bytes(self._server.buffer[:size]))
-            size = self._linger(looks if self.heard_at < turn_ends else 0)
 
-    def _linger(self, looks: int) -> int:
+    def _linger(self) -> int:
         """Look for the client's next request; the number of its bytes in the buffer.
 
         0 also at the end of the stream and after an error: the transport meets both by itself.
         """
-        for _ in range(looks):
-            if self._tasks or self._reading_paused or self._transport.is_closing():
-                break
-            if self._poll.poll(0):
-                try:
-                    return os.readv(self._transport.get_extra_info("socket").fileno(), (self._server.buffer,))
-                except OSError:
-                    break
+        if not (self._tasks or self._reading_paused or self._transport.is_closing()):
+            poll = self._poll.poll
+            for _ in range(LINGER_LOOKS):
+                if poll(0):
+                    try:
+                        return os.readv(self._descriptor, (self._server.buffer,))
+                    except OSError:
+                        break
         return 0
 
     def _take(self, data: bytes) -> None:
-        self._lines.extend(self._splitter.feed(data))
         self.heard_at = time.monotonic()
+        if data == self._polled and not self._lines and not self._tasks:
+            self._meet(self._polled)
+            if self._can_write.is_set():
+                return
+        else:
+            lines = self._splitter.feed(data)
+            is_alone = lines == [data[:-1]] and not self._lines  # one whole line, and none waits before it
+            self._polled, self._polled_call = data if is_alone else b"", None
+            self._lines.extend(lines)
         self._work()
 
     def _work(self) -> None:
         """Begin requests, for a turn at most, as long as the client reads its answers."""
-        turn_ends = time.monotonic() + TURN_S
+        turn_ends = 0.0
         while self._lines and not self._turn_over and self._can_write.is_set() and len(self._tasks) < MAX_PENDING:
-            if time.monotonic() > turn_ends:
-                self._turn_over = True
-                self._server.loop.call_soon(self._next_turn)
-                break
-            line, request = self._lines.popleft(), None
-            try:
-                if isinstance(line, WireError):
-                    raise line
-                request = parse_request(line)
-                self._begin(request)
-            except WireError as error:
-                self._send(encode_error(error.request_id, error))
-            except Exception as error:
-                self._refuse(request, error)
+            self._meet(self._lines.popleft())
+            if self._lines:
+                now = time.monotonic()
+                turn_ends = turn_ends or now + TURN_S
+                if now > turn_ends:
+                    self._turn_over = True
+                    self._server.loop.call_soon(self._next_turn)
         pause = bool(self._lines) or not self._can_write.is_set() or len(self._tasks) >= MAX_PENDING
         if pause != self._reading_paused and not self._transport.is_closing():
             self._reading_paused = pause
@@ -10675,20 +10760,45 @@ class ControlConnection:
         self._turn_over = False
         self._work()
 
-    def _begin(self, request: Request) -> None:
-        if request.method == "stream.cancel":
-            stream = request.params.get("stream")
-            task = self._tasks.pop(("stream", stream), None) if isinstance(stream, (str, int, float)) else None
-            if task:
-                task.cancel()
-                self._send(encode_result(stream, {}))
-            return self._answer(request, {"cancelled": task is not None})
+    def _meet(self, line: bytes | WireError) -> None:
+        """Begin what a line asks for, and answer it if that needs no waiting."""
+        request = None
+        try:
+            if line is self._polled and self._polled_call:
+                operation, request = self._polled_call
+            else:
+                if isinstance(line, WireError):
+                    raise line
+                request = parse_request(line)
+                if request.method == "stream.cancel":
+                    return self._cancel_stream(request)
+                operation = self._operation_of(request)
+            self._begin(operation, request)
+        except WireError as error:
+            self._send(encode_error(error.request_id, error))
+        except Exception as error:
+            self._refuse(request, error)
+
+    def _cancel_stream(self, request: Request) -> None:
+        stream = request.params.get("stream")
+        task = self._tasks.pop(("stream", stream), None) if isinstance(stream, (str, int, float)) else None
+        if task:
+            task.cancel()
+            self._send(encode_result(stream, {}))
+        self._answer(request, {"cancelled": task is not None})
+
+    def _operation_of(self, request: Request) -> Operation:
         operation = OPERATIONS.get(request.method)
         if operation is None:
             raise WireError(METHOD_NOT_FOUND, f"there is no method {request.method!r}"
                             f"{did_you_mean(request.method, OPERATIONS)}", request.id)
         if operation.stream and ("stream", request.id) in self._tasks:
             raise WireError(INVALID_REQUEST, f"a stream with id {request.id!r} is already open", request.id)
+        if not request.params and not operation.stream:
+            self._polled_call = operation, request
+        return operation
+
+    def _begin(self, operation: Operation, request: Request) -> None:
         work = operation.handler(self._core, check_params(operation, request.params))
         if isinstance(work, dict):  # most operations wait for nothing but the disk, and reading ones not even for that
             if self._core.store.is_durable():
@@ -11893,7 +12003,7 @@ class Daemon:
         await self.http.start(lambda request, peer: answer_http(self.core, request))
         await self.server.listen(self.config.socket_path)
         if compiler := ct and compile_ct(ct):
-            self._compiling = loop.create_task(wait_for_exit(compiler, process_start(compiler)))  # which reaps it
+            self._compiling = wait_for_exit(compiler, process_start(compiler))  # which reaps it
 
     def stop(self) -> None:
         """Begin to stop; ``run`` returns soon after."""

@@ -41,12 +41,13 @@ def difference(left, right):
     return more
 
 
-def test_podman_differs_in_the_user_name_space_and_the_labels_of_selinux():
+def test_podman_differs_in_the_user_name_space_the_labels_of_selinux_and_who_waits():
     podman = run_argv(container_engine="podman", is_kept=True)
     assert podman[0] == "podman"
-    assert difference(run_argv(is_kept=True)[1:], podman[1:]) == ["--security-opt", "label=disable", "--userns", "keep-id"]
+    assert difference(run_argv(is_kept=True)[1:], podman[1:]) == [
+        "--detach", "--security-opt", "label=disable", "--stop-timeout", "0", "--userns", "keep-id"]
     root = run_argv(container_engine="podman", user="0:0")
-    assert "keep-id" not in root and "label=disable" in root
+    assert "keep-id" not in root and "label=disable" in root and "--detach" not in root
 
 
 def test_a_short_container_removes_itself_and_one_with_a_status_does_not():
@@ -122,6 +123,9 @@ def test_any_value_survives_the_script():
     (125, {"Status": "exited", "ExitCode": 0}, "error waiting for container: unexpected EOF", "lost"),
     (137, {"Status": "running", "ExitCode": 0}, "", "lost"),  # only the client was killed
     (137, {"Status": "exited", "ExitCode": 143}, "", "lost"),
+    (3, {"Status": "stopped", "ExitCode": 3, "Error": ""}, "", "agent"),  # podman has not cleaned up yet
+    (127, {"Status": "created", "ExitCode": 0, "Error": ""}, "Error: runc: exec: no such file", "engine"),  # podman's
+    (125, {"Status": "dead", "ExitCode": 0}, "no such exit code", "lost"),
     (None, {"Status": "exited", "ExitCode": 0}, "", "lost"), (None, None, "", "lost")])
 def test_whose_word_an_exit_code_is(code, state, said, whose):
     assert c.container_end(code, state, said) == whose
@@ -148,6 +152,41 @@ def test_what_an_engine_says_becomes_a_reason_and_a_way_out(said, reason, words)
     found, text = c.engine_fault("docker", said, "img:1", "claude_image")
     assert (found, words in text) == (reason, True), text
     assert c.REASONS[found].get("retry", False) is (reason == "sandbox_failed")
+
+
+@pytest.mark.parametrize("said, reason, words", [
+    ("Error: inspecting object: img:1: image not known", "spawn_failed", "run `claudomator image build`, or set claude_image"),
+    ("Error: inspecting object: repository name must have at least one component", "spawn_failed", "claudomator image build"),
+    ("Error: img:1: image not known", "spawn_failed", "claudomator image build"),
+    ("Cannot connect to Podman. Please verify your connection\nError: unable to connect to Podman socket: Get \"http://d/v4.3.1/libpod"
+     "/_ping\": dial unix /x.sock: connect: no such file or directory", "sandbox_failed", "start podman, or set CONTAINER_HOST"),
+    ("Error: unable to connect to Podman socket: Get \"http://d/v4.3.1/libpod/_ping\": dial unix /x.sock: connect: permission denied",
+     "spawn_failed", "may not use the socket of CONTAINER_HOST"),
+    ("Error: container-init binary not found on the host: stat /usr/libexec/podman/catatonit: no such file or directory",
+     "spawn_failed", "install catatonit"),
+    ("Error: invalid value for memory: invalid size: 'lots'", "spawn_failed", "'lots'; correct [containers] or claude_image"),
+    ("Error: unable to find network with name or ID agents: network not found", "spawn_failed", "correct [containers]")])
+def test_what_podman_4_says_becomes_a_reason_and_a_way_out(said, reason, words):
+    found, text = c.engine_fault("podman", said, "img:1", "claude_image")
+    assert (found, words in text) == (reason, True), text
+
+
+@pytest.mark.parametrize("state, alive, status", [
+    ({"Status": "running", "Pid": 5, "ConmonPid": 4}, (4, 5), "running"),
+    ({"Status": "running", "Pid": 5, "ConmonPid": 4}, (5,), "dead"),  # nobody will write down how it ends
+    ({"Status": "running", "Pid": 5, "ConmonPid": 4}, (4,), "dead"),
+    ({"Status": "running", "Pid": 5}, (), "running"),  # docker's own daemon knows
+    ({"Status": "exited", "Pid": 0, "ConmonPid": 4}, (), "exited")])
+def test_a_container_whose_conmon_was_killed_is_not_waited_for(state, alive, status):
+    assert c.known_dead(state, lambda pid: 1 if pid in alive else None) == {**state, "Status": status}
+
+
+@pytest.mark.parametrize("engine, state, code, note", [
+    ("docker", {"OOMKilled": True}, 1, c.OUT_OF_MEMORY), ("docker", {"OOMKilled": False}, 137, ""),
+    ("podman", {"OOMKilled": True}, 137, c.OUT_OF_MEMORY), ("podman", {"OOMKilled": False}, 137, c.PERHAPS_MEMORY),
+    ("podman", {"OOMKilled": False}, 1, ""), ("podman", {"OOMKilled": True}, 0, ""), ("podman", None, 137, "")])
+def test_memory_is_named_where_it_ran_out_or_may_have(engine, state, code, note):
+    assert c.memory_note(engine, state, code) == note
 
 
 def test_without_an_image_an_engine_is_not_said_to_lack_one():

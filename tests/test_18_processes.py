@@ -26,7 +26,9 @@ def supervise(directory, script, *, execution_id="e-1", timeout_s=0.0, grace_s=0
 
 
 def end(supervisor, timeout_s=10.0):
-    asyncio.run(asyncio.wait_for(c.wait_for_exit(supervisor.pid, supervisor.start), timeout_s))
+    async def ended():
+        await asyncio.wait_for(c.wait_for_exit(supervisor.pid, supervisor.start), timeout_s)
+    asyncio.run(ended())
 
 
 def code_of(directory):

@@ -5,7 +5,10 @@ What only a real engine shows (limits, adoption, stops) is in tests/test_contain
 import json
 import os
 import pathlib
+import shutil
+import signal
 import socket
+import subprocess
 
 import claudomator as c
 import pytest
@@ -184,7 +187,11 @@ def test_the_agents_own_exit_code_stays_the_agents(place, code):
 
 def test_an_engine_that_is_not_installed_names_the_key(tmp_path):
     bare, copy = support.make_repository(tmp_path)
-    with support.DaemonProcess(tmp_path, 'container_engine = "podman"\n', {"PATH": "/nowhere:/usr/bin:/bin"}) as daemon:
+    programs = tmp_path / "bin"  # /usr/bin may have a podman
+    programs.mkdir()
+    for name in ("git", "sh"):
+        (programs / name).symlink_to(shutil.which(name))
+    with support.DaemonProcess(tmp_path, 'container_engine = "podman"\n', {"PATH": f"/nowhere:{programs}"}) as daemon:
         task = daemon.wait(daemon.add("true", agent={"repository_url": str(bare)}))
         assert task["reason"] == "spawn_failed" and "set container_engine" in task["detail"], task
 
@@ -360,3 +367,38 @@ def test_googles_key_file_that_is_not_there_stays_a_name(tmp_path):
 def test_a_container_belongs_to_the_execution_in_its_name():
     for name in (f"claudomator-{'e' * 36}", f"claudomator-{'e' * 36}-gate-abc123"):
         assert c.execution_of_container(name) == "e" * 36
+
+
+WATCHED = """#!/bin/sh
+case $1 in
+run) [ ! -e "$0.refuses" ] || { echo "Error: refused" >&2; exit 126; }; echo an-id;;
+kill) echo "$*" >>"$0.calls"; echo 143 >"$0.code";;
+wait) echo "$*" >>"$0.calls"; until [ -s "$0.code" ]; do sleep 0.01; done; cat "$0.code";;
+esac
+"""
+
+
+@pytest.mark.parametrize("case", ["ends", "refused", "told", "wait is killed"])
+def test_podmans_container_is_waited_for_by_a_script_that_alone_passes_signals_on(tmp_path, case):
+    engine = tmp_path / "podman"
+    engine.write_text(WATCHED)
+    engine.chmod(0o755)
+    calls, code = tmp_path / "podman.calls", tmp_path / "podman.code"
+    if case == "refused":
+        (tmp_path / "podman.refuses").touch()
+    process = subprocess.Popen(["/bin/sh", "-c", c.WATCH, "attach", engine, "name", engine, "run"], stderr=subprocess.PIPE,
+                               stdout=subprocess.PIPE, start_new_session=True)
+    if case != "refused":
+        support.wait_until(calls.exists)
+    if case == "ends":
+        code.write_text("3")
+    if case == "told":
+        os.killpg(process.pid, signal.SIGTERM)  # as the supervisor does
+    if case == "wait is killed":
+        waiting = support.wait_until(lambda: subprocess.run(["pgrep", "-P", str(process.pid), "podman"], capture_output=True,
+                                                            text=True).stdout.split())
+        os.kill(int(waiting[0]), signal.SIGKILL)
+    out, said = process.communicate(timeout=20)
+    assert (process.returncode, out) == ({"ends": 3, "refused": 126, "told": 143, "wait is killed": 125}[case], b"")
+    assert case != "refused" or said == b"Error: refused\n"
+    assert ("kill --signal TERM name" in calls.read_text() if calls.exists() else False) is (case == "told")

@@ -498,6 +498,27 @@ c.Store._undo = noted
 """
 
 
+def test_reading_a_log_again_asks_the_database_only_when_the_run_is_looked_at(tmp_path):
+    """It is called for every run when the disk has refused a transaction: what failed there would end the rollback."""
+    async def scenario():
+        daemon = c.Daemon(c.parse_config({"data_dir": str(tmp_path), "server_addr": ""}, "x", str(tmp_path)), None, print)
+        await daemon.start()
+        core = daemon.core
+        spec = c.TaskSpec(name="t", agent=c.AgentConfig(type="shell", instructions="sleep 60"))
+        [task] = core.life.create([spec], queue=False, config=core.config, kinds=core.kinds)
+        execution = c.Execution(id=task.id, task_id=task.id, start_time=1.0, agent="shell", model="", round=1,
+                                timeout_s=1.0, artifact_dir="", stdout_path="", stderr_path="", pid=1)
+        run = c.Run(core.pool, task, execution)
+        core.store.count_log_events = lambda execution: (_ for _ in ()).throw(c.StorageError("the disk is gone"))
+        core.pool.runs[run.execution.id] = run
+        core.pool._rolled_back()
+        with pytest.raises(c.StorageError, match="the disk is gone"):  # where ``drive`` waits and tries again
+            await run._read_log()
+        del core.pool.runs[run.execution.id]
+        await daemon.close()
+    asyncio.run(scenario())
+
+
 @pytest.mark.slow
 def test_what_an_agent_reports_while_the_disk_is_full_is_told_once_when_there_is_room(tmp_path):
     lines = (DATA / "a_text.jsonl").read_text().splitlines(keepends=True)

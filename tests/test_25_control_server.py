@@ -106,6 +106,28 @@ def test_a_notification_gets_no_answer(daemon):
     assert [answer["id"] for answer in answers] == [None, 1] and answers[0]["error"]["code"] == c.METHOD_NOT_FOUND
 
 
+def test_a_line_that_is_sent_again_is_answered_anew(inside):
+    """The server knows the line again that a client sent last; what it asks is looked up anew, and nothing is mixed up."""
+    status, projects = line("daemon.status", 7), line("project.list", 7)
+    budget = line("budget.status", 9)
+    with connect(inside.config) as raw:
+        ask = lambda data, count=1: (raw.sendall(data), read_lines(raw, count))[1]
+        first = [ask(projects) for _ in range(3)]
+        assert first[0] == first[1] == first[2] and first[0][0]["id"] == 7
+        before, inside.core.config = inside.core.config, inside.core.config.replace(projects=(c.ProjectSettings(name="new", dir="/x"),))
+        assert [project["name"] for project in ask(projects)[0]["result"]["projects"]] == ["new"]
+        inside.core.config = before
+        assert ask(projects) == first[0] and "counts" in ask(status)[0]["result"] and ask(projects) == first[0]
+        ask(status), ask(status)
+        raw.sendall(b" x")  # half a line: what follows is its end, not the line of before
+        assert "error" in ask(status)[0] and "counts" in ask(status)[0]["result"]
+        answers = ask(budget + projects, 2) + ask(projects) + ask(budget) + ask(budget)
+        assert [answer["id"] for answer in answers] == [9, 7, 7, 9, 9]
+        assert ["projects" in answer["result"] for answer in answers] == [False, True, True, False, False]
+        gone = line("no.such", 3)
+        assert ask(gone) == ask(gone) and ask(gone)[0]["error"]["code"] == c.METHOD_NOT_FOUND
+
+
 def test_an_unknown_method_names_the_nearest(daemon):
     with pytest.raises(c.ClaudomatorError, match="did you mean 'task.cancel'"):
         daemon.call("task.cancle", ids=["x"])

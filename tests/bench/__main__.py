@@ -13,8 +13,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 def main() -> int:
     """Run the named benchmark modules, or all."""
-    here = pathlib.Path(__file__).parent
-    names = sys.argv[1:] or sorted(path.stem for path in here.glob("bench_*.py"))
+    known = sorted(path.stem for path in pathlib.Path(__file__).parent.glob("bench_*.py"))
+    names = [name if name in known else f"bench_{name}" for name in sys.argv[1:]] or known
+    if unknown := sorted({*names} - {*known}):
+        print(f"there is no {' '.join(unknown)}; there are: {' '.join(name.removeprefix('bench_') for name in known)}")
+        return 2
     missed = 0
     for name in names:
         start = time.monotonic()
