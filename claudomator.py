@@ -2600,7 +2600,7 @@ class JsonLinesStream(JsonStream):
         if clean_text(found.get("model"), 100):
             facts["model"] = clean_text(found["model"], 100)
         if "error" in found:
-            words = found["error"] if isinstance(found["error"], str) else format_json(found["error"])
+            words = found["error"] if isinstance(found["error"], str) else _json_words(found["error"])
             words, status = clean_text(words, MESSAGE_LIMIT), _count(found.get("status"))
             facts.update(is_error=True, error_texts=(words,), api_status=status)
             events.append({"kind": "api_error", "error": "", "status": status, "text": words})
@@ -2619,7 +2619,15 @@ class JsonLinesStream(JsonStream):
 
 def _word(value) -> str | None:
     """A value as a condition of ``fields`` names it: ``true``, ``429``, ``stop``."""
-    return format_json(value) if isinstance(value, (bool, int, float)) else value if isinstance(value, str) else None
+    return _json_words(value) if isinstance(value, (bool, int, float)) else value if isinstance(value, str) else None
+
+
+def _json_words(value) -> str:
+    """A parsed value as text: ``1e999`` is JSON, but the infinity that it is read as is none."""
+    try:
+        return format_json(value)
+    except ValueError:
+        return str(value)
 
 
 # ---- 09 Model streams (pure) -----------------------------------------------------------------------------------
