@@ -1485,7 +1485,7 @@ REASONS: dict[str, dict] = {
     "budget": {"state": BUDGET_EXCEEDED, "next": "raise agent.max_budget_usd (ctl edit ID), then run it again"},
     "max_turns": {"state": FAILED, "next": "split the task or raise --max-turns in agent.additional_args"},
     "permission_denied": {"state": FAILED, "next": "allow the tool in agent.allowed_tools or change permission_mode"},
-    "no_result": {"retry": True, "state": FAILED, "next": "read stderr (ctl logs ID --raw), then run it again"},
+    "no_result": {"retry": True, "state": FAILED, "next": "read stderr (ctl logs ID --stderr), then run it again"},
     "timed_out": {"retry": True, "state": TIMED_OUT, "next": "raise timeout (ctl edit ID), then run it again"},
     "stalled": {"retry": True, "state": TIMED_OUT, "next": "raise stall_timeout if silence is normal, then run again"},
     "cancelled": {"state": CANCELLED, "next": "ctl run ID starts it again"},
