@@ -542,6 +542,18 @@ def split_address(text: str) -> tuple[str, int]:
     return bare, int(port)
 
 
+def url_authority(text: str) -> str:
+    """``user@host:port`` of an http or https URL.  Raises ``ValueError`` where it is none that can be asked."""
+    scheme, found, rest = text.partition("://")
+    authority = rest.replace("?", "/").replace("#", "/").partition("/")[0]
+    place = authority.rpartition("@")[2]
+    has_port = ":" in place.rpartition("]")[2]
+    _require(found and scheme in ("http", "https") and text.isprintable() and not any(map(str.isspace, text)))
+    _require(rest[len(authority):].isascii())  # a host may have a name in any script
+    _require(split_address(place + ":80" * (not has_port))[0])
+    return authority
+
+
 def _within(number: float, bound: str) -> bool:
     """Whether a number keeps a kind's bound: ``>= 1``, ``> 0``, ``0..2`` or none."""
     low, dots, high = bound.partition("..")
@@ -588,7 +600,7 @@ def convert_value(kind: str, value, home: str = "") -> object:
     if word == "word":
         _require(value and not value.strip("abcdefghijklmnopqrstuvwxyz0123456789_-"))
     elif word == "url":
-        _require(value.startswith(("http://", "https://")) and not any(map(str.isspace, value)))
+        url_authority(value)
     elif word == "address" and value:
         split_address(value)
     return value
@@ -942,6 +954,9 @@ def _check_config(checker: Checker, read: dict[str, dict]) -> None:
             if name not in known:
                 names = ", ".join(map(str, known)) or "none is configured"
                 checker.problem(f"budgets.{group}.{name}", f"no such {what}{did_you_mean(name, known)}: {names}")
+    endpoint = read["local_model"]["endpoint"]
+    if endpoint and "@" in url_authority(endpoint):  # it may hold a password, so it is not shown
+        checker.problem("local_model.endpoint", "a user or password in it is not sent; leave it out, and set api_key")
     if read["containers"]["ssh_agent"] and not read[""]["ssh_auth_sock"]:
         checker.problem("containers.ssh_agent", "there is no agent to lend: set ssh_auth_sock to the path of its socket")
     address, signed = read[""]["server_addr"], read[""]["webhook_secret"] or read[""]["allow_unsigned_webhooks"]
@@ -6736,8 +6751,9 @@ def open_model(endpoint: str, body: dict, api_key: str, timeout_s: float) -> Any
                                        method="POST"), timeout=timeout_s)
 
 
-def connection_fault(error: Exception, endpoint: str, timeout_s: float) -> ChatFault:
-    """What a failed connection means, with what to do about it; never the URL's user or password, nor the key."""
+def connection_fault(error: Exception, endpoint: str, timeout_s: float, limit_s: float | None = None) -> ChatFault:
+    """What a failed connection means, with what to do about it; never the URL's user or password, nor the key.
+    ``limit_s`` is what the whole answer was given, where that is over."""
     import socket
     import ssl
     from urllib.parse import urlsplit
@@ -6746,16 +6762,19 @@ def connection_fault(error: Exception, endpoint: str, timeout_s: float) -> ChatF
         where = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
     except ValueError:
         where = "[local_model] endpoint"
-    reason = getattr(error, "reason", error)  # of a ``URLError``
+    reason = getattr(error, "reason", None)  # of a ``URLError``; of other errors it is a word
+    reason = reason if isinstance(reason, Exception) else error
     if isinstance(reason, ConnectionRefusedError):
         words = f"no model server listens at {where}: start it, or correct [local_model] endpoint"
     elif isinstance(reason, socket.gaierror):
         words = f"the host of {where} is not known: correct [local_model] endpoint"
+    elif isinstance(reason, TimeoutError) and limit_s is not None:
+        words = f"the model server at {where} took longer than the {format_duration(limit_s)} that it has for this"
     elif isinstance(reason, TimeoutError):
         words = (f"the model server at {where} sent nothing for {format_duration(timeout_s)}: look whether it hangs,"
                  " or raise [local_model] timeout_seconds")
     elif isinstance(reason, ssl.SSLError):
-        words = f"TLS with {where} fails: {reason.reason or 'no reason given'}"
+        words = f"TLS with {where} fails: {getattr(reason, 'reason', '') or 'no reason given'}"
     elif isinstance(reason, (ConnectionError, EOFError)) or type(reason).__name__ == "IncompleteRead":
         words = f"the model server at {where} closed the connection before its answer was whole"
     else:
@@ -6804,7 +6823,8 @@ def ask_model(reader: ChatReader, endpoint: str, body: dict, *, api_key: str = "
         with error:
             reader.fail(refused_fault(error))
     except (OSError, HTTPException, ValueError) as error:
-        reader.fail(connection_fault(error, endpoint, timeout_s))
+        over = limit_s if end is not None and time.monotonic() >= end else None
+        reader.fail(connection_fault(error, endpoint, timeout_s, over))
     if reader.fault and api_key:  # some servers repeat a wrong key in their error
         reader.fault = reader.fault.replace(message=reader.fault.message.replace(api_key, "***"))
 
@@ -6842,7 +6862,8 @@ def ask_briefly(settings: LocalModelSettings, messages: list[dict], max_tokens: 
         pass
     if reader.fault:
         return "", reader.fault.message
-    return reader.text().rpartition("</think>")[2], ""  # older servers leave the reasoning in it
+    # older servers leave the reasoning in it, which may also be all that there was room for
+    return reader.text().rpartition("</think>")[2].partition("<think>")[0], ""
 
 
 SUMMARY_S = 6.0  # how long the end of an execution waits for the local model's summary

@@ -107,7 +107,8 @@ BAD = {"string": ["3", "[]", "true", "{}", "2026-01-01", r'"a\u0000b"'], "bool":
        "duration": ["30", '"soon"', '"-1s"', '"3651d"', '"15"', "true", '""', '"' + "9" * 400 + 's"'],
        "choice": ['"other"', "3", "[]"], "strings": ['"a"', '["a", 3]', "{}", "[[]]"],
        "table": ['"a"', "[]", "{A = 3}"], "path": ["3", '"x/y"'], "program": ["3", '"x/y"'],
-       "url": ['"example.org"', '"ftp://x"', "3", '"http://a b"'],
+       "url": ['"example.org"', '"ftp://x"', "3", '"http://a b"', '"http://"', '"http:///v1"', '"http://x:port/v1"', '"http://x:99999"',
+               '"http://::1/v1"', '"http://[::1/v1"', '"http://x/\\u00fc"', '"http://u@/v1"', '"http://x\\n"'],
        "address": ['"8484"', '"a:b"', '":99999"', '"::1:80"', '":+5"', "8484", '"a:"']}
 
 
@@ -278,6 +279,16 @@ def test_an_address_that_others_reach_wants_a_webhook_secret(address):
 @pytest.mark.parametrize("address", ["127.0.0.1:8484", "127.9.9.9:0", "localhost:1", "[::1]:8484", ""])
 def test_loopback_or_no_address_wants_none(address):
     assert read(f'server_addr = "{address}"').server_addr == address
+
+
+@pytest.mark.parametrize("url", ["http://x", "https://x:1", "http://[::1]:8080/v1?a=b@c#d", "http://b\u00fccher.example/v1/", "http://1.2.3.4?x:y"])
+def test_urls_that_can_be_asked(url):
+    assert read(f'[local_model]\nendpoint = "{url}"').local_model.endpoint == url
+
+
+def test_a_password_in_the_model_servers_address_would_not_be_sent_and_is_not_shown():
+    found = only_problem('[local_model]\nendpoint = "http://ann:hunter2@x/v1"')
+    assert found.endswith("local_model.endpoint: a user or password in it is not sent; leave it out, and set api_key")
 
 
 def test_an_ssh_agent_to_lend_must_be_named():
