@@ -11855,21 +11855,23 @@ def install_ct(config: Config, log: Callable) -> str:
         return ""
 
 
-def compile_ct(compiled: str) -> int:
+def compile_ct(compiled: str, log: Callable) -> int:
     """Begin to write the bytecode of ct.py, unless it is there: compiling takes as long as all the rest of a call.
-    Returns the pid of the process that does it, or 0; here it would leave 3 MB behind.  Raises ``OSError``."""
+    Returns the pid of the process that does it, or 0; here it would leave 3 MB behind."""
     source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ct.py")
-    facts = os.stat(source)
-    made_of = b"".join((int(number) & 0xFFFFFFFF).to_bytes(4, "little") for number in (facts.st_mtime, facts.st_size))
-    try:
-        with open_plain(compiled) as file:
-            if file.read(16)[8:] == made_of:
-                return 0
-        os.unlink(compiled)
-    except FileNotFoundError:
-        pass
     words = (sys.executable, "-I", "-S", "-c", COMPILE, source, compiled)
-    return os.posix_spawn(sys.executable, words, {}, setsid=True)  # a Ctrl-C is not for it
+    try:
+        facts = os.stat(source)
+        made_of = b"".join((int(number) & 0xFFFFFFFF).to_bytes(4, "little") for number in (facts.st_mtime, facts.st_size))
+        if os.path.lexists(compiled):
+            with open_plain(compiled) as file:
+                if file.read(16)[8:] == made_of:
+                    return 0
+            os.unlink(compiled)
+        return os.posix_spawn(sys.executable, words, {}, setsid=True)  # a Ctrl-C is not for it
+    except OSError as error:  # at the limit of processes, say: no reason to leave the agents without a daemon
+        log("warning", f"{compiled} cannot be made, so ct takes longer: {error}")
+        return 0
 
 
 class Daemon:
@@ -11913,7 +11915,7 @@ class Daemon:
         store.append_event("daemon.started", version=__version__, pid=os.getpid())
         await self.http.start(lambda request, peer: answer_http(self.core, request))
         await self.server.listen(self.config.socket_path)
-        if compiler := ct and compile_ct(ct):
+        if compiler := ct and compile_ct(ct, self.log):
             self._compiling = loop.create_task(wait_for_exit(compiler, process_start(compiler)))  # which reaps it
 
     def stop(self) -> None:
