@@ -12682,19 +12682,20 @@ def watch_tasks(cli: Cli, ids: list[str], since: int) -> list[dict]:
 
 
 def wait_for(cli: Cli, ids: list[str], timeout: str | None, any_one: bool = False) -> int:
-    """Wait for the end of tasks and print them; returns what became of them as an exit code."""
+    """Wait for the end of tasks, or until only the end of a park or of the day lets one go on, and print them; returns
+    what became of them as an exit code."""
     try:
         deadline = None if timeout is None else time.monotonic() + parse_duration(timeout)
     except ValueError as error:
         raise UsageError(f"{cli.command}: {error}") from None
-    result = patiently(cli, lambda: cli.call("task.wait", ids=ids, any=any_one, timeout_s=(
+    result = patiently(cli, lambda: cli.call("task.wait", ids=ids, any=any_one, parked_ends=True, timeout_s=(
         None if deadline is None else max(0.0, deadline - time.monotonic()))))
     cli.document(result, lambda: task_lines(cli, result["tasks"]))
     if result["timed_out"]:
         cli.say(f"gave up after {timeout}; the tasks go on")
         return EXIT_TIMEOUT
-    return exit_code_of([task for task in result["tasks"]
-                         if not any_one or task["state"] not in (QUEUED, RUNNING, PENDING)])
+    ended = [task for task in result["tasks"] if task["state"] not in (QUEUED, RUNNING, PENDING)]
+    return exit_code_of(any_one and ended or result["tasks"])
 
 
 def _show_tasks(cli: Cli, tasks: list[dict], text=None) -> int:

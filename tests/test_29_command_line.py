@@ -694,6 +694,19 @@ def test_pool_and_agents_are_shown_in_words(daemon, cli):
     assert "draining" in cli("ctl", "pool", "drain", "--wait").out and "open" in cli("ctl", "pool", "resume").out
 
 
+def test_a_wait_that_only_the_end_of_a_park_could_end_exits_with_75(daemon, cli):
+    cli("ctl", "agent", "park", "claude", "--until", "3h")
+    try:
+        added = cli("ctl", "add", "x", "--agent", "claude", "--wait", "--timeout-wait", "20s")
+        assert added.code == 75 and "QUEUED" in added.out
+        held, ended = added.err.split()[0], settled(daemon, "true")
+        assert cli("ctl", "wait", held, "--timeout", "20s").code == cli("ctl", "wait", held, "--any", "--timeout", "20s").code == 75
+        assert cli("ctl", "wait", held, ended, "--any", "--timeout", "20s").code == 0
+        cli("ctl", "cancel", held)
+    finally:
+        cli("ctl", "agent", "unpark", "claude")
+
+
 def test_a_person_can_interrupt_a_wait(daemon):
     process = start(daemon, "ctl", "wait", daemon.add("true", start_at="3h"))
     wait_until(lambda: "task.wait" and process.poll() is None and os.path.exists(f"/proc/{process.pid}"))
