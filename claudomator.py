@@ -450,6 +450,7 @@ def did_you_mean(word: str, known) -> str:
 
 MAX_DURATION_S = 3650 * 86400  # a longer one is a slip of the pen, and would overflow dates
 MAX_INTEGER = 2 ** 63 - 1  # what an SQLite column holds
+SHORTEST_TOKEN = 8  # characters; the operator's token is all that stands between the port and the agents
 BUILTIN_KINDS = ("claude", "gemini", "local", "shell")
 
 KIND_WORDS: dict[str, str] = {
@@ -740,7 +741,7 @@ CONFIG_KEYS: tuple[Key, ...] = (
     Key("local_model.prefer_for_elaborate", "bool", True, "elaborate prompts with it first", active=False),
     Key("projects[].name", "string", None, "what tasks call the project", required=True, example="myrepo"),
     Key("projects[].dir", "path", None, "its repository", required=True, example="/workspace/myrepo"),
-    Key("projects[].remote", "string", "", "URL of its remote"),
+    Key("projects[].remote", "string", "", "URL of its remote", active=False),
     Key("projects[].setup", "string", "", "shell command that prepares a fresh sandbox", example="make deps"),
     Key("projects[].build", "string", "", "shell command that must pass before an automatic commit"),
     Key("projects[].verify", "string", "", "shell command that must pass before the work counts as done"),
@@ -749,7 +750,8 @@ CONFIG_KEYS: tuple[Key, ...] = (
       for scope, what in (("", "everything"), ("project.*.", "one project"), ("agent.*.", "one agent kind"))
       for unit, kind in (("usd", "number"), ("tokens", "integer"), ("runs", "integer"), ("minutes", "number"))),
     Key("prices.*.input", "number >= 0", 0, "USD per million input tokens", example=1.25),
-    Key("prices.*.cached", "number >= 0", 0, "USD per million input tokens that the API took from its cache"),
+    Key("prices.*.cached", "number >= 0", None, "USD per million input tokens that the API took from its cache; absent:"
+        " as input", example=0.31),
     Key("prices.*.output", "number >= 0", 0, "USD per million output tokens, thoughts included", example=10.0),
     Key("runners.*.command", "strings", (), "program and arguments; {prompt} (else on stdin), {model}, {session} and"
         " {cwd} are replaced", required=True, example=("codex", "exec", "--json", "{prompt}")),
@@ -954,6 +956,10 @@ def _check_config(checker: Checker, read: dict[str, dict]) -> None:
             if name not in known:
                 names = ", ".join(map(str, known)) or "none is configured"
                 checker.problem(f"budgets.{group}.{name}", f"no such {what}{did_you_mean(name, known)}: {names}")
+    token = read[""]["api_token"]
+    if token and not (len(token) >= SHORTEST_TOKEN and token.isascii() and token.isprintable() and " " not in token):
+        checker.problem("api_token", f"expected at least {SHORTEST_TOKEN} ASCII characters without spaces,"
+                        " for it is sent as a bearer token")
     endpoint = read["local_model"]["endpoint"]
     if endpoint and "@" in url_authority(endpoint):  # it may hold a password, so it is not shown
         checker.problem("local_model.endpoint", "a user or password in it is not sent; leave it out, and set api_key")
@@ -3251,8 +3257,9 @@ def price(usage: dict | None, prices: dict, model: str = "") -> float | None:
         if rates is None and any(count.values()):
             return None
         if rates:
+            cached = rates["input"] if rates["cached"] is None else rates["cached"]
             fresh = count["input"] - count["cached"]
-            total += fresh * rates["input"] + count["cached"] * rates["cached"] + count["output"] * rates["output"]
+            total += fresh * rates["input"] + count["cached"] * cached + count["output"] * rates["output"]
     return total / 1e6 if usage else None
 
 
