@@ -5811,7 +5811,7 @@ class Transactions:
 
     def __init__(self, path: str, clock=time.time, readonly: bool = False):
         import _sqlite3 as sqlite
-        self.path, self.clock = path, clock
+        self.path, self.clock, self.readonly = path, clock, readonly
         self._sqlite_error, self._integrity_error = sqlite.Error, sqlite.IntegrityError
         self._db = open_database(path, readonly)
         self._loop = self._syncer = None
@@ -8240,12 +8240,14 @@ class Lifecycle(KindKeeper):
                 self.accept(parent_id)
 
 
-def own_secret(path: str) -> str:
-    """The secret in a file of its own, 256 random bits in URL-safe characters; made, for its owner alone, where there
-    is none.  Raises ``StorageError``."""
+def own_secret(path: str, make: bool = True) -> str:
+    """The secret in a file of its own, 256 random bits in URL-safe characters; where there is none it is made, for its
+    owner alone, or is empty without ``make``.  Raises ``StorageError``."""
     from binascii import b2a_base64
     try:
         if not os.path.exists(path):
+            if not make:
+                return ""
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             partial = f"{path}.{os.getpid()}"
             secret = b2a_base64(os.urandom(32), newline=False).rstrip(b"=").translate(bytes.maketrans(b"+/", b"-_"))
@@ -8277,8 +8279,9 @@ class Core:
 
     def renew_secrets(self, config: Config) -> None:
         """Take over a configuration's secrets.  Raises ``StorageError``."""
-        self.api_token = config.api_token or own_secret(config.api_token_path)
-        self.agent_key = own_secret(config.agent_key_path).encode()
+        make = not self.store.readonly  # who only reads leaves no files, which root would own
+        self.api_token = config.api_token or own_secret(config.api_token_path, make)
+        self.agent_key = own_secret(config.agent_key_path, make).encode()
         given = secrets_given(config, self.host_env)
         kept = (text for text in given if not (text[:1] == "/" and os.path.exists(text)))  # a path is no secret
         self.redactor = Redactor({*kept, self.api_token, self.agent_key.decode()})

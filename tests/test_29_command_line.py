@@ -413,6 +413,14 @@ def test_list_and_status_read_the_database_when_no_daemon_runs(tmp_path):
     assert run_here(daemon.env, "ctl", "list").code == 4
 
 
+def test_reading_without_a_daemon_makes_no_token_for_it(tmp_path):
+    daemon = DaemonProcess(tmp_path)
+    daemon.data_dir.mkdir()
+    c.Store(str(daemon.data_dir / "claudomator.db")).close()
+    assert run_here(daemon.env, "list").code == 0
+    assert {path.name.partition("-")[0] for path in daemon.data_dir.iterdir()} == {"claudomator.db"}
+
+
 def test_a_long_list_says_that_there_is_more(daemon, cli):
     for _ in range(3):
         daemon.add("true", queue=False, tags=["many"])
