@@ -6792,9 +6792,10 @@ def connection_fault(error: Exception, endpoint: str, timeout_s: float, limit_s:
 
 def refused_fault(error) -> ChatFault:
     """What an HTTP status means that is no success; ``error`` is an ``HTTPError``."""
+    from http.client import HTTPException
     try:
         told = error.read(ERROR_BODY).decode("utf-8", "replace")
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, HTTPException):  # the last: it broke off between two chunks
         told = ""
     document = parse_json_or(told, None)
     words = document if isinstance(document, dict) else "" if "<html" in told.lower() else one_line(told)

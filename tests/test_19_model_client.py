@@ -71,6 +71,20 @@ def test_retry_after_becomes_a_time(server, scenario):
     assert 27 < ask(server.endpoint)[1].fault.retry_at - time.time() < 31
 
 
+def test_an_error_whose_text_breaks_off_between_two_chunks_is_told_by_its_status():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def answer():
+            client = listener.accept()[0]
+            with client:
+                client.recv(1 << 16)
+                client.sendall(b"HTTP/1.1 502 Bad Gateway\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nupS\r\n")
+        server = threading.Thread(target=answer)
+        server.start()
+        fault = ask(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", timeout_s=5)[1].fault
+        server.join()
+    assert (fault.kind, fault.status, fault.message) == ("server_error", 502, "Bad Gateway")
+
+
 def test_a_path_that_the_server_does_not_have(server):
     fault = ask(server.endpoint.removesuffix("/v1"))[1].fault
     assert fault.status == 404 and "mostly ends in /v1" in fault.message
