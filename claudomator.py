@@ -12415,6 +12415,14 @@ def exit_code_of(tasks: list[dict]) -> int:
         EXIT_PARKED if states & {PENDING, QUEUED, RUNNING} else EXIT_OK
 
 
+def say_outcome(cli: Cli, tasks: list[dict]) -> int:
+    """``exit_code_of`` tasks after a wait, with a word on why some have not ended."""
+    code = exit_code_of(tasks)
+    if code == EXIT_PARKED:
+        cli.say("what is QUEUED waits for a reset, a login or the next day; `claudomator ctl` says for which")
+    return code
+
+
 def task_line(task: dict, color: bool) -> str:
     """What became of a task: a line, and below it what it says and what can be done next."""
     run, question = task["execution"] or {}, task["question"] or {}
@@ -12572,7 +12580,7 @@ def cmd_run(cli: Cli) -> int:
         if stop:
             stop()
     cli.document({"tasks": tasks}, lambda: task_lines(cli, tasks))
-    return exit_code_of(tasks)
+    return say_outcome(cli, tasks)
 
 
 def _dry_run(cli: Cli, document: dict, source: str) -> int:
@@ -12706,7 +12714,7 @@ def wait_for(cli: Cli, ids: list[str], timeout: str | None, any_one: bool = Fals
         cli.say(f"gave up after {timeout}; the tasks go on")
         return EXIT_TIMEOUT
     ended = [task for task in result["tasks"] if task["state"] not in (QUEUED, RUNNING, PENDING)]
-    return exit_code_of(any_one and ended or result["tasks"])
+    return say_outcome(cli, any_one and ended or result["tasks"])
 
 
 def _show_tasks(cli: Cli, tasks: list[dict], text=None) -> int:

@@ -706,7 +706,7 @@ def test_a_wait_that_only_the_end_of_a_park_could_end_exits_with_75(daemon, cli)
     cli("ctl", "agent", "park", "claude", "--until", "3h")
     try:
         added = cli("ctl", "add", "x", "--agent", "claude", "--wait", "--timeout-wait", "20s")
-        assert added.code == 75 and "QUEUED" in added.out
+        assert added.code == 75 and "QUEUED" in added.out and "`claudomator ctl` says for which" in added.err
         held, ended = added.err.split()[0], settled(daemon, "true")
         assert cli("ctl", "wait", held, "--timeout", "20s").code == cli("ctl", "wait", held, "--any", "--timeout", "20s").code == 75
         assert cli("ctl", "wait", held, ended, "--any", "--timeout", "20s").code == 0
