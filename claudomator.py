@@ -452,6 +452,7 @@ def did_you_mean(word: str, known) -> str:
 
 MAX_DURATION_S = 3650 * 86400  # a longer one is a slip of the pen, and would overflow dates
 MAX_INTEGER = 2 ** 63 - 1  # what an SQLite column holds
+SHORTEST_TOKEN = 8  # characters; the operator's token is all that stands between the port and the agents
 BUILTIN_KINDS = ("claude", "gemini", "local", "shell")
 
 KIND_WORDS: dict[str, str] = {
@@ -544,6 +545,18 @@ def split_address(text: str) -> tuple[str, int]:
     return bare, int(port)
 
 
+def url_authority(text: str) -> str:
+    """``user@host:port`` of an http or https URL.  Raises ``ValueError`` where it is none that can be asked."""
+    scheme, found, rest = text.partition("://")
+    authority = rest.replace("?", "/").replace("#", "/").partition("/")[0]
+    place = authority.rpartition("@")[2]
+    has_port = ":" in place.rpartition("]")[2]
+    _require(found and scheme in ("http", "https") and text.isprintable() and not any(map(str.isspace, text)))
+    _require(rest[len(authority):].isascii())  # a host may have a name in any script
+    _require(split_address(place + ":80" * (not has_port))[0])
+    return authority
+
+
 def _within(number: float, bound: str) -> bool:
     """Whether a number keeps a kind's bound: ``>= 1``, ``> 0``, ``0..2`` or none."""
     low, dots, high = bound.partition("..")
@@ -590,7 +603,7 @@ def convert_value(kind: str, value, home: str = "") -> object:
     if word == "word":
         _require(value and not value.strip("abcdefghijklmnopqrstuvwxyz0123456789_-"))
     elif word == "url":
-        _require(value.startswith(("http://", "https://")) and not any(map(str.isspace, value)))
+        url_authority(value)
     elif word == "address" and value:
         split_address(value)
     return value
@@ -730,7 +743,7 @@ CONFIG_KEYS: tuple[Key, ...] = (
     Key("local_model.prefer_for_elaborate", "bool", True, "elaborate prompts with it first", active=False),
     Key("projects[].name", "string", None, "what tasks call the project", required=True, example="myrepo"),
     Key("projects[].dir", "path", None, "its repository", required=True, example="/workspace/myrepo"),
-    Key("projects[].remote", "string", "", "URL of its remote"),
+    Key("projects[].remote", "string", "", "URL of its remote", active=False),
     Key("projects[].setup", "string", "", "shell command that prepares a fresh sandbox", example="make deps"),
     Key("projects[].build", "string", "", "shell command that must pass before an automatic commit"),
     Key("projects[].verify", "string", "", "shell command that must pass before the work counts as done"),
@@ -739,7 +752,8 @@ CONFIG_KEYS: tuple[Key, ...] = (
       for scope, what in (("", "everything"), ("project.*.", "one project"), ("agent.*.", "one agent kind"))
       for unit, kind in (("usd", "number"), ("tokens", "integer"), ("runs", "integer"), ("minutes", "number"))),
     Key("prices.*.input", "number >= 0", 0, "USD per million input tokens", example=1.25),
-    Key("prices.*.cached", "number >= 0", 0, "USD per million input tokens that the API took from its cache"),
+    Key("prices.*.cached", "number >= 0", None, "USD per million input tokens that the API took from its cache; absent:"
+        " as input", example=0.31),
     Key("prices.*.output", "number >= 0", 0, "USD per million output tokens, thoughts included", example=10.0),
     Key("runners.*.command", "strings", (), "program and arguments; {prompt} (else on stdin), {model}, {session} and"
         " {cwd} are replaced", required=True, example=("codex", "exec", "--json", "{prompt}")),
@@ -946,6 +960,13 @@ def _check_config(checker: Checker, read: dict[str, dict]) -> None:
             if name not in known:
                 names = ", ".join(map(str, known)) or "none is configured"
                 checker.problem(f"budgets.{group}.{name}", f"no such {what}{did_you_mean(name, known)}: {names}")
+    token = read[""]["api_token"]
+    if token and not (len(token) >= SHORTEST_TOKEN and token.isascii() and token.isprintable() and " " not in token):
+        checker.problem("api_token", f"expected at least {SHORTEST_TOKEN} ASCII characters without spaces,"
+                        " for it is sent as a bearer token")
+    endpoint = read["local_model"]["endpoint"]
+    if endpoint and "@" in url_authority(endpoint):  # it may hold a password, so it is not shown
+        checker.problem("local_model.endpoint", "a user or password in it is not sent; leave it out, and set api_key")
     if read["containers"]["ssh_agent"] and not read[""]["ssh_auth_sock"]:
         checker.problem("containers.ssh_agent", "there is no agent to lend: set ssh_auth_sock to the path of its socket")
     address, signed = read[""]["server_addr"], read[""]["webhook_secret"] or read[""]["allow_unsigned_webhooks"]
@@ -1489,7 +1510,7 @@ REASONS: dict[str, dict] = {
     "budget": {"state": BUDGET_EXCEEDED, "next": "raise agent.max_budget_usd (ctl edit ID), then run it again"},
     "max_turns": {"state": FAILED, "next": "split the task or raise --max-turns in agent.additional_args"},
     "permission_denied": {"state": FAILED, "next": "allow the tool in agent.allowed_tools or change permission_mode"},
-    "no_result": {"retry": True, "state": FAILED, "next": "read stderr (ctl logs ID --raw), then run it again"},
+    "no_result": {"retry": True, "state": FAILED, "next": "read stderr (ctl logs ID --stderr), then run it again"},
     "timed_out": {"retry": True, "state": TIMED_OUT, "next": "raise timeout (ctl edit ID), then run it again"},
     "stalled": {"retry": True, "state": TIMED_OUT, "next": "raise stall_timeout if silence is normal, then run again"},
     "cancelled": {"state": CANCELLED, "next": "ctl run ID starts it again"},
@@ -2604,7 +2625,7 @@ class JsonLinesStream(JsonStream):
         if clean_text(found.get("model"), 100):
             facts["model"] = clean_text(found["model"], 100)
         if "error" in found:
-            words = found["error"] if isinstance(found["error"], str) else format_json(found["error"])
+            words = found["error"] if isinstance(found["error"], str) else _json_words(found["error"])
             words, status = clean_text(words, MESSAGE_LIMIT), _count(found.get("status"))
             facts.update(is_error=True, error_texts=(words,), api_status=status)
             events.append({"kind": "api_error", "error": "", "status": status, "text": words})
@@ -2623,7 +2644,15 @@ class JsonLinesStream(JsonStream):
 
 def _word(value) -> str | None:
     """A value as a condition of ``fields`` names it: ``true``, ``429``, ``stop``."""
-    return format_json(value) if isinstance(value, (bool, int, float)) else value if isinstance(value, str) else None
+    return _json_words(value) if isinstance(value, (bool, int, float)) else value if isinstance(value, str) else None
+
+
+def _json_words(value) -> str:
+    """A parsed value as text: ``1e999`` is JSON, but the infinity that it is read as is none."""
+    try:
+        return format_json(value)
+    except ValueError:
+        return str(value)
 
 
 # ---- 09 Model streams (pure) -----------------------------------------------------------------------------------
@@ -3236,8 +3265,9 @@ def price(usage: dict | None, prices: dict, model: str = "") -> float | None:
         if rates is None and any(count.values()):
             return None
         if rates:
+            cached = rates["input"] if rates["cached"] is None else rates["cached"]
             fresh = count["input"] - count["cached"]
-            total += fresh * rates["input"] + count["cached"] * rates["cached"] + count["output"] * rates["output"]
+            total += fresh * rates["input"] + count["cached"] * cached + count["output"] * rates["output"]
     return total / 1e6 if usage else None
 
 
@@ -5825,7 +5855,7 @@ class Transactions:
 
     def __init__(self, path: str, clock=time.time, readonly: bool = False):
         import _sqlite3 as sqlite
-        self.path, self.clock = path, clock
+        self.path, self.clock, self.readonly = path, clock, readonly
         self._sqlite_error, self._integrity_error = sqlite.Error, sqlite.IntegrityError
         self._db = open_database(path, readonly)
         self._loop = self._syncer = None
@@ -6792,8 +6822,9 @@ def open_model(endpoint: str, body: dict, api_key: str, timeout_s: float) -> Any
                                        method="POST"), timeout=timeout_s)
 
 
-def connection_fault(error: Exception, endpoint: str, timeout_s: float) -> ChatFault:
-    """What a failed connection means, with what to do about it; never the URL's user or password, nor the key."""
+def connection_fault(error: Exception, endpoint: str, timeout_s: float, limit_s: float | None = None) -> ChatFault:
+    """What a failed connection means, with what to do about it; never the URL's user or password, nor the key.
+    ``limit_s`` is what the whole answer was given, where that is over."""
     import socket
     import ssl
     from urllib.parse import urlsplit
@@ -6802,16 +6833,19 @@ def connection_fault(error: Exception, endpoint: str, timeout_s: float) -> ChatF
         where = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
     except ValueError:
         where = "[local_model] endpoint"
-    reason = getattr(error, "reason", error)  # of a ``URLError``
+    reason = getattr(error, "reason", None)  # of a ``URLError``; of other errors it is a word
+    reason = reason if isinstance(reason, Exception) else error
     if isinstance(reason, ConnectionRefusedError):
         words = f"no model server listens at {where}: start it, or correct [local_model] endpoint"
     elif isinstance(reason, socket.gaierror):
         words = f"the host of {where} is not known: correct [local_model] endpoint"
+    elif isinstance(reason, TimeoutError) and limit_s is not None:
+        words = f"the model server at {where} took longer than the {format_duration(limit_s)} that it has for this"
     elif isinstance(reason, TimeoutError):
         words = (f"the model server at {where} sent nothing for {format_duration(timeout_s)}: look whether it hangs,"
                  " or raise [local_model] timeout_seconds")
     elif isinstance(reason, ssl.SSLError):
-        words = f"TLS with {where} fails: {reason.reason or 'no reason given'}"
+        words = f"TLS with {where} fails: {getattr(reason, 'reason', '') or 'no reason given'}"
     elif isinstance(reason, (ConnectionError, EOFError)) or type(reason).__name__ == "IncompleteRead":
         words = f"the model server at {where} closed the connection before its answer was whole"
     else:
@@ -6822,9 +6856,10 @@ def connection_fault(error: Exception, endpoint: str, timeout_s: float) -> ChatF
 
 def refused_fault(error) -> ChatFault:
     """What an HTTP status means that is no success; ``error`` is an ``HTTPError``."""
+    from http.client import HTTPException
     try:
         told = error.read(ERROR_BODY).decode("utf-8", "replace")
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, HTTPException):  # the last: it broke off between two chunks
         told = ""
     document = parse_json_or(told, None)
     words = document if isinstance(document, dict) else "" if "<html" in told.lower() else one_line(told)
@@ -6860,7 +6895,8 @@ def ask_model(reader: ChatReader, endpoint: str, body: dict, *, api_key: str = "
         with error:
             reader.fail(refused_fault(error))
     except (OSError, HTTPException, ValueError) as error:
-        reader.fail(connection_fault(error, endpoint, timeout_s))
+        over = limit_s if end is not None and time.monotonic() >= end else None
+        reader.fail(connection_fault(error, endpoint, timeout_s, over))
     if reader.fault and api_key:  # some servers repeat a wrong key in their error
         reader.fault = reader.fault.replace(message=reader.fault.message.replace(api_key, "***"))
 
@@ -6898,7 +6934,8 @@ def ask_briefly(settings: LocalModelSettings, messages: list[dict], max_tokens: 
         pass
     if reader.fault:
         return "", reader.fault.message
-    return reader.text().rpartition("</think>")[2], ""  # older servers leave the reasoning in it
+    # older servers leave the reasoning in it, which may also be all that there was room for
+    return reader.text().rpartition("</think>")[2].partition("<think>")[0], ""
 
 
 SUMMARY_S = 6.0  # how long the end of an execution waits for the local model's summary
@@ -8284,12 +8321,14 @@ class Lifecycle(KindKeeper):
                 self.accept(parent_id)
 
 
-def own_secret(path: str) -> str:
-    """The secret in a file of its own, 256 random bits in URL-safe characters; made, for its owner alone, where there
-    is none.  Raises ``StorageError``."""
+def own_secret(path: str, make: bool = True) -> str:
+    """The secret in a file of its own, 256 random bits in URL-safe characters; where there is none it is made, for its
+    owner alone, or is empty without ``make``.  Raises ``StorageError``."""
     from binascii import b2a_base64
     try:
         if not os.path.exists(path):
+            if not make:
+                return ""
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             partial = f"{path}.{os.getpid()}"
             secret = b2a_base64(os.urandom(32), newline=False).rstrip(b"=").translate(bytes.maketrans(b"+/", b"-_"))
@@ -8321,8 +8360,9 @@ class Core:
 
     def renew_secrets(self, config: Config) -> None:
         """Take over a configuration's secrets.  Raises ``StorageError``."""
-        self.api_token = config.api_token or own_secret(config.api_token_path)
-        self.agent_key = own_secret(config.agent_key_path).encode()
+        make = not self.store.readonly  # who only reads leaves no files, which root would own
+        self.api_token = config.api_token or own_secret(config.api_token_path, make)
+        self.agent_key = own_secret(config.agent_key_path, make).encode()
         given = secrets_given(config, self.host_env)
         kept = (text for text in given if not (text[:1] == "/" and os.path.exists(text)))  # a path is no secret
         self.redactor = Redactor({*kept, self.api_token, self.agent_key.decode()})
@@ -11944,21 +11984,23 @@ def install_ct(config: Config, log: Callable) -> str:
         return ""
 
 
-def compile_ct(compiled: str) -> int:
+def compile_ct(compiled: str, log: Callable) -> int:
     """Begin to write the bytecode of ct.py, unless it is there: compiling takes as long as all the rest of a call.
-    Returns the pid of the process that does it, or 0; here it would leave 3 MB behind.  Raises ``OSError``."""
+    Returns the pid of the process that does it, or 0; here it would leave 3 MB behind."""
     source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ct.py")
-    facts = os.stat(source)
-    made_of = b"".join((int(number) & 0xFFFFFFFF).to_bytes(4, "little") for number in (facts.st_mtime, facts.st_size))
-    try:
-        with open_plain(compiled) as file:
-            if file.read(16)[8:] == made_of:
-                return 0
-        os.unlink(compiled)
-    except FileNotFoundError:
-        pass
     words = (sys.executable, "-I", "-S", "-c", COMPILE, source, compiled)
-    return os.posix_spawn(sys.executable, words, {}, setsid=True)  # a Ctrl-C is not for it
+    try:
+        facts = os.stat(source)
+        made_of = b"".join((int(number) & 0xFFFFFFFF).to_bytes(4, "little") for number in (facts.st_mtime, facts.st_size))
+        if os.path.lexists(compiled):
+            with open_plain(compiled) as file:
+                if file.read(16)[8:] == made_of:
+                    return 0
+            os.unlink(compiled)
+        return os.posix_spawn(sys.executable, words, {}, setsid=True)  # a Ctrl-C is not for it
+    except OSError as error:  # at the limit of processes, say: no reason to leave the agents without a daemon
+        log("warning", f"{compiled} cannot be made, so ct takes longer: {error}")
+        return 0
 
 
 class Daemon:
@@ -12002,7 +12044,7 @@ class Daemon:
         store.append_event("daemon.started", version=__version__, pid=os.getpid())
         await self.http.start(lambda request, peer: answer_http(self.core, request))
         await self.server.listen(self.config.socket_path)
-        if compiler := ct and compile_ct(ct):
+        if compiler := ct and compile_ct(ct, self.log):
             self._compiling = wait_for_exit(compiler, process_start(compiler))  # which reaps it
 
     def stop(self) -> None:
@@ -12491,6 +12533,14 @@ def exit_code_of(tasks: list[dict]) -> int:
         EXIT_PARKED if states & {PENDING, QUEUED, RUNNING} else EXIT_OK
 
 
+def say_outcome(cli: Cli, tasks: list[dict]) -> int:
+    """``exit_code_of`` tasks after a wait, with a word on why some have not ended."""
+    code = exit_code_of(tasks)
+    if code == EXIT_PARKED:
+        cli.say("what is QUEUED waits for a reset, a login or the next day; `claudomator ctl` says for which")
+    return code
+
+
 def task_line(task: dict, color: bool) -> str:
     """What became of a task: a line, and below it what it says and what can be done next."""
     run, question = task["execution"] or {}, task["question"] or {}
@@ -12648,7 +12698,7 @@ def cmd_run(cli: Cli) -> int:
         if stop:
             stop()
     cli.document({"tasks": tasks}, lambda: task_lines(cli, tasks))
-    return exit_code_of(tasks)
+    return say_outcome(cli, tasks)
 
 
 def _dry_run(cli: Cli, document: dict, source: str) -> int:
@@ -12769,19 +12819,20 @@ def watch_tasks(cli: Cli, ids: list[str], since: int) -> list[dict]:
 
 
 def wait_for(cli: Cli, ids: list[str], timeout: str | None, any_one: bool = False) -> int:
-    """Wait for the end of tasks and print them; returns what became of them as an exit code."""
+    """Wait for the end of tasks, or until only the end of a park or of the day lets one go on, and print them; returns
+    what became of them as an exit code."""
     try:
         deadline = None if timeout is None else time.monotonic() + parse_duration(timeout)
     except ValueError as error:
         raise UsageError(f"{cli.command}: {error}") from None
-    result = patiently(cli, lambda: cli.call("task.wait", ids=ids, any=any_one, timeout_s=(
+    result = patiently(cli, lambda: cli.call("task.wait", ids=ids, any=any_one, parked_ends=True, timeout_s=(
         None if deadline is None else max(0.0, deadline - time.monotonic()))))
     cli.document(result, lambda: task_lines(cli, result["tasks"]))
     if result["timed_out"]:
         cli.say(f"gave up after {timeout}; the tasks go on")
         return EXIT_TIMEOUT
-    return exit_code_of([task for task in result["tasks"]
-                         if not any_one or task["state"] not in (QUEUED, RUNNING, PENDING)])
+    ended = [task for task in result["tasks"] if task["state"] not in (QUEUED, RUNNING, PENDING)]
+    return say_outcome(cli, any_one and ended or result["tasks"])
 
 
 def _show_tasks(cli: Cli, tasks: list[dict], text=None) -> int:

@@ -98,7 +98,7 @@ def test_a_project_is_found_by_name_and_by_its_exact_directory():
 # -- every key
 
 
-GOOD = {"string": '"text"', "word": '"codex"', "bool": "true", "integer": "7", "number": "1.5", "duration": '"1h"',
+GOOD = {"string": '"some-text"', "word": '"codex"', "bool": "true", "integer": "7", "number": "1.5", "duration": '"1h"',
         "strings": '["a", "b"]', "table": '{A = "b"}', "path": '"/p"', "program": '"/bin/x"',
         "url": '"https://example.org/x"', "address": '"127.0.0.1:1"'}
 BAD = {"string": ["3", "[]", "true", "{}", "2026-01-01", r'"a\u0000b"'], "bool": ['"true"', "1", "0"],
@@ -107,7 +107,8 @@ BAD = {"string": ["3", "[]", "true", "{}", "2026-01-01", r'"a\u0000b"'], "bool":
        "duration": ["30", '"soon"', '"-1s"', '"3651d"', '"15"', "true", '""', '"' + "9" * 400 + 's"'],
        "choice": ['"other"', "3", "[]"], "strings": ['"a"', '["a", 3]', "{}", "[[]]"],
        "table": ['"a"', "[]", "{A = 3}"], "path": ["3", '"x/y"'], "program": ["3", '"x/y"'],
-       "url": ['"example.org"', '"ftp://x"', "3", '"http://a b"'],
+       "url": ['"example.org"', '"ftp://x"', "3", '"http://a b"', '"http://"', '"http:///v1"', '"http://x:port/v1"', '"http://x:99999"',
+               '"http://::1/v1"', '"http://[::1/v1"', '"http://x/\\u00fc"', '"http://u@/v1"', '"http://x\\n"'],
        "address": ['"8484"', '"a:b"', '":99999"', '"::1:80"', '":+5"', "8484", '"a:"']}
 
 
@@ -176,7 +177,7 @@ def test_named_tables_are_kept_by_name():
                   '[launchers.far]\nkind = "ssh"\n[scripts.go]\ncommand = ["./go"]\n[agents.codex]\nmodel = "m"')
     assert config.budgets["all"]["usd"] == 20.0 and config.budgets["project.p"]["runs"] == 3
     assert config.budgets["agent.claude"] == {"usd": 0.0, "tokens": 0, "runs": 0, "minutes": 1.5}
-    assert config.prices == {"gemini-2.5-pro": {"input": 1.25, "cached": 0.0, "output": 0.0}}
+    assert config.prices == {"gemini-2.5-pro": {"input": 1.25, "cached": None, "output": 0.0}}
     assert config.runners == {"codex": {"command": ("codex",), "resume": (), "format": "text", "fields": {}}}
     assert config.launchers["far"]["kind"] == "ssh" and config.scripts["go"]["command"] == ("./go",)
     assert config.agent_settings("codex").model == "m"
@@ -280,6 +281,23 @@ def test_loopback_or_no_address_wants_none(address):
     assert read(f'server_addr = "{address}"').server_addr == address
 
 
+@pytest.mark.parametrize("token", ["1234567", "with a space", "t\u00f6kent\u00f6ken", "tab\\ttab-tab"])
+def test_a_token_that_is_too_short_or_cannot_be_sent_is_a_problem_and_not_shown(token):
+    found = only_problem(f'api_token = "{token}"')
+    assert found.endswith(": api_token: expected at least 8 ASCII characters without spaces, for it is sent as a bearer token")
+    assert read('api_token = "12345678"').api_token == "12345678"
+
+
+@pytest.mark.parametrize("url", ["http://x", "https://x:1", "http://[::1]:8080/v1?a=b@c#d", "http://b\u00fccher.example/v1/", "http://1.2.3.4?x:y"])
+def test_urls_that_can_be_asked(url):
+    assert read(f'[local_model]\nendpoint = "{url}"').local_model.endpoint == url
+
+
+def test_a_password_in_the_model_servers_address_would_not_be_sent_and_is_not_shown():
+    found = only_problem('[local_model]\nendpoint = "http://ann:hunter2@x/v1"')
+    assert found.endswith("local_model.endpoint: a user or password in it is not sent; leave it out, and set api_key")
+
+
 def test_an_ssh_agent_to_lend_must_be_named():
     found = only_problem("[containers]\nssh_agent = true")
     assert found.endswith("containers.ssh_agent: there is no agent to lend: set ssh_auth_sock to the path of its socket")
@@ -296,10 +314,10 @@ def test_addresses_are_split_at_the_port(text, parts):
 
 
 def test_secrets_are_never_shown():
-    config = read('api_token = "tok-one"\nwebhook_secret = "hook-two"\n'
+    config = read('api_token = "token-one"\nwebhook_secret = "hook-two"\n'
                   'github_token = "gh-three"\nvapid_private_key = "v-four"\n'
                   '[local_model]\napi_key = "lm-five"\n[agents.claude]\nenv = {KEY = "sk-ant-six", CI = "1"}')
-    values = ("tok-one", "hook-two", "gh-three", "v-four", "lm-five", "sk-ant-six")
+    values = ("token-one", "hook-two", "gh-three", "v-four", "lm-five", "sk-ant-six")
     assert not [value for value in values if value in repr(config)] and "***" in repr(config)
 
 
@@ -353,7 +371,7 @@ def test_the_keys_of_this_version_are_the_active_ones():
         "no_progress_runs", "agents.*.on_quota", *(f"budgets.{scope}{unit}" for scope in ("", "project.*.", "agent.*.")
                                                    for unit in ("usd", "tokens", "runs", "minutes")),
         "agents.*.max_concurrent", "agents.*.model", "agents.*.env", "agents.*.pass_env", "projects[].name",
-        "projects[].dir", "projects[].remote", "projects[].setup", "projects[].build", "projects[].verify",
+        "projects[].dir", "projects[].setup", "projects[].build", "projects[].verify",
         "local_model.endpoint", "local_model.model", "local_model.timeout_seconds", "local_model.default_temperature",
         "local_model.api_key",
         "prices.*.input", "prices.*.cached", "prices.*.output", "runners.*.command", "runners.*.resume",

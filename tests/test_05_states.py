@@ -80,6 +80,7 @@ def test_every_reason_leads_from_running_to_a_failure_state_and_says_what_to_do_
     assert facts["state"] == expected.get(reason, "FAILED") and facts["state"] in c.MOVES["RUNNING"]
     assert len(facts["next"]) > 10 and facts.keys() <= {"retry", "free", "state", "next"}
     assert not (facts.get("retry") and facts.get("free"))
+    assert ("stderr" in facts["next"]) == ("logs ID --stderr" in facts["next"])  # --raw alone is stdout
 
 
 def test_the_diagram_has_every_move_once_and_nothing_else():

@@ -116,6 +116,13 @@ def test_any_line_is_taken():
     assert (agent.lines, agent.garbage_lines, agent.stream_tail) == (2, 1, ("no json",))
 
 
+@pytest.mark.parametrize("line", [b'{"code":1e999,"text":"x","error":{"left":-1e999}}', b'{"code":[1e999],"error":[1e999]}'])
+def test_a_number_beyond_every_float_is_taken_too(line):
+    fields = {"text": "text if code=200", "error": "error"}
+    assert "inf" in facts_of(line, fields).error_texts[0]
+    assert "inf" in c.LogRenderer("jsonl", fields=fields).render(line)
+
+
 def test_lines_that_no_field_is_in_are_passed_over_and_say_nothing_else():
     fields = {"text": "item.text if item.type=message", "status": "error.code if ok=false", "tokens_in": "usage.in"}
     passed, read = b'{"a":"' + b"x" * 5000 + b'"}\n', b'{"item":{"type":"message","text":"hello"}}\n'

@@ -289,5 +289,6 @@ def test_an_unknown_price_is_an_unknown_cost():
     usage = {"a": {"input": 10, "cached": 0, "output": 1}, "b": {"input": 0, "cached": 0, "output": 0}}
     assert c.price(usage, {"a": {"input": 1e6, "cached": 0, "output": 0}}) == pytest.approx(10)
     assert c.price(usage, {"b": {"input": 1, "cached": 0, "output": 1}}) is None
+    assert c.price({"a": {"input": 10, "cached": 4, "output": 0}}, {"a": {"input": 1e6, "cached": None, "output": 0}}) == pytest.approx(10)
     assert c.price(None, {}) is None and c.price({}, {}) is None
     assert c.price({"": usage["a"]}, {"m": {"input": 0, "cached": 0, "output": 2e6}}, "m") == pytest.approx(2)

@@ -213,11 +213,11 @@ def test_the_token_shows_in_no_repr():
 
 
 def test_secrets_are_the_configurations_the_keys_and_what_pass_env_names():
-    given = config('api_token = "first"\ngithub_token = "two"\n[local_model]\napi_key = "three"\n[agents.shell]\n'
+    given = config('api_token = "first-token"\ngithub_token = "two"\n[local_model]\napi_key = "three"\n[agents.shell]\n'
                    'env = {A = "four"}\npass_env = ["B", "ABSENT"]')
     host = {"B": "five", "ANTHROPIC_API_KEY": "six", "GEMINI_API_KEY": "seven", "HOME": "/root", "GOOGLE_CLOUD_PROJECT": "x"}
-    assert given.secrets == {"first", "two", "three", "four"} and "first" not in repr(given)
-    assert c.secrets_given(given, host) == {"first", "two", "three", "four", "five", "six", "seven"}
+    assert given.secrets == {"first-token", "two", "three", "four"} and "first-token" not in repr(given)
+    assert c.secrets_given(given, host) == {"first-token", "two", "three", "four", "five", "six", "seven"}
 
 
 def test_a_host_without_a_path_gets_a_usual_one():

@@ -2,6 +2,7 @@
 import io
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -70,6 +71,20 @@ def test_retry_after_becomes_a_time(server, scenario):
     assert 27 < ask(server.endpoint)[1].fault.retry_at - time.time() < 31
 
 
+def test_an_error_whose_text_breaks_off_between_two_chunks_is_told_by_its_status():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def answer():
+            client = listener.accept()[0]
+            with client:
+                client.recv(1 << 16)
+                client.sendall(b"HTTP/1.1 502 Bad Gateway\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nupS\r\n")
+        server = threading.Thread(target=answer)
+        server.start()
+        fault = ask(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", timeout_s=5)[1].fault
+        server.join()
+    assert (fault.kind, fault.status, fault.message) == ("server_error", 502, "Bad Gateway")
+
+
 def test_a_path_that_the_server_does_not_have(server):
     fault = ask(server.endpoint.removesuffix("/v1"))[1].fault
     assert fault.status == 404 and "mostly ends in /v1" in fault.message
@@ -78,11 +93,10 @@ def test_a_path_that_the_server_does_not_have(server):
 def test_a_refused_connection_says_what_to_do():
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        endpoint = f"http://user:secret@127.0.0.1:{unused.getsockname()[1]}/v1"
-    for endpoint in (endpoint.replace("user:secret@", ""), endpoint):
-        fault = ask(endpoint)[1].fault
-        assert "secret" not in fault.message and "[local_model]" in fault.message or "cannot be asked" in fault.message
-    assert "no model server listens at http://127.0.0.1:" in ask(endpoint.replace("user:secret@", ""))[1].fault.message
+        endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    words = f"no model server listens at {endpoint}: start it, or correct [local_model] endpoint"
+    assert ask(endpoint + "/v1")[1].fault == c.ChatFault("unknown", words)
+    assert "secret" not in ask(endpoint.replace("//", "//user:secret@"))[1].fault.message
 
 
 @pytest.mark.parametrize("endpoint", [
@@ -91,6 +105,14 @@ def test_a_refused_connection_says_what_to_do():
 def test_endpoints_that_lead_nowhere_are_faults(endpoint):
     fault = ask(endpoint, timeout_s=5)[1].fault
     assert fault.kind == "unknown" and fault.message
+
+
+def test_an_error_without_an_error_inside_is_named_by_its_own_kind():
+    broken = ssl.SSLError(1, "bad record")
+    broken.reason = "BAD_RECORD"  # as it is while an answer is read
+    for error, words in ((UnicodeEncodeError("ascii", "ü", 0, 1, "why"), "cannot be asked: UnicodeEncodeError"),
+                         (broken, "TLS with http://x fails: BAD_RECORD"), (ssl.SSLError(), "fails: no reason given")):
+        assert words in c.connection_fault(error, "http://x/v1", 1.0).message
 
 
 @pytest.mark.parametrize("key", ["sk-two\nlines", "sk-ü", "sk-\0"])
@@ -134,8 +156,16 @@ def test_a_server_that_takes_no_connection_is_a_timeout():
 def test_a_limit_on_the_whole_answer_ends_one_that_never_ends(server):
     server.say("slow")
     start = time.monotonic()
-    assert ask(server.endpoint, limit_s=0.3)[1].fault and time.monotonic() - start < 5
+    fault = ask(server.endpoint, limit_s=0.3)[1].fault
+    assert fault.message.endswith("took longer than the 0.3s that it has for this") and time.monotonic() - start < 5
     assert server.dropped.wait(10)
+
+
+def test_silence_up_to_the_limit_is_no_fault_of_the_configuration(server):
+    server.say("silent")
+    for timeout_s, words in ((60, "took longer than the 0.3s"), (0.1, "sent nothing for 0.1s")):
+        answer, why = c.ask_briefly(settings(server.endpoint, timeout_seconds=timeout_s), BODY["messages"], 9, 0.3)
+        assert answer == "" and words in why and ("timeout_seconds" in why) == (timeout_s < 0.3)
 
 
 def test_loopback_is_asked_without_the_environments_proxy_and_others_through_it(server, monkeypatch):
@@ -223,7 +253,7 @@ def test_a_summary_is_of_the_end_of_the_text(server):
     assert (body["model"], body["max_tokens"], body["temperature"]) == ("m", c.SUMMARY_TOKENS, 0.2)
 
 
-@pytest.mark.parametrize("scenario", ["error_500", "drop", "mid_error", "redirect", "limit_429"])
+@pytest.mark.parametrize("scenario", ["error_500", "drop", "mid_error", "redirect", "limit_429", "only_thoughts"])
 def test_no_summary_where_the_model_fails(server, scenario):
     server.say(scenario)
     assert c.summarize(settings(server.endpoint), "text") == ""

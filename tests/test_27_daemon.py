@@ -123,8 +123,10 @@ def tools(tmp_path):
 
 def install(tools):
     """Install and compile; returns the compiler's exit code."""
-    compiled = c.install_ct(tools[0], lambda level, message: tools[1].append(message))
-    pid = compiled and c.compile_ct(compiled)
+    def log(level, message):
+        tools[1].append(message)
+    compiled = c.install_ct(tools[0], log)
+    pid = compiled and c.compile_ct(compiled, log)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) if pid else 0
 
 
@@ -170,6 +172,15 @@ def test_a_ct_that_cannot_be_compiled_says_so_itself_and_stops_nothing(tools, tm
 def test_a_ct_that_cannot_be_written_is_logged_and_stops_nothing(tools, tmp_path):
     (tmp_path / "it's data" / "bin").write_text("a file")
     assert install(tools) == 0 and "agents may lack it" in tools[1][0]
+
+
+def test_a_daemon_that_may_start_no_process_runs_with_a_slower_ct(tools, monkeypatch):
+    def refuse(*args, **more):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+    monkeypatch.setattr(os, "posix_spawn", refuse)
+    assert install(tools) == 0 and "ct takes longer" in tools[1].pop()
+    result = subprocess.run([os.path.join(tools[0].tools_dir, "ct"), "--help"], env={}, capture_output=True, text=True)
+    assert result.returncode == 0 and "usage" in result.stdout.lower()
 
 
 def test_an_agent_asks_and_reports_by_ct(tmp_path):

@@ -413,6 +413,14 @@ def test_list_and_status_read_the_database_when_no_daemon_runs(tmp_path):
     assert run_here(daemon.env, "ctl", "list").code == 4
 
 
+def test_reading_without_a_daemon_makes_no_token_for_it(tmp_path):
+    daemon = DaemonProcess(tmp_path)
+    daemon.data_dir.mkdir()
+    c.Store(str(daemon.data_dir / "claudomator.db")).close()
+    assert run_here(daemon.env, "list").code == 0
+    assert {path.name.partition("-")[0] for path in daemon.data_dir.iterdir()} == {"claudomator.db"}
+
+
 def test_a_long_list_says_that_there_is_more(daemon, cli):
     for _ in range(3):
         daemon.add("true", queue=False, tags=["many"])
@@ -692,6 +700,19 @@ def test_pool_and_agents_are_shown_in_words(daemon, cli):
     assert cli("ctl", "agent", "unpark", "claude").code == 0
     assert cli("ctl", "agent", "park", "nobody").code == 3
     assert "draining" in cli("ctl", "pool", "drain", "--wait").out and "open" in cli("ctl", "pool", "resume").out
+
+
+def test_a_wait_that_only_the_end_of_a_park_could_end_exits_with_75(daemon, cli):
+    cli("ctl", "agent", "park", "claude", "--until", "3h")
+    try:
+        added = cli("ctl", "add", "x", "--agent", "claude", "--wait", "--timeout-wait", "20s")
+        assert added.code == 75 and "QUEUED" in added.out and "`claudomator ctl` says for which" in added.err
+        held, ended = added.err.split()[0], settled(daemon, "true")
+        assert cli("ctl", "wait", held, "--timeout", "20s").code == cli("ctl", "wait", held, "--any", "--timeout", "20s").code == 75
+        assert cli("ctl", "wait", held, ended, "--any", "--timeout", "20s").code == 0
+        cli("ctl", "cancel", held)
+    finally:
+        cli("ctl", "agent", "unpark", "claude")
 
 
 def test_a_person_can_interrupt_a_wait(daemon):

@@ -50,7 +50,7 @@ def run() -> list[dict]:
         while not os.path.exists(path):
             time.sleep(0.01)
         config = c.parse_config_text(f'data_dir = "{home}"', "config.toml", home)
-        os.waitpid(c.compile_ct(c.install_ct(config, print)), 0)
+        os.waitpid(c.compile_ct(c.install_ct(config, print), print), 0)
         env = {"PATH": os.environ["PATH"], "CLAUDOMATOR_API_URL": f"unix://{path}", "CLAUDOMATOR_API_TOKEN": "x"}
         script = str(pathlib.Path(c.__file__).with_name("ct.py"))
         cases = {"bare": [*python, "-c", "pass"], "ct": [f"{config.tools_dir}/ct", "task", "list"],

@@ -91,6 +91,10 @@ class Handler(BaseHTTPRequestHandler):
         asked = requests[-1]["body"]["messages"][0]["role"] == "system"
         self.stream(chunk("<think>hm</think>\nIt was summed up." if asked else "Just some words."), END, DONE)
 
+    def on_only_thoughts(self, requests) -> None:
+        """The length was enough for the reasoning alone."""
+        self.stream(chunk("<think>The user wants a summary. Let me"), chunk(choices=[{"delta": {}, "finish_reason": "length"}]), DONE)
+
     def on_choice(self, requests) -> None:
         """What the test put into ``answer``."""
         self.stream(chunk("<think>{}</think>" + self.server.stand_in.answer), END, DONE)
