@@ -10651,6 +10651,7 @@ WRITE_HIGH = 1 << 18  # bytes of unsent answers before a client must read
 READ_SIZE = 1 << 16  # bytes read from a client at once
 TURN_S = 0.005  # how long one client is served before the others have their turn
 LINGER_LOOKS = 40  # at a client's socket, a third of a microsecond each, for its next request
+LINGER_SIZE = 1 << 12  # bytes of it that are read; more of it comes by the loop
 LINGER_S = 0.001  # a client whose requests follow each other faster is one that waits for each answer
 
 
@@ -10747,23 +10748,26 @@ class ControlConnection:
         is_quick = time.monotonic() - self.heard_at < LINGER_S
         self._take(bytes(self._server.buffer[:size]))
         turn_ends = self.heard_at + TURN_S
-        while is_quick and self.heard_at < turn_ends and (size := self._linger()):
-            self._take(bytes(self._server.buffer[:size]))
+        while is_quick and self.heard_at < turn_ends and (data := self._linger()):
+            self._take(data)
 
-    def _linger(self) -> int:
-        """Look for the client's next request; the number of its bytes in the buffer.
+    def _linger(self) -> bytes:
+        """The client's next request, if it comes at once; mostly it has come while the answer was sent.
 
-        0 also at the end of the stream and after an error: the transport meets both by itself.
+        Empty also at the end of the stream and after an error: the transport meets both by itself.
         """
-        if not (self._tasks or self._reading_paused or self._transport.is_closing()):
-            poll = self._poll.poll
-            for _ in range(LINGER_LOOKS):
-                if poll(0):
-                    try:
-                        return os.readv(self._descriptor, (self._server.buffer,))
-                    except OSError:
-                        break
-        return 0
+        if self._tasks or self._reading_paused or self._transport.is_closing():
+            return b""
+        try:
+            try:
+                return os.read(self._descriptor, LINGER_SIZE)
+            except BlockingIOError:
+                for _ in range(LINGER_LOOKS):
+                    if self._poll.poll(0):
+                        return os.read(self._descriptor, LINGER_SIZE)
+        except OSError:
+            pass
+        return b""
 
     def _take(self, data: bytes) -> None:
         self.heard_at = time.monotonic()
