@@ -6517,9 +6517,6 @@ def marked_processes(execution_ids) -> dict[int, str]:
         _LEFT_ALONE.intersection_update(processes)
         for process in processes - _LEFT_ALONE:
             name = process[0]
-            if now - _UNMARKED.get(process, now) > UNMARKED_S:
-                _LEFT_ALONE.add(process)
-                continue
             if name in clear or wanted.keys().isdisjoint(_MARKED.get(process, wanted)):
                 continue
             try:
@@ -6538,7 +6535,8 @@ def marked_processes(execution_ids) -> dict[int, str]:
                 continue
             clear.add(name)
             if prefix not in block:
-                _UNMARKED.setdefault(process, 0.0 if why == "kernel" else now)
+                if now - _UNMARKED.setdefault(process, 0.0 if why == "kernel" else now) > UNMARKED_S:
+                    _LEFT_ALONE.add(process)
             else:
                 _UNMARKED.pop(process, None)
                 _MARKED[process] = {entry for entry in block.split(b"\0") if entry.startswith(prefix)}
