@@ -9839,14 +9839,14 @@ class Run(Started):
 
     async def _finish(self) -> tuple[Verdict | None, dict]:
         """Judge the ended agent; verify and push what it made.  Returns (verdict, facts of the execution)."""
-        await self._read_log()
-        self.log.finish()
         await self.pool.sweeps.clean(self.execution.id)
         exit_code, was_told = read_exit_status(self.directory)
         if exit_code is None and not os.path.exists(self.log.path):
             return await self._never_started()
         said = read_tail(os.path.join(self.directory, "stderr.log"), 8192)
         state = await in_thread(self.box.state) if self.box else None
+        await self._read_log()  # last: a rollback during a wait would begin it anew, and an unread log has no result
+        self.log.finish()
         whose = container_end(exit_code, state, said) if self.box else "lost" if exit_code is None else "agent"
         if not self.stop_reason and (whose == "lost" or was_told and exit_code != 0):
             return self._lost()
@@ -9924,6 +9924,8 @@ class Run(Started):
 
     async def _settle_once(self, verdict: Verdict, facts: dict) -> None:
         store, life = self.core.store, self.core.life
+        if self.known_events is None:  # a rollback took events of the log with it
+            await self._read_log()
         task = store.get_task(self.task.id)
         sandbox_dir = "" if verdict.ok else self.execution.sandbox_dir
         if sandbox_dir and not os.path.isdir(sandbox_dir):

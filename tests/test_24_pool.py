@@ -540,6 +540,41 @@ def test_what_an_agent_reports_while_the_disk_is_full_is_told_once_when_there_is
         assert len(events(daemon, "agent.session", task_id)) == 1
 
 
+def ended_claude_run(pool, tmp_path, **more):
+    """A run of claude whose agent has ended well, in a pool without a loop of its own."""
+    store, config = pool.core.store, pool.core.config
+    directory = pathlib.Path(config.executions_dir) / "run"
+    directory.mkdir(parents=True)
+    (directory / "stdout.log").write_bytes((DATA / "a_text.jsonl").read_bytes())
+    (directory / "exit").write_text("0\n")
+    task = store.insert_task(c.Task(id="task", name="t", agent=c.AgentConfig(type="claude"), state=c.RUNNING,
+                                    execution_id="run", **more))
+    execution = store.insert_execution(c.Execution(id="run", task_id="task", agent="claude", round=1, pid=1,
+                                                   start_time=time.time(), timeout_s=60.0))
+    run = pool.runs["run"] = c.Run(pool, task, execution)
+    return run
+
+
+def test_a_disk_that_is_full_when_an_agent_ends_costs_neither_its_result_nor_its_events(tmp_path):
+    async def work(pool):
+        store, sweep = pool.core.store, pool.sweeps.clean
+        run = ended_claude_run(pool, tmp_path)
+        await store.durable()
+        await run._read_log()
+
+        async def fill_and_clean(execution_id):
+            store._undo(Exception("disk full"))
+            await sweep(execution_id)
+        pool.sweeps.clean = fill_and_clean
+        verdict, facts = await run._finish()
+        assert verdict.ok and facts["tokens_out"] and facts["session_id"]
+        store._undo(Exception("disk full"))  # with it what ``_finish`` has read
+        await run._settle_once(verdict, facts)
+        assert [event["kind"] for event in store.events_since(0)].count("agent.session") == 1
+        assert store.get_task("task").state == c.READY
+    in_a_pool(tmp_path, work)
+
+
 # -- dispatch
 
 
