@@ -9907,8 +9907,6 @@ class Run(Started):
     async def _settle(self, verdict: Verdict, facts: dict) -> None:
         """Write the end, and again until the disk takes it; only then is the slot free."""
         import asyncio
-        if self.stop_reason == "cancelled" and not verdict.ok and verdict.reason != "cancelled":
-            verdict = failed_verdict("cancelled", "cancelled by the operator")
         while True:
             try:
                 await self._settle_once(verdict, facts)
@@ -9934,6 +9932,8 @@ class Run(Started):
                                            sandbox_dir=sandbox_dir)
         continuation = continuation_of(execution) if self.runner.resumable or sandbox_dir else None
         head = await in_thread(head_of_sandbox, sandbox_dir, self._environment()) if sandbox_dir else ""
+        if self.stop_reason == "cancelled" and not verdict.ok and verdict.reason != "cancelled":  # not before that wait:
+            verdict = failed_verdict("cancelled", "cancelled by the operator")  # a retry must not follow a cancel
         if self.feedback or continuation is not None:
             continuation = {**(continuation or {}), **(self.feedback or {}), **({"head": head} if head else {})}
         before = (self.task.resume or {}).get("head", self.execution.start_head)

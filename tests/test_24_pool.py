@@ -575,6 +575,32 @@ def test_a_disk_that_is_full_when_an_agent_ends_costs_neither_its_result_nor_its
     in_a_pool(tmp_path, work)
 
 
+@pytest.mark.parametrize("moment", ["its sandbox is looked at", "the disk refuses its end"])
+def test_a_cancel_that_comes_while_a_failed_run_is_settled_ends_its_retries(tmp_path, monkeypatch, moment):
+    async def work(pool):
+        store = pool.core.store
+        run = ended_claude_run(pool, tmp_path, retry=c.RetryPolicy(max_attempts=3))
+        run.execution = store.update_execution("run", sandbox_dir=str(tmp_path))
+        look, settle = c.head_of_sandbox, pool.core.life.settle
+
+        def cancelled_look(*args):
+            run.stop_reason = "cancelled"
+            return look(*args)
+
+        def refuse(*args, **facts):
+            pool.core.life.settle, run.stop_reason = settle, "cancelled"
+            raise c.StorageError("make room on its disk")
+        if moment == "the disk refuses its end":
+            monkeypatch.setattr(c, "SETTLE_RETRY_S", 0.01)
+            pool.core.life.settle = refuse
+        else:
+            monkeypatch.setattr(c, "head_of_sandbox", cancelled_look)
+        await run._settle(c.failed_verdict("agent_error", "exit 1"), {})
+        task = store.get_task("task")
+        assert (task.state, task.reason) == (c.CANCELLED, "cancelled") and not pool.runs
+    in_a_pool(tmp_path, work)
+
+
 # -- dispatch
 
 
