@@ -9990,8 +9990,15 @@ def feedback_text(resume: dict) -> str:
 
 
 def write_private(path: str, text: str) -> None:
-    """Write a file that only its owner may read."""
-    with open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb", buffering=0) as file:
+    """Write a new file that only its owner may read, instead of what is there: never through a link or into a pipe that
+    an agent may have put there."""
+    flags = os.O_CREAT | os.O_WRONLY | os.O_EXCL
+    try:
+        descriptor = os.open(path, flags, 0o600)
+    except FileExistsError:
+        os.unlink(path)
+        descriptor = os.open(path, flags, 0o600)
+    with open(descriptor, "wb", buffering=0) as file:
         rest = memoryview(text.encode("utf-8", "surrogateescape"))
         while rest:
             rest = rest[file.write(rest):]
