@@ -7316,7 +7316,8 @@ def _update_submodules(path: str, project: str, env: dict) -> None:
 
 def remove_sandbox(path: str, root: str) -> None:
     """Delete the tree ``path`` below ``root``; nothing there is fine.  Read-only directories (Go's module cache) are
-    opened first, links never followed.  Raises ``SandboxError`` for a path elsewhere and where deleting fails."""
+    opened first, links never followed, any depth is left to ``rm``.  Raises ``SandboxError`` for a path elsewhere and
+    where deleting fails."""
     import shutil
     path = os.path.abspath(path)
     if not (os.path.realpath(os.path.dirname(path)) + "/").startswith(os.path.realpath(root).rstrip("/") + "/"):
@@ -7325,10 +7326,13 @@ def remove_sandbox(path: str, root: str) -> None:
         if os.path.islink(path) or os.path.isfile(path):
             os.unlink(path)
         elif os.path.isdir(path):
-            shutil.rmtree(path, ignore_errors=True)
+            try:
+                shutil.rmtree(path, ignore_errors=True)
+            except RecursionError:
+                pass  # at a thousand directories in each other
             if os.path.isdir(path):
-                run_command(["chmod", "-R", "u+rwX", path], env=dict(os.environ))
-                shutil.rmtree(path)
+                run_command(["chmod", "-R", "u+rwX", "--", path], env=dict(os.environ))
+                _must(run_command(["rm", "-rf", "--", path], env=dict(os.environ)), f"cannot remove {path}")
     except OSError as error:
         raise SandboxError(f"cannot remove {path}: {error}") from error
 
