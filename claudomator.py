@@ -6238,10 +6238,7 @@ class Store(Transactions):
 
     def find_execution(self, execution_id: str) -> Execution | None:
         """The execution, or ``None``."""
-        try:
-            return self._get(EXECUTIONS, execution_id)
-        except NotFound:
-            return None
+        return self._get_or_none(EXECUTIONS, execution_id)
 
     def resolve_execution(self, prefix: str) -> str:
         """The one execution id that begins with ``prefix``.  Raises ``NotFound``, also where several do."""
@@ -9972,12 +9969,12 @@ def remove_orphans(root: str, before: float, in_use: set[str]) -> int:
     """Delete sandboxes that no execution records any more; returns how many there were."""
     count = 0
     for entry in os.scandir(root) if os.path.isdir(root) else ():
-        if entry.is_dir(follow_symlinks=False) and entry.path not in in_use and entry.stat().st_mtime < before:
-            try:
+        try:
+            if entry.is_dir(follow_symlinks=False) and entry.path not in in_use and entry.stat().st_mtime < before:
                 remove_sandbox(entry.path, root)
                 count += 1
-            except SandboxError:
-                pass  # the next pass tries again
+        except (SandboxError, OSError):
+            pass  # it went meanwhile, or the next pass tries again
     return count
 
 
@@ -10198,7 +10195,7 @@ class Dispatcher:
         self._bounds: tuple = (None, {})  # (the configuration, its bounds per kind)
         self._idle_waiters: list = []
         self._waits: dict[str, int] = {}  # execution id: how often its agent waits for subtasks just now
-        self._loop = None
+        self._loop = self._house = None
         core.pool = self
         core.life.on_move, core.life.on_change, core.life.on_delete = self._moved, self._changed, self._deleted
         core.store.on_rollback = self._rolled_back
@@ -10450,7 +10447,7 @@ class Pool(Dispatcher):
         self.load_queue()
         if self.core.store.get_setting("containers", False):  # the engine's client costs time and memory
             loop.create_task(self.remove_containers())
-        loop.call_later(RECONCILE_S, self._keep_house)
+        self._house = loop.create_task(self._keep_house())
 
     # -- reconciliation
 
@@ -10479,11 +10476,17 @@ class Pool(Dispatcher):
             self._reconcile_timer = self._loop.call_later(RECONCILE_S, self.reconcile)
             self.wake()  # a budget of minutes is used up by running
 
-    def _keep_house(self) -> None:
-        """Delete logs and sandboxes that are older than the configuration keeps, a few at a time."""
-        if not self.stopping:
-            self._loop.create_task(self.prune())
-            self._loop.call_later(RETENTION_S, self._keep_house)
+    async def _keep_house(self) -> None:
+        """Delete what is older than the configuration keeps, now and then; a pass that fails is not the last one."""
+        import asyncio
+        wait_s = RECONCILE_S
+        while True:
+            await asyncio.sleep(wait_s)
+            try:
+                await self.prune()
+            except Exception as error:
+                self.core.log("error", f"old logs and sandboxes were not all deleted: {error!r}")
+            wait_s = RETENTION_S
 
     async def remove_containers(self) -> None:
         """Remove the containers of this data directory whose execution does not run (any more)."""
@@ -10497,26 +10500,33 @@ class Pool(Dispatcher):
             self.core.log("warning", str(error))
 
     async def prune(self, step: int = 50) -> int:
-        """One pass of the retention; returns how many executions' files were deleted."""
+        """One pass of the retention, ``step`` rows at a time; returns how many executions' files were deleted."""
         store, config, now, count = self.core.store, self.core.config, self.core.store.clock(), 0
         if store.get_setting("containers", False):
             await self.remove_containers()
         if config.keep_logs_s:
-            for execution in store.ended_before(now - config.keep_logs_s, step):
-                await self.discard(remove_execution_files, execution.replace(sandbox_dir=""), config)
-                store.update_execution(execution.id, artifact_dir="")
-                count += 1
-            store.prune_events(now - config.keep_logs_s, 1000)
+            before = now - config.keep_logs_s
+            while old := store.ended_before(before, step):
+                for execution in old:
+                    await self.discard(remove_execution_files, execution.replace(sandbox_dir=""), config)
+                    self._forget(execution, artifact_dir="")
+                count += len(old)
+            while store.prune_events(before, 20 * step):
+                await store.durable()
         if config.keep_sandboxes_s:
             for execution in store.kept_sandboxes(limit=100_000):
-                task = store.find_task(execution.task_id)
+                task, users = store.find_task(execution.task_id), store.sandbox_users(execution.sandbox_dir)
                 waits = task is not None and task.state in (BLOCKED, QUEUED, RUNNING)
-                used = max(user.end_time or now for user in store.sandbox_users(execution.sandbox_dir))
-                if used < now - config.keep_sandboxes_s and not waits:
+                if users and max(user.end_time or now for user in users) < now - config.keep_sandboxes_s and not waits:
                     await self.discard(remove_sandbox, execution.sandbox_dir, config.sandboxes_dir)
-                    store.update_execution(execution.id, sandbox_dir="")
+                    self._forget(execution, sandbox_dir="")
                     count += 1
         return count + await in_thread(remove_orphans, config.sandboxes_dir, now - RETENTION_S, self._sandboxes_in_use())
+
+    def _forget(self, execution: Execution, **files) -> None:
+        """Note in an execution's row that files are gone, unless the row went meanwhile."""
+        if self.core.store.find_execution(execution.id):
+            self.core.store.update_execution(execution.id, **files)
 
     def _sandboxes_in_use(self) -> set[str]:
         kept = {execution.sandbox_dir for execution in self.core.store.kept_sandboxes(limit=100_000)}
@@ -10597,6 +10607,8 @@ class Pool(Dispatcher):
         """Stop dispatching; wait up to ``drain_s`` for what runs, then leave it running for the next daemon."""
         import asyncio
         self.stopping = True
+        if self._house:
+            self._house.cancel()
         await self.classifier.stop()
         jobs = [run.job for run in self.runs.values()]
         if jobs and drain_s > 0:

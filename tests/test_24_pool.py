@@ -748,6 +748,49 @@ def test_old_logs_and_sandboxes_go_and_what_is_needed_stays(tmp_path):
     in_a_pool(tmp_path, work)
 
 
+def test_the_retention_keeps_up_with_what_ends_and_is_not_stopped_by_what_goes_meanwhile(tmp_path):
+    async def work(pool):
+        store, config, old = pool.core.store, pool.core.config, 40 * 86400
+        for number in range(7):
+            ended_run(pool, f"log-{number}", old)
+        for name in ("first", "second", "third"):
+            ended_run(pool, name, old, sandbox=name)
+        for number in range(45):
+            store.append_event("task.state", f"task-{number}")
+        await store.durable()
+        store._write("UPDATE events SET time = '2020-01-01 00:00:00.000000+00:00'", ())
+        discard = pool.discard
+
+        async def discard_and_delete(function, *args):
+            await discard(function, *args)  # its thread; meanwhile somebody deletes what was read before it
+            for name in ("first", "second") if function is c.remove_sandbox else ("log-1",):
+                store.delete_task(f"task-{name}")
+        pool.discard = discard_and_delete
+        await pool.prune(step=2)
+        assert store.ended_before(time.time(), 10) == [] and store.events_since(0) == []
+        assert os.listdir(config.executions_dir) == [] == os.listdir(config.sandboxes_dir)
+    in_a_pool(tmp_path, work)
+
+
+def test_a_pass_of_the_retention_that_fails_is_told_and_not_the_last_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(c, "RECONCILE_S", 0.0)
+    monkeypatch.setattr(c, "RETENTION_S", 0.0)
+
+    async def work(pool):
+        passes = asyncio.Queue()
+
+        async def prune():
+            passes.put_nowait(None)
+            raise c.StorageError("the disk is gone")
+        pool.prune = prune
+        pool.start(asyncio.get_running_loop())
+        async with asyncio.timeout(10):
+            await passes.get()
+            await passes.get()
+        await pool.shut_down(0)
+    assert any("the disk is gone" in line for line in in_a_pool(tmp_path, work))
+
+
 def test_what_cannot_be_deleted_is_logged_and_stops_nothing(tmp_path):
     async def work(pool):
         await pool.discard(c.remove_sandbox, str(tmp_path / "elsewhere"), pool.core.config.sandboxes_dir)
