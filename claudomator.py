@@ -8704,8 +8704,12 @@ async def _task_diff(core: Core, params: dict) -> dict:
 
 
 def tail_offset(path: str, lines: int) -> int:
-    """Byte offset at which the last ``lines`` lines of a file begin."""
-    with open_plain(path) as file:
+    """Byte offset at which the last ``lines`` lines of a file begin; 0 where there is none (yet)."""
+    try:
+        file = open_plain(path)
+    except OSError:
+        return 0
+    with file:
         at = file.seek(0, os.SEEK_END)
         if not lines or not at:
             return at
@@ -8789,7 +8793,8 @@ async def _execution_log(core: Core, params: dict) -> object:
     run = core.store.get_execution(core.store.resolve_execution(params["execution"])) if params["execution"] else \
         core.store.last_execution(task) if follow else core.last_run(task)
     if run and params["tail"] is not None:
-        offset = await in_thread(tail_offset, log_path(core, run, params["stream"]), params["tail"])
+        path = log_path(core, run, params["stream"], must_exist=not follow)
+        offset = await in_thread(tail_offset, path, params["tail"])
     events = core.bus.follow(None, task.id if task else None)
     try:
         while True:

@@ -493,6 +493,23 @@ def test_a_log_that_is_not_there_says_why(daemon):
     assert "keep_logs = 30d" in refused(daemon, "execution.log", "not_found", id=gone)
 
 
+def test_the_tail_of_a_log_that_is_not_there_yet_is_all_that_comes(tmp_path):
+    with DaemonProcess(tmp_path, f"""
+[[projects]]
+name = "slow"
+dir = "{tmp_path}/project"
+setup = "while [ ! -e {tmp_path}/go ]; do sleep 0.02; done"
+""") as process:
+        (tmp_path / "project").mkdir()
+        task_id = process.add("printf 'one\\ntwo\\n'", project="slow")
+        wait_until(lambda: process.state(task_id) == c.RUNNING)
+        assert text_of_log(process, id=task_id, tail=1)[0] == ""
+        stream = process.new_client().stream("execution.log", id=task_id, tail=1, follow=True)
+        assert next(stream)["text"] == ""
+        (tmp_path / "go").touch()
+        assert next(stream)["text"] == "one\ntwo\n"
+
+
 # -- agents, pool, daemon
 
 
