@@ -9520,7 +9520,7 @@ class Workplace:
         if self.task.agent.project_dir:
             return self.task.agent.project_dir
         scratch = os.path.join(self.directory, "work")
-        if self.resumed and self.runner.format == "gemini":  # its sessions are found only from where they began
+        if self.resumed:  # gemini's and older claudes' sessions are found only from where they began
             first = os.path.join(self.core.config.executions_dir, self.execution.session_id, "work")
             scratch = first if os.path.isdir(first) else scratch
         make_directory(scratch)

@@ -589,6 +589,19 @@ def test_a_disk_that_is_full_when_an_agent_ends_costs_neither_its_result_nor_its
     in_a_pool(tmp_path, work)
 
 
+@pytest.mark.parametrize("kind", ["claude", "gemini"])
+def test_a_session_without_a_project_goes_on_where_it_began(tmp_path, kind):
+    async def work(pool):
+        run = ended_claude_run(pool, tmp_path)
+        run.runner = c.RUNNERS[kind]
+        run.execution = pool.core.store.update_execution("run", session_id="first")
+        run.resumed, first = True, os.path.join(pool.core.config.executions_dir, "first", "work")
+        assert run._working_directory() == os.path.join(run.directory, "work"), "it is gone, or has a name of its own"
+        os.makedirs(first)
+        assert run._working_directory() == first
+    in_a_pool(tmp_path, work)
+
+
 @pytest.mark.parametrize("moment", ["its sandbox is looked at", "the disk refuses its end"])
 def test_a_cancel_that_comes_while_a_failed_run_is_settled_ends_its_retries(tmp_path, monkeypatch, moment):
     async def work(pool):
