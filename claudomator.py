@@ -130,6 +130,12 @@ class SpawnError(ClaudomatorError):
     code = "spawn_failed"
 
 
+def describe_fault(what: str, error: BaseException) -> str:
+    """What a log says of a fault of the program itself: at what it happened, and the traceback."""
+    import traceback
+    return f"{what}: {''.join(traceback.format_exception(error))}"
+
+
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_UNREACHABLE, EXIT_BLOCKED = 0, 1, 2, 3, 4, 5
 EXIT_PARKED, EXIT_TIMEOUT, EXIT_INTERRUPTED = 75, 124, 130
 
@@ -8123,7 +8129,7 @@ class Lifecycle(KindKeeper):
         parent = self.store.resolve_task(spec.parent_task_id) if spec.parent_task_id else ""
         return spec.replace(depends_on=depends_on, parent_task_id=parent)
 
-    def edit(self, task_id: str, changes: dict, *, config: Config, kinds) -> Task:
+    def edit(self, task_id: str, changes: dict, config: Config, kinds) -> Task:
         """Change a task that is not running.  ``changes`` has the keys of a task file.  Raises ``InvalidInput``."""
         task = self.store.get_task(task_id)
         if task.state not in EDITABLE_STATES:
@@ -8919,10 +8925,10 @@ async def _daemon_backup(core: Core, params: dict) -> dict:
 
 
 def changes_each(change, *names: str) -> object:
-    """A handler that does ``change(life, task_id, *values)``, with the parameters ``names``, to the tasks of ``ids``:
-    to all or to none, so that a wrong id in a list does not leave half of it done."""
+    """A handler that does ``change(life, task_id, *values)`` to the tasks of ``ids``: to all or to none, so that a wrong
+    id in a list does not leave half of it done.  ``names`` are the values': of parameters, or else of ``Core``."""
     def handler(core: Core, params: dict) -> dict:
-        values = [params[name] for name in names]
+        values = [params[name] if name in params else getattr(core, name) for name in names]
         with core.store.atomic():
             return {"tasks": [core.show(change(core.life, task.id, *values)) for task in core.select(params["ids"])]}
     return handler
@@ -8978,9 +8984,8 @@ OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in (
               "run ended tasks again in their last session and sandbox", (
                   IDS, Param("message", "str", "what to tell the agent")), TASKS_RESULT,
               routes=on_task("POST", "/resume")),
-    Operation("task.edit", lambda core, params: changes_each(lambda life, *edit: life.edit(
-        *edit, config=core.config, kinds=core.kinds), "changes")(core, params), "change tasks that do not run", (
-            IDS, Param("changes", "object", "keys of a task file with their new values", required=True)), TASKS_RESULT,
+    Operation("task.edit", changes_each(Lifecycle.edit, "changes", "config", "kinds"), "change tasks that do not run", (
+        IDS, Param("changes", "object", "keys of a task file with their new values", required=True)), TASKS_RESULT,
               routes=on_task("PATCH", body="changes")),
     Operation("task.delete", _task_delete, "delete tasks with their logs and sandboxes", (IDS,),
               {"deleted": ["string"]}, routes=on_task("DELETE")),
@@ -9760,8 +9765,7 @@ class Run(Started):
                 return self._leave()
             except Exception as error:
                 if not isinstance(error, ClaudomatorError):
-                    import traceback
-                    self.core.log("error", f"execution {self.execution.id[:8]}: {traceback.format_exc()}")
+                    self.core.log("error", describe_fault(f"execution {self.execution.id[:8]}", error))
                 if self.is_alive() or isinstance(error, StorageError):  # the agent's work is not given up for that
                     self.core.log("error", f"execution {self.execution.id[:8]} waits: {error}")
                     await asyncio.sleep(SETTLE_RETRY_S)
@@ -9922,7 +9926,7 @@ class Run(Started):
                 self.core.log("error", f"execution {self.execution.id[:8]} has ended but cannot be recorded: {error}")
                 await asyncio.sleep(SETTLE_RETRY_S)
             except Exception as error:  # a fault of ours must not hold a slot for ever; ``reconcile`` looks at it again
-                self.core.log("error", f"execution {self.execution.id[:8]} cannot be settled: {error!r}")
+                self.core.log("error", describe_fault(f"execution {self.execution.id[:8]} cannot be settled", error))
                 break
         self._leave()
 
@@ -10911,8 +10915,7 @@ class ControlConnection:
 
     def _refuse(self, request: Request, error: Exception) -> None:
         if not isinstance(error, ClaudomatorError):
-            import traceback
-            self._core.log("error", f"{request.method}: {''.join(traceback.format_exception(error))}")
+            self._core.log("error", describe_fault(request.method, error))
             error = ClaudomatorError(f"internal error: {error!r}; the daemon's log has more")
         if request.id is not None:
             self._send(encode_error(request.id, error))
@@ -11363,8 +11366,7 @@ class HttpServer:
 
     def log_fault(self, what: str, error: Exception) -> None:
         """A fault of the program itself, with its traceback."""
-        import traceback
-        self.log("error", f"{what}: {''.join(traceback.format_exception(error))}")
+        self.log("error", describe_fault(what, error))
 
     def date(self) -> str:
         """The time as HTTP writes it."""
@@ -11499,8 +11501,7 @@ async def handle_api(core: Core, request: object) -> HttpResponse | HttpStream |
     except ClaudomatorError as error:
         response = error_response(error)
     except Exception as error:
-        import traceback
-        core.log("error", f"{request.method} {request.path}: {''.join(traceback.format_exception(error))}")
+        core.log("error", describe_fault(f"{request.method} {request.path}", error))
         response = error_response(ClaudomatorError("internal error; the daemon's log has more"))
     return response.replace(body=core.redactor.document(response.body))
 
@@ -11874,8 +11875,7 @@ class Live:
             except ClaudomatorError as error:
                 self._refuse([connection], error)
             except Exception as error:
-                import traceback
-                self._core.log("error", f"a WebSocket client: {''.join(traceback.format_exception(error))}")
+                self._core.log("error", describe_fault("a WebSocket client", error))
                 connection.close(1011, "internal error; the daemon's log has more")
 
         beginning = loop.create_task(begin())
