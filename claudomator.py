@@ -9814,8 +9814,10 @@ class Run(Started):
                 if self.box:
                     self.box.share_socket()
                 output = max(map(modified_at, (self.log.path, os.path.join(self.directory, "stderr.log"))))
-                if output != last_output:  # the first time it is from the wall clock: silence without a daemon counts
-                    silence = time.time() - output if last_output is None and output else 0.0
+                if output != last_output or self.pool.is_lent(self.execution.id):  # a wait for subtasks is no silence
+                    silence = 0.0
+                    if last_output is None and output and not self.core.store.open_subtasks(self.task.id):
+                        silence = time.time() - output  # by the wall clock: that without a daemon counts
                     last_output, last_growth = output, time.monotonic() - max(0.0, silence)
                 if limit_s and time.monotonic() - last_growth > limit_s and not self.stop_reason:
                     self.core.store.update_execution(self.execution.id, stop_reason="stalled")
@@ -10367,8 +10369,12 @@ class Dispatcher:
             del self._waits[execution_id]
         self.wake()
 
+    def is_lent(self, execution_id: str) -> bool:
+        """Whether an execution's agent waits for its subtasks just now."""
+        return execution_id in self._waits
+
     def _running(self) -> Running:
-        kinds = [run.execution.agent for run in self.runs.values() if run.execution.id not in self._waits]
+        kinds = [run.execution.agent for run in self.runs.values() if not self.is_lent(run.execution.id)]
         return Running(total=len(kinds), by_kind={kind: kinds.count(kind) for kind in set(kinds)})
 
     def _limits(self, now: float) -> Limits:
