@@ -8657,14 +8657,15 @@ async def _task_delete(core: Core, params: dict) -> dict:
         executions = [run for task in tasks for run in core.life.delete(task.id)]
     await core.store.durable()
     for run in executions:
-        await in_thread(remove_execution_files, run, core.config)
+        await core.pool.discard(remove_execution_files, run, core.config)
     return {"deleted": [task.id for task in tasks]}
 
 
 def remove_execution_files(execution: Execution, config: Config) -> None:
-    """Delete an execution's directory and sandbox; what lies outside their roots is never touched."""
-    for path, root in ((execution.sandbox_dir, config.sandboxes_dir),
-                       (os.path.join(config.executions_dir, execution.id), config.executions_dir)):
+    """Delete an execution's directory and sandbox.  Raises ``SandboxError`` for a sandbox outside of its root (the Go
+    server's), which is never touched."""
+    for path, root in ((os.path.join(config.executions_dir, execution.id), config.executions_dir),
+                       (execution.sandbox_dir, config.sandboxes_dir)):
         if path and os.path.isdir(path):
             remove_sandbox(path, root)
 

@@ -307,6 +307,24 @@ def test_delete_takes_files_and_sandbox_with_it(daemon, tmp_path):
     daemon.call("task.cancel", ids=[running])
 
 
+def test_a_task_whose_sandbox_lies_elsewhere_is_deleted_with_its_logs_and_the_next_one_too(tmp_path):
+    elsewhere = tmp_path / "elsewhere"  # the Go server's were in /tmp
+    elsewhere.mkdir()
+    data = tmp_path / "data"
+    for name in ("a", "b"):
+        (data / "executions" / name).mkdir(parents=True)
+        (data / "executions" / name / "stdout.log").write_text("said\n")
+    store = c.Store(str(data / "claudomator.db"))
+    for name in ("a", "b"):
+        store.insert_task(c.Task(id=f"task-{name}", name=name, agent=c.AgentConfig(type="shell"), state=c.FAILED))
+        store.insert_execution(c.Execution(id=name, task_id=f"task-{name}", status=c.FAILED, sandbox_dir=str(elsewhere)))
+    store.close()
+    with DaemonProcess(tmp_path) as process:
+        assert process.call("task.delete", ids=["task-a", "task-b"]) == {"deleted": ["task-a", "task-b"]}
+        assert list((data / "executions").iterdir()) == [] and elsewhere.is_dir()
+        assert "is not below" in process.log()
+
+
 def test_sandboxes_of_tasks_that_need_them_stay(daemon, tmp_path):
     from tests.support import make_repository
     _, copy = make_repository(tmp_path)
