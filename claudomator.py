@@ -10256,12 +10256,22 @@ class Dispatcher:
         there may be room."""
         for run in self.runs.values():
             run.read_again()
+        self._reload_later()
+
+    def _reload_later(self) -> None:
         if self._loop is not None and not self.stopping and self._reload_timer is None:
-            self._reload_timer = self._loop.call_later(SETTLE_RETRY_S, self.load_queue)
+            self._reload_timer = self._loop.call_later(SETTLE_RETRY_S, self._reload)
+
+    def _reload(self) -> None:
+        self._reload_timer = None
+        try:
+            self.load_queue()
+        except StorageError as error:  # half a queue would leave the other tasks for the next daemon
+            self.core.log("error", f"the queue is not read to its end: {error}")
+            self._reload_later()
 
     def load_queue(self) -> None:
-        """Fill the queue with the stored QUEUED tasks."""
-        self._reload_timer = None
+        """Fill the queue with the stored QUEUED tasks.  Raises ``StorageError``."""
         self.queue = Queue()
         after = (0, 0)
         while page := self.core.store.queued_page(after):
@@ -10559,24 +10569,24 @@ class Pool(Dispatcher):
 
     def hold(self, held: bool, agent: str = "", project: str = "") -> None:
         """Pause or resume everything, one agent kind or one project; kept across restarts."""
-        kinds, projects = set(self._holds["kinds"]), set(self._holds["projects"])
+        paused, kinds, projects = self._holds["paused"], set(self._holds["kinds"]), set(self._holds["projects"])
         if agent:
             (kinds.add if held else kinds.discard)(agent)
         elif project:
             (projects.add if held else projects.discard)(project)
         else:
-            self._holds["paused"] = held
-            self.draining = self.draining and held
-        self._holds = {"paused": self._holds["paused"], "kinds": sorted(kinds), "projects": sorted(projects)}
+            paused = held
+        holds = {"paused": paused, "kinds": sorted(kinds), "projects": sorted(projects)}
         with self.core.store.atomic():
-            self.core.store.put_setting("holds", self._holds)
+            self.core.store.put_setting("holds", holds)
             self.core.store.append_event("pool.paused" if held else "pool.resumed", agent=agent, project=project)
+        self._holds, self.draining = holds, self.draining and (held or bool(agent or project))
         self.wake()
 
     def drain(self) -> None:
         """Start nothing new until ``hold(False)`` or a restart."""
-        self.draining = True
         self.core.store.append_event("pool.draining")
+        self.draining = True
 
     def holds(self) -> dict:
         """What is paused."""

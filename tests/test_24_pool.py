@@ -628,6 +628,44 @@ def test_a_cancel_that_comes_while_a_failed_run_is_settled_ends_its_retries(tmp_
     in_a_pool(tmp_path, work)
 
 
+def test_a_queue_that_could_not_be_read_again_is_read_until_it_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(c, "SETTLE_RETRY_S", 0.01)
+
+    async def work(pool):
+        store, life = pool.core.store, pool.core.life
+        pool._loop, pool._wake_handle = asyncio.get_running_loop(), object()  # nothing is started
+        shell = c.AgentConfig(type="shell")
+        store.insert_task(c.Task(id="doomed", name="doomed", agent=shell, state=c.QUEUED,
+                                 depends_on=c.depends_from_json(["gone"])))
+        store.insert_task(c.Task(id="other", name="other", agent=shell, state=c.QUEUED))
+        await store.durable()
+        fail = life.fail_dependency
+
+        def locked_once(*args):
+            life.fail_dependency = fail
+            raise c.StorageError("another program is writing to it")
+        life.fail_dependency = locked_once
+        pool._rolled_back()
+        async with asyncio.timeout(10):
+            while not pool.queue.entry("other"):
+                await asyncio.sleep(0.01)
+        assert store.get_task("doomed").state == c.FAILED
+        pool.stopping = True
+    assert any("another program" in line for line in in_a_pool(tmp_path, work))
+
+
+def test_a_hold_that_the_disk_refuses_is_none(tmp_path):
+    async def work(pool):
+        def refuse(*args):
+            raise c.StorageError("make room")
+        pool.core.store.put_setting = pool.core.store.append_event = refuse
+        for ask in (lambda: pool.hold(True), lambda: pool.hold(True, agent="shell"), pool.drain):
+            with pytest.raises(c.StorageError):
+                ask()
+        assert pool.holds() == {"paused": False, "draining": False, "paused_kinds": [], "paused_projects": []}
+    in_a_pool(tmp_path, work)
+
+
 # -- dispatch
 
 
