@@ -9616,7 +9616,7 @@ class Workplace:
             raise SandboxError(f"cancelled before {step}", "cancelled")
 
     def _undelivered(self, reason: str, message: str, output: str) -> Verdict:
-        if self.stop_reason:
+        if self.stop_reason == "cancelled":  # not ``stalled``: its work, done in time, is checked like any other
             return failed_verdict("cancelled", "cancelled while its work was being checked")
         self.feedback = {"kind": reason, "text": (output or message)[-FEEDBACK_OUTPUT_LIMIT:],
                          "command": self.task.verify}

@@ -602,6 +602,18 @@ def test_a_session_without_a_project_goes_on_where_it_began(tmp_path, kind):
     in_a_pool(tmp_path, work)
 
 
+def test_work_of_a_stalled_agent_that_fails_its_check_was_cancelled_by_nobody(tmp_path):
+    async def work(pool):
+        run = ended_claude_run(pool, tmp_path, verify="echo wrong; exit 1")
+        run.stop_reason, run.execution = "stalled", pool.core.store.update_execution("run", stop_reason="stalled")
+        verdict, _ = await run._finish()  # it had told its result before it fell silent
+        assert verdict.reason == "verify_failed" and run.feedback["text"] == "wrong\n"
+        run.stop_reason = "cancelled"
+        verdict, _ = await run._finish()
+        assert verdict.reason == "cancelled"
+    in_a_pool(tmp_path, work)
+
+
 @pytest.mark.parametrize("moment", ["its sandbox is looked at", "the disk refuses its end"])
 def test_a_cancel_that_comes_while_a_failed_run_is_settled_ends_its_retries(tmp_path, monkeypatch, moment):
     async def work(pool):
