@@ -8364,10 +8364,10 @@ class Core:
         self.pool = self.reload = self.live = None
 
     def renew_secrets(self, config: Config) -> None:
-        """Take over a configuration's secrets.  Raises ``StorageError``."""
+        """Take over a configuration's secrets, all or none.  Raises ``StorageError``."""
         make = not self.store.readonly  # who only reads leaves no files, which root would own
-        self.api_token = config.api_token or own_secret(config.api_token_path, make)
-        self.agent_key = own_secret(config.agent_key_path, make).encode()
+        api_token = config.api_token or own_secret(config.api_token_path, make)
+        self.agent_key, self.api_token = own_secret(config.agent_key_path, make).encode(), api_token
         given = secrets_given(config, self.host_env)
         kept = (text for text in given if not (text[:1] == "/" and os.path.exists(text)))  # a path is no secret
         self.redactor = Redactor({*kept, self.api_token, self.agent_key.decode()})

@@ -666,6 +666,16 @@ def test_a_queue_that_could_not_be_read_again_is_read_until_it_is_whole(tmp_path
     assert any("another program" in line for line in in_a_pool(tmp_path, work))
 
 
+def test_a_configuration_that_is_refused_for_one_secret_brings_no_other(tmp_path):
+    async def work(pool):
+        core, was = pool.core, pool.core.api_token
+        pathlib.Path(core.config.agent_key_path).write_text("short\n")
+        with pytest.raises(c.StorageError, match="holds no token"):
+            core.renew_secrets(core.config.replace(api_token="t" * 43))
+        assert core.api_token == was
+    in_a_pool(tmp_path, work)
+
+
 def test_a_hold_that_the_disk_refuses_is_none(tmp_path):
     async def work(pool):
         def refuse(*args):
