@@ -6760,11 +6760,12 @@ class SweepQueue:
 
 
 async def in_thread(function, *args, **kwargs) -> Any:
-    """Run a blocking function in a thread of its own and return its result.
+    """Run a blocking function in a thread of its own and return its result.  Raises ``OSError`` where there is none left.
 
     Not the loop's default executor: its few threads would stay, and one long ``verify`` would hold up the others.
     """
     import asyncio
+    import errno
     import threading
     loop = asyncio.get_running_loop()
     future = loop.create_future()
@@ -6783,7 +6784,10 @@ async def in_thread(function, *args, **kwargs) -> Any:
         else:
             deliver(future.set_result, result)
 
-    threading.Thread(target=work, name=getattr(function, "__name__", "work"), daemon=True).start()
+    try:
+        threading.Thread(target=work, name=getattr(function, "__name__", "work"), daemon=True).start()
+    except RuntimeError as error:  # the limit of a user, or of a systemd unit with all its agents (TasksMax)
+        raise OSError(errno.EAGAIN, "no thread can be started; allow the daemon more of them (TasksMax)") from error
     return await future
 
 

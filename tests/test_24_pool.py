@@ -7,6 +7,7 @@ import random
 import resource
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -664,6 +665,22 @@ def test_a_queue_that_could_not_be_read_again_is_read_until_it_is_whole(tmp_path
         assert store.get_task("doomed").state == c.FAILED
         pool.stopping = True
     assert any("another program" in line for line in in_a_pool(tmp_path, work))
+
+
+def test_a_run_that_ends_at_the_limit_of_threads_frees_its_slot(tmp_path, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    async def work(pool):
+        run = ended_claude_run(pool, tmp_path)
+        agent = run.task.agent.replace(isolation="sandbox")  # of no project: it cannot start
+        run.task, run.execution = run.task.replace(agent=agent), pool.core.store.update_execution("run", pid=None)
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        await run.drive("new")
+        monkeypatch.undo()
+        task = pool.core.store.get_task("task")
+        assert (task.state, task.reason) == (c.FAILED, "bad_task") and not pool.runs
+    assert any("no thread can be started" in line for line in in_a_pool(tmp_path, work))
 
 
 def test_a_configuration_that_is_refused_for_one_secret_brings_no_other(tmp_path):
