@@ -5,6 +5,7 @@ import os
 import pathlib
 import random
 import resource
+import stat
 import subprocess
 import sys
 import threading
@@ -406,21 +407,21 @@ def test_pipes_and_links_that_an_agent_plants_hold_nobody_up_and_show_nothing(da
     assert ended["state"] == c.READY and ended["summary"] == ""
 
 
-@pytest.mark.slow
-def test_what_a_setup_plants_where_the_daemon_writes_is_replaced_and_not_written_through(tmp_path):
-    precious, link, pipe = (tmp_path / name for name in ("precious", "link", "pipe"))
+@pytest.mark.parametrize("planted", ["link", "pipe"])
+def test_what_a_setup_plants_where_the_daemon_writes_is_replaced_and_not_written_through(tmp_path, planted):
+    precious, path = tmp_path / "precious", tmp_path / "prompt.txt"
     precious.write_text("as it was")
-    link.symlink_to(precious)
-    os.mkfifo(pipe)
-    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # or a fault would hang here
-    for path in (link, pipe):
-        c.write_private(str(path), "long text")
-        c.write_private(str(path), "text")
-        assert path.read_text() == "text" and not path.is_symlink() and path.stat().st_mode & 0o777 == 0o600
-    assert precious.read_text() == "as it was" and os.read(reader, 9) == b""
+    path.symlink_to(precious) if planted == "link" else os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without one a writer to the pipe would hang here
+    c.write_private(str(path), "long text")
+    c.write_private(str(path), "text")
+    found = os.lstat(path)
+    assert stat.S_ISREG(found.st_mode) and found.st_mode & 0o777 == 0o600 and path.read_text() == "text"
+    assert os.read(reader, 99) == (b"" if planted == "pipe" else b"as it was") and precious.read_text() == "as it was"
     os.close(reader)
 
 
+@pytest.mark.slow
 def test_a_kept_sandbox_survives_the_pruning_of_the_run_that_made_it(tmp_path):
     bare, copy = make_repository(tmp_path)
     with DaemonProcess(tmp_path, "keep_executions = 1\n") as daemon:
