@@ -5517,9 +5517,11 @@ def dockerfile(base: str, uid: int, gid: int, has_ct: bool) -> str:
 
 
 # ---- 17 Store --------------------------------------------------------------------------------------------------
-# SQLite in WAL mode, one connection, used by the loop's thread alone.  All writes of one loop tick share a transaction
-# (group commit); each operation in it is a savepoint, so one that fails takes nothing else with it.  After COMMIT a
-# thread syncs the WAL, and only then are writes acknowledged, events published and agents started (docs/adr/0004).
+# SQLite in WAL mode, one connection, used by the loop's thread alone.  All writes of one tick share a transaction (group
+# commit); a tick is two turns of the loop, for the second often goes on with what the first began: an end frees a slot,
+# the next task is claimed, its supervisor waits at its gate.  Each operation in it is a savepoint, so one that fails takes
+# nothing else with it.  After COMMIT a thread syncs the WAL, and only then are writes acknowledged, events published and
+# agents started (docs/adr/0004).
 
 SCHEMA_VERSION = 3
 CACHED_RECORDS = 1000
@@ -5881,7 +5883,7 @@ class Transactions:
         return self._rows("SELECT coalesce(max(seq), 0) FROM tasks")[0][0]
 
     def attach(self, loop) -> None:
-        """From now on commit once per tick of ``loop`` and acknowledge after the WAL's sync."""
+        """From now on commit once per tick (two turns of ``loop``) and acknowledge after the WAL's sync."""
         self._loop = loop
         self._syncer = WalSyncer(self.path + "-wal", loop.call_soon_threadsafe)
 
@@ -5952,7 +5954,7 @@ class Transactions:
                 raise self._failure(error) from error
             self._in_transaction = True
             if self._loop is not None:
-                self._loop.call_soon(self.commit)
+                self._loop.call_soon(self._loop.call_soon, self.commit)  # at the end of the next turn
 
     def _failure(self, error: Exception) -> StorageError:
         hint = "another program is writing to it" if "locked" in str(error) else "make room on its disk"
@@ -6138,6 +6140,11 @@ class Transactions:
         rows = self._rows("SELECT payload_json FROM events WHERE task_id = ? AND kind = ? ORDER BY seq DESC LIMIT 1",
                           (task_id, kind))
         return parse_json_or(rows[0][0], {}) if rows else {}
+
+
+ADD_SPENDING = (f"INSERT INTO spending (day, agent, project, {', '.join(Spent._fields)})"
+                f" VALUES (?, ?, ?{', ?' * len(Spent._fields)}) ON CONFLICT DO UPDATE SET "
+                + ", ".join(f"{name} = {name} + excluded.{name}" for name in Spent._fields))
 
 
 class Store(Transactions):
@@ -6346,11 +6353,7 @@ class Store(Transactions):
     def add_spending(self, day: str, kind: str, project: str, spent: Spent) -> None:
         """Count a run to a day."""
         self._cache.pop(("spending", day), None)
-        names = Spent._fields
-        added = ", ".join(f"{name} = {name} + excluded.{name}" for name in names)
-        self._write(f"INSERT INTO spending (day, agent, project, {', '.join(names)})"
-                    f" VALUES (?, ?, ?{', ?' * len(names)}) ON CONFLICT DO UPDATE SET {added}",
-                    (day, kind, project, *(getattr(spent, name) for name in names)))
+        self._write(ADD_SPENDING, (day, kind, project, *(spent.__dict__[name] for name in Spent._fields)))
 
     def backup(self, target: str) -> int:
         """Copy the database with SQLite's online backup to ``target`` (0600, replaced at the end); returns its bytes.
@@ -6641,7 +6644,7 @@ def spawn_supervisor(execution_dir: str, execution_id: str, argv, *, env: dict, 
             "/bin/sh", command, environment, setsid=True, setsigmask=[], setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_OPEN, 2, os.path.join(execution_dir, "stderr.log"),
+                (os.POSIX_SPAWN_OPEN, 2, f"{execution_dir}/stderr.log",
                  os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
                 (os.POSIX_SPAWN_DUP2, 2, 1), (os.POSIX_SPAWN_DUP2, read_end, GATE_FD)])
     except (OSError, ValueError) as error:
@@ -6668,7 +6671,7 @@ def read_exit_status(execution_dir: str) -> tuple[int | None, bool]:
     The code is ``None`` where it never came to that.
     """
     try:
-        with open_plain(os.path.join(execution_dir, "exit")) as file:
+        with open_plain(f"{execution_dir}/exit") as file:
             code, _, stopped = file.read(32).decode("ascii", "replace").strip().partition(" ")
     except OSError:
         return None, False
@@ -6678,7 +6681,7 @@ def read_exit_status(execution_dir: str) -> tuple[int | None, bool]:
 def exit_time(execution_dir: str) -> float | None:
     """When the exit status was recorded (unix seconds)."""
     try:
-        return os.stat(os.path.join(execution_dir, "exit")).st_mtime
+        return os.stat(f"{execution_dir}/exit").st_mtime
     except OSError:
         return None
 
@@ -9409,6 +9412,8 @@ class LogReader:
     def read_more(self) -> tuple[bool, list[dict]]:
         """(whether a whole block came, so that there may be more; notable events in it)."""
         try:
+            if os.lstat(self.path).st_size == self._offset:
+                return False, []
             with open_plain(self.path) as file:
                 file.seek(self._offset)
                 block = file.read(LOG_BLOCK)
@@ -9522,14 +9527,14 @@ class Workplace:
         self.sandbox = await in_thread(create_sandbox, self.task.agent.project_dir, path, env=self._environment(),
                                        setup=setup, setup_env=self._shell_environment(),
                                        timeout_s=self.execution.timeout_s,
-                                       log_path=os.path.join(self.directory, "prepare.log"))
+                                       log_path=f"{self.directory}/prepare.log")
 
     def _working_directory(self) -> str:
         if self.sandbox:
             return self.sandbox.workdir
         if self.task.agent.project_dir:
             return self.task.agent.project_dir
-        scratch = os.path.join(self.directory, "work")
+        scratch = f"{self.directory}/work"
         if self.resumed:  # gemini's and older claudes' sessions are found only from where they began
             first = os.path.join(self.core.config.executions_dir, self.execution.session_id, "work")
             scratch = first if os.path.isdir(first) else scratch
@@ -9560,7 +9565,7 @@ class Workplace:
             git_env = boxed_git_env(self._environment(), cwd) if box else agent_git_env(launch.env, cwd)
             launch = launch.replace(env={**launch.env, **git_env})
         if feedback or self.task.rejection_comment:
-            write_private(os.path.join(self.agent_files, "feedback.txt"), feedback or self.task.rejection_comment)
+            write_private(f"{self.agent_files}/feedback.txt", feedback or self.task.rejection_comment)
         if box:
             launch = box.launch(launch, context.cwd, self.runner.reads_stdin, self.execution.timeout_s, config.stop_grace_s)
         return launch, cwd
@@ -9573,7 +9578,7 @@ class Workplace:
                                          cwd=self._working_directory(), timeout_s=self.execution.timeout_s)
                 if result.exit_code != 0:
                     return self._undelivered("verify_failed", f"verify failed: {self.task.verify}", result.output), {}
-            printed = read_tail(os.path.join(self.directory, "stdout.log"), 1 << 14)
+            printed = read_tail(f"{self.directory}/stdout.log", 1 << 14)
             return verdict, {"changestats": parse_changestats(printed)}
         try:
             self.sandbox, env = self.sandbox or open_sandbox(self.execution.sandbox_dir), self._environment()
@@ -9583,7 +9588,7 @@ class Workplace:
                 finish_sandbox, self.sandbox, env=env, shell_env=self._shell_environment(),
                 build=self.project.build if self.project else "", verify=self.task.verify,
                 timeout_s=self.execution.timeout_s,
-                log_path=os.path.join(self.directory, "deliver.log"), on_step=self._unless_cancelled,
+                log_path=f"{self.directory}/deliver.log", on_step=self._unless_cancelled,
                 inside=(lambda command, directory: self.box.gate(command, directory, env)) if self.box else None)
         except SandboxError as error:
             return self._undelivered(error.reason, str(error), error.data.get("output", "")), {}
@@ -9661,7 +9666,7 @@ class Started(Workplace):
             raise SpawnError(f"{launch.argv[0]} is not installed, or not on the daemon's PATH; {install_advice(key)}")
         if not os.path.isdir(cwd):
             raise SandboxError(f"the working directory {cwd} does not exist", "bad_task")
-        prompt = os.path.join(self.directory, "prompt.txt")
+        prompt = f"{self.directory}/prompt.txt"
         for path, text in ((prompt, launch.stdin or ""), *launch.files):
             write_private(path, text)
         for shared, own, names in launch.links:
@@ -9700,7 +9705,7 @@ class Started(Workplace):
         if not state or state.get("Status") not in ("running", *CONTAINER_ENDS):
             return False
         if state["Status"] in CONTAINER_ENDS:
-            write_private(os.path.join(self.directory, "exit"), f"{state['ExitCode']}\n")
+            write_private(f"{self.directory}/exit", f"{state['ExitCode']}\n")
             return False
         await self._supervise(self.box.attach_argv(), engine_env(self.core.host_env), "/", "")
         self.core.log("info", f"adopted the container of execution {self.execution.id[:8]}")
@@ -9716,11 +9721,12 @@ class Run(Started):
         self.read_again()
         self._stop_task = None
         self.is_settled = False  # its end is in the database, and with it what it took
+        self.ended_at: float | None = None  # when its agent did, which may have been while no daemon was there
         self.job = None
 
     def read_again(self) -> None:
         """Read the log from its beginning: events of it were not stored, or are not known to be."""
-        self.log = LogReader(os.path.join(self.directory, "stdout.log"), new_stream(self.runner))
+        self.log = LogReader(f"{self.directory}/stdout.log", new_stream(self.runner))
         self.events: list[dict] = []  # read from the log and not stored yet
         self.known_events: int | None = None if self.execution.pid else 0  # how many of them are stored; not counted yet
 
@@ -9818,7 +9824,7 @@ class Run(Started):
                 await self._read_log()
                 if self.box:
                     self.box.share_socket()
-                output = max(map(modified_at, (self.log.path, os.path.join(self.directory, "stderr.log"))))
+                output = max(map(modified_at, (self.log.path, f"{self.directory}/stderr.log")))
                 if output != last_output or self.pool.is_lent(self.execution.id):  # a wait for subtasks is no silence
                     silence = 0.0
                     if last_output is None and output and not self.core.store.open_subtasks(self.task.id):
@@ -9858,9 +9864,10 @@ class Run(Started):
         """Judge the ended agent; verify and push what it made.  Returns (verdict, facts of the execution)."""
         await self.pool.sweeps.clean(self.execution.id)
         exit_code, was_told = read_exit_status(self.directory)
+        self.ended_at = exit_time(self.directory)
         if exit_code is None and not os.path.exists(self.log.path):
             return await self._never_started()
-        said = read_tail(os.path.join(self.directory, "stderr.log"), 8192)
+        said = read_tail(f"{self.directory}/stderr.log", 8192)
         state = await in_thread(self.box.state) if self.box else None
         await self._read_log()  # last: a rollback during a wait would begin it anew, and an unread log has no result
         self.log.finish()
@@ -9881,9 +9888,9 @@ class Run(Started):
             stop_reason=stop_reason, limit_s=self._stall_limit_s() if stop_reason == "stalled" else self.execution.timeout_s,
             stderr_tail=said, resumed=self.resumed,
             disallowed_tools=self.task.agent.disallowed_tools,
-            question=parse_question(read_head(os.path.join(self.agent_files, "question.json"), QUESTION_LIMIT)),
-            summary_file=read_head(os.path.join(self.agent_files, "summary.txt"), QUESTION_LIMIT),
-            ended_at=exit_time(self.directory), program_key=self.box.image_key if self.box else
+            question=parse_question(read_head(f"{self.agent_files}/question.json", QUESTION_LIMIT)),
+            summary_file=read_head(f"{self.agent_files}/summary.txt", QUESTION_LIMIT),
+            ended_at=self.ended_at, program_key=self.box.image_key if self.box else
             self.core.config.program_key(self.execution.agent))
         facts = {"exit_code": exit_code, **self._agent_facts(agent)}
         if verdict.ok:
@@ -9899,7 +9906,7 @@ class Run(Started):
         """Why the agent was stopped: what was asked for, or the time limit (coreutils ``timeout`` says 124, or 137)."""
         if self.stop_reason or exit_code not in (124, 137) or not self.execution.timeout_s:
             return self.stop_reason
-        ended, started = exit_time(self.directory), self.execution.start_time
+        ended, started = self.ended_at, self.execution.start_time
         return "timed_out" if ended and started and ended - started >= self.execution.timeout_s - 0.05 else ""
 
     async def _never_started(self) -> tuple[Verdict | None, dict]:
@@ -9962,8 +9969,8 @@ class Run(Started):
         with store.atomic():
             if self.pushed:
                 store.append_event("sandbox.pushed", task.id, self.execution.id, **self.pushed)
-            ended, started = exit_time(self.directory), self.execution.start_time  # maybe while no daemon was there
-            ended = ended if ended and started <= ended <= store.clock() else None
+            ended = self.ended_at
+            ended = ended if ended and self.execution.start_time <= ended <= store.clock() else None
             life.settle(self.execution, verdict, follow_up, ended, **{"sandbox_dir": sandbox_dir, **facts})
             self.is_settled = True
             pruned = store.prune_executions(task.id, keep) if keep else []
@@ -10704,6 +10711,7 @@ WRITE_HIGH = 1 << 18  # bytes of unsent answers before a client must read
 READ_SIZE = 1 << 16  # bytes read from a client at once
 TURN_S = 0.005  # how long one client is served before the others have their turn
 LINGER_LOOKS = 40  # at a client's socket, a third of a microsecond each, for its next request
+LINGER_SIZE = 1 << 12  # bytes of it that are read; more of it comes by the loop
 LINGER_S = 0.001  # a client whose requests follow each other faster is one that waits for each answer
 
 
@@ -10800,23 +10808,26 @@ class ControlConnection:
         is_quick = time.monotonic() - self.heard_at < LINGER_S
         self._take(bytes(self._server.buffer[:size]))
         turn_ends = self.heard_at + TURN_S
-        while is_quick and self.heard_at < turn_ends and (size := self._linger()):
-            self._take(bytes(self._server.buffer[:size]))
+        while is_quick and self.heard_at < turn_ends and (data := self._linger()):
+            self._take(data)
 
-    def _linger(self) -> int:
-        """Look for the client's next request; the number of its bytes in the buffer.
+    def _linger(self) -> bytes:
+        """The client's next request, if it comes at once; mostly it has come while the answer was sent.
 
-        0 also at the end of the stream and after an error: the transport meets both by itself.
+        Empty also at the end of the stream and after an error: the transport meets both by itself.
         """
-        if not (self._tasks or self._reading_paused or self._transport.is_closing()):
-            poll = self._poll.poll
-            for _ in range(LINGER_LOOKS):
-                if poll(0):
-                    try:
-                        return os.readv(self._descriptor, (self._server.buffer,))
-                    except OSError:
-                        break
-        return 0
+        if self._tasks or self._reading_paused or self._transport.is_closing():
+            return b""
+        try:
+            try:
+                return os.read(self._descriptor, LINGER_SIZE)
+            except BlockingIOError:
+                for _ in range(LINGER_LOOKS):
+                    if self._poll.poll(0):
+                        return os.read(self._descriptor, LINGER_SIZE)
+        except OSError:
+            pass
+        return b""
 
     def _take(self, data: bytes) -> None:
         self.heard_at = time.monotonic()

@@ -302,6 +302,7 @@ class PingPong:
 
     def __init__(self, server, count):
         self.near, self.far = socket.socketpair()
+        self.near.setblocking(False)  # as asyncio has it
         self.answers, self._left = 0, count
         self.connection = c.ControlConnection(server)
         self.connection.connection_made(self)

@@ -177,8 +177,9 @@ def test_a_ct_that_cannot_be_written_is_logged_and_stops_nothing(tools, tmp_path
 def test_a_daemon_that_may_start_no_process_runs_with_a_slower_ct(tools, monkeypatch):
     def refuse(*args, **more):
         raise BlockingIOError(11, "Resource temporarily unavailable")
-    monkeypatch.setattr(os, "posix_spawn", refuse)
-    assert install(tools) == 0 and "ct takes longer" in tools[1].pop()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_spawn", refuse)
+        assert install(tools) == 0 and "ct takes longer" in tools[1].pop()
     result = subprocess.run([os.path.join(tools[0].tools_dir, "ct"), "--help"], env={}, capture_output=True, text=True)
     assert result.returncode == 0 and "usage" in result.stdout.lower()
 
