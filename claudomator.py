@@ -130,6 +130,12 @@ class SpawnError(ClaudomatorError):
     code = "spawn_failed"
 
 
+def describe_fault(what: str, error: BaseException) -> str:
+    """What a log says of a fault of the program itself: at what it happened, and the traceback."""
+    import traceback
+    return f"{what}: {''.join(traceback.format_exception(error))}"
+
+
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_UNREACHABLE, EXIT_BLOCKED = 0, 1, 2, 3, 4, 5
 EXIT_PARKED, EXIT_TIMEOUT, EXIT_INTERRUPTED = 75, 124, 130
 
@@ -6245,10 +6251,7 @@ class Store(Transactions):
 
     def find_execution(self, execution_id: str) -> Execution | None:
         """The execution, or ``None``."""
-        try:
-            return self._get(EXECUTIONS, execution_id)
-        except NotFound:
-            return None
+        return self._get_or_none(EXECUTIONS, execution_id)
 
     def resolve_execution(self, prefix: str) -> str:
         """The one execution id that begins with ``prefix``.  Raises ``NotFound``, also where several do."""
@@ -6520,9 +6523,6 @@ def marked_processes(execution_ids) -> dict[int, str]:
         _LEFT_ALONE.intersection_update(processes)
         for process in processes - _LEFT_ALONE:
             name = process[0]
-            if now - _UNMARKED.get(process, now) > UNMARKED_S:
-                _LEFT_ALONE.add(process)
-                continue
             if name in clear or wanted.keys().isdisjoint(_MARKED.get(process, wanted)):
                 continue
             try:
@@ -6541,7 +6541,8 @@ def marked_processes(execution_ids) -> dict[int, str]:
                 continue
             clear.add(name)
             if prefix not in block:
-                _UNMARKED.setdefault(process, 0.0 if why == "kernel" else now)
+                if now - _UNMARKED.setdefault(process, 0.0 if why == "kernel" else now) > UNMARKED_S:
+                    _LEFT_ALONE.add(process)
             else:
                 _UNMARKED.pop(process, None)
                 _MARKED[process] = {entry for entry in block.split(b"\0") if entry.startswith(prefix)}
@@ -6762,11 +6763,12 @@ class SweepQueue:
 
 
 async def in_thread(function, *args, **kwargs) -> Any:
-    """Run a blocking function in a thread of its own and return its result.
+    """Run a blocking function in a thread of its own and return its result.  Raises ``OSError`` where there is none left.
 
     Not the loop's default executor: its few threads would stay, and one long ``verify`` would hold up the others.
     """
     import asyncio
+    import errno
     import threading
     loop = asyncio.get_running_loop()
     future = loop.create_future()
@@ -6785,7 +6787,10 @@ async def in_thread(function, *args, **kwargs) -> Any:
         else:
             deliver(future.set_result, result)
 
-    threading.Thread(target=work, name=getattr(function, "__name__", "work"), daemon=True).start()
+    try:
+        threading.Thread(target=work, name=getattr(function, "__name__", "work"), daemon=True).start()
+    except RuntimeError as error:  # the limit of a user, or of a systemd unit with all its agents (TasksMax)
+        raise OSError(errno.EAGAIN, "no thread can be started; allow the daemon more of them (TasksMax)") from error
     return await future
 
 
@@ -7321,7 +7326,8 @@ def _update_submodules(path: str, project: str, env: dict) -> None:
 
 def remove_sandbox(path: str, root: str) -> None:
     """Delete the tree ``path`` below ``root``; nothing there is fine.  Read-only directories (Go's module cache) are
-    opened first, links never followed.  Raises ``SandboxError`` for a path elsewhere and where deleting fails."""
+    opened first, links never followed, any depth is left to ``rm``.  Raises ``SandboxError`` for a path elsewhere and
+    where deleting fails."""
     import shutil
     path = os.path.abspath(path)
     if not (os.path.realpath(os.path.dirname(path)) + "/").startswith(os.path.realpath(root).rstrip("/") + "/"):
@@ -7330,10 +7336,13 @@ def remove_sandbox(path: str, root: str) -> None:
         if os.path.islink(path) or os.path.isfile(path):
             os.unlink(path)
         elif os.path.isdir(path):
-            shutil.rmtree(path, ignore_errors=True)
+            try:
+                shutil.rmtree(path, ignore_errors=True)
+            except RecursionError:
+                pass  # at a thousand directories in each other
             if os.path.isdir(path):
-                run_command(["chmod", "-R", "u+rwX", path], env=dict(os.environ))
-                shutil.rmtree(path)
+                run_command(["chmod", "-R", "u+rwX", "--", path], env=dict(os.environ))
+                _must(run_command(["rm", "-rf", "--", path], env=dict(os.environ)), f"cannot remove {path}")
     except OSError as error:
         raise SandboxError(f"cannot remove {path}: {error}") from error
 
@@ -8127,7 +8136,7 @@ class Lifecycle(KindKeeper):
         parent = self.store.resolve_task(spec.parent_task_id) if spec.parent_task_id else ""
         return spec.replace(depends_on=depends_on, parent_task_id=parent)
 
-    def edit(self, task_id: str, changes: dict, *, config: Config, kinds) -> Task:
+    def edit(self, task_id: str, changes: dict, config: Config, kinds) -> Task:
         """Change a task that is not running.  ``changes`` has the keys of a task file.  Raises ``InvalidInput``."""
         task = self.store.get_task(task_id)
         if task.state not in EDITABLE_STATES:
@@ -8362,10 +8371,10 @@ class Core:
         self.pool = self.reload = self.live = None
 
     def renew_secrets(self, config: Config) -> None:
-        """Take over a configuration's secrets.  Raises ``StorageError``."""
+        """Take over a configuration's secrets, all or none.  Raises ``StorageError``."""
         make = not self.store.readonly  # who only reads leaves no files, which root would own
-        self.api_token = config.api_token or own_secret(config.api_token_path, make)
-        self.agent_key = own_secret(config.agent_key_path, make).encode()
+        api_token = config.api_token or own_secret(config.api_token_path, make)
+        self.agent_key, self.api_token = own_secret(config.agent_key_path, make).encode(), api_token
         given = secrets_given(config, self.host_env)
         kept = (text for text in given if not (text[:1] == "/" and os.path.exists(text)))  # a path is no secret
         self.redactor = Redactor({*kept, self.api_token, self.agent_key.decode()})
@@ -8655,14 +8664,15 @@ async def _task_delete(core: Core, params: dict) -> dict:
         executions = [run for task in tasks for run in core.life.delete(task.id)]
     await core.store.durable()
     for run in executions:
-        await in_thread(remove_execution_files, run, core.config)
+        await core.pool.discard(remove_execution_files, run, core.config)
     return {"deleted": [task.id for task in tasks]}
 
 
 def remove_execution_files(execution: Execution, config: Config) -> None:
-    """Delete an execution's directory and sandbox; what lies outside their roots is never touched."""
-    for path, root in ((execution.sandbox_dir, config.sandboxes_dir),
-                       (os.path.join(config.executions_dir, execution.id), config.executions_dir)):
+    """Delete an execution's directory and sandbox.  Raises ``SandboxError`` for a sandbox outside of its root (the Go
+    server's), which is never touched."""
+    for path, root in ((os.path.join(config.executions_dir, execution.id), config.executions_dir),
+                       (execution.sandbox_dir, config.sandboxes_dir)):
         if path and os.path.isdir(path):
             remove_sandbox(path, root)
 
@@ -8708,8 +8718,12 @@ async def _task_diff(core: Core, params: dict) -> dict:
 
 
 def tail_offset(path: str, lines: int) -> int:
-    """Byte offset at which the last ``lines`` lines of a file begin."""
-    with open_plain(path) as file:
+    """Byte offset at which the last ``lines`` lines of a file begin; 0 where there is none (yet)."""
+    try:
+        file = open_plain(path)
+    except OSError:
+        return 0
+    with file:
         at = file.seek(0, os.SEEK_END)
         if not lines or not at:
             return at
@@ -8793,7 +8807,8 @@ async def _execution_log(core: Core, params: dict) -> object:
     run = core.store.get_execution(core.store.resolve_execution(params["execution"])) if params["execution"] else \
         core.store.last_execution(task) if follow else core.last_run(task)
     if run and params["tail"] is not None:
-        offset = await in_thread(tail_offset, log_path(core, run, params["stream"]), params["tail"])
+        path = log_path(core, run, params["stream"], must_exist=not follow)
+        offset = await in_thread(tail_offset, path, params["tail"])
     events = core.bus.follow(None, task.id if task else None)
     try:
         while True:
@@ -8918,10 +8933,10 @@ async def _daemon_backup(core: Core, params: dict) -> dict:
 
 
 def changes_each(change, *names: str) -> object:
-    """A handler that does ``change(life, task_id, *values)``, with the parameters ``names``, to the tasks of ``ids``:
-    to all or to none, so that a wrong id in a list does not leave half of it done."""
+    """A handler that does ``change(life, task_id, *values)`` to the tasks of ``ids``: to all or to none, so that a wrong
+    id in a list does not leave half of it done.  ``names`` are the values': of parameters, or else of ``Core``."""
     def handler(core: Core, params: dict) -> dict:
-        values = [params[name] for name in names]
+        values = [params[name] if name in params else getattr(core, name) for name in names]
         with core.store.atomic():
             return {"tasks": [core.show(change(core.life, task.id, *values)) for task in core.select(params["ids"])]}
     return handler
@@ -8977,9 +8992,8 @@ OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in (
               "run ended tasks again in their last session and sandbox", (
                   IDS, Param("message", "str", "what to tell the agent")), TASKS_RESULT,
               routes=on_task("POST", "/resume")),
-    Operation("task.edit", lambda core, params: changes_each(lambda life, *edit: life.edit(
-        *edit, config=core.config, kinds=core.kinds), "changes")(core, params), "change tasks that do not run", (
-            IDS, Param("changes", "object", "keys of a task file with their new values", required=True)), TASKS_RESULT,
+    Operation("task.edit", changes_each(Lifecycle.edit, "changes", "config", "kinds"), "change tasks that do not run", (
+        IDS, Param("changes", "object", "keys of a task file with their new values", required=True)), TASKS_RESULT,
               routes=on_task("PATCH", body="changes")),
     Operation("task.delete", _task_delete, "delete tasks with their logs and sandboxes", (IDS,),
               {"deleted": ["string"]}, routes=on_task("DELETE")),
@@ -9521,7 +9535,7 @@ class Workplace:
         if self.task.agent.project_dir:
             return self.task.agent.project_dir
         scratch = f"{self.directory}/work"
-        if self.resumed and self.runner.format == "gemini":  # its sessions are found only from where they began
+        if self.resumed:  # gemini's and older claudes' sessions are found only from where they began
             first = os.path.join(self.core.config.executions_dir, self.execution.session_id, "work")
             scratch = first if os.path.isdir(first) else scratch
         make_directory(scratch)
@@ -9611,7 +9625,7 @@ class Workplace:
             raise SandboxError(f"cancelled before {step}", "cancelled")
 
     def _undelivered(self, reason: str, message: str, output: str) -> Verdict:
-        if self.stop_reason:
+        if self.stop_reason == "cancelled":  # not ``stalled``: its work, done in time, is checked like any other
             return failed_verdict("cancelled", "cancelled while its work was being checked")
         self.feedback = {"kind": reason, "text": (output or message)[-FEEDBACK_OUTPUT_LIMIT:],
                          "command": self.task.verify}
@@ -9762,8 +9776,7 @@ class Run(Started):
                 return self._leave()
             except Exception as error:
                 if not isinstance(error, ClaudomatorError):
-                    import traceback
-                    self.core.log("error", f"execution {self.execution.id[:8]}: {traceback.format_exc()}")
+                    self.core.log("error", describe_fault(f"execution {self.execution.id[:8]}", error))
                 if self.is_alive() or isinstance(error, StorageError):  # the agent's work is not given up for that
                     self.core.log("error", f"execution {self.execution.id[:8]} waits: {error}")
                     await asyncio.sleep(SETTLE_RETRY_S)
@@ -9812,8 +9825,10 @@ class Run(Started):
                 if self.box:
                     self.box.share_socket()
                 output = max(map(modified_at, (self.log.path, f"{self.directory}/stderr.log")))
-                if output != last_output:  # the first time it is from the wall clock: silence without a daemon counts
-                    silence = time.time() - output if last_output is None and output else 0.0
+                if output != last_output or self.pool.is_lent(self.execution.id):  # a wait for subtasks is no silence
+                    silence = 0.0
+                    if last_output is None and output and not self.core.store.open_subtasks(self.task.id):
+                        silence = time.time() - output  # by the wall clock: that without a daemon counts
                     last_output, last_growth = output, time.monotonic() - max(0.0, silence)
                 if limit_s and time.monotonic() - last_growth > limit_s and not self.stop_reason:
                     self.core.store.update_execution(self.execution.id, stop_reason="stalled")
@@ -9847,8 +9862,6 @@ class Run(Started):
 
     async def _finish(self) -> tuple[Verdict | None, dict]:
         """Judge the ended agent; verify and push what it made.  Returns (verdict, facts of the execution)."""
-        await self._read_log()
-        self.log.finish()
         await self.pool.sweeps.clean(self.execution.id)
         exit_code, was_told = read_exit_status(self.directory)
         self.ended_at = exit_time(self.directory)
@@ -9856,6 +9869,8 @@ class Run(Started):
             return await self._never_started()
         said = read_tail(f"{self.directory}/stderr.log", 8192)
         state = await in_thread(self.box.state) if self.box else None
+        await self._read_log()  # last: a rollback during a wait would begin it anew, and an unread log has no result
+        self.log.finish()
         whose = container_end(exit_code, state, said) if self.box else "lost" if exit_code is None else "agent"
         if not self.stop_reason and (whose == "lost" or was_told and exit_code != 0):
             return self._lost()
@@ -9916,8 +9931,6 @@ class Run(Started):
     async def _settle(self, verdict: Verdict, facts: dict) -> None:
         """Write the end, and again until the disk takes it; only then is the slot free."""
         import asyncio
-        if self.stop_reason == "cancelled" and not verdict.ok and verdict.reason != "cancelled":
-            verdict = failed_verdict("cancelled", "cancelled by the operator")
         while True:
             try:
                 await self._settle_once(verdict, facts)
@@ -9927,12 +9940,14 @@ class Run(Started):
                 self.core.log("error", f"execution {self.execution.id[:8]} has ended but cannot be recorded: {error}")
                 await asyncio.sleep(SETTLE_RETRY_S)
             except Exception as error:  # a fault of ours must not hold a slot for ever; ``reconcile`` looks at it again
-                self.core.log("error", f"execution {self.execution.id[:8]} cannot be settled: {error!r}")
+                self.core.log("error", describe_fault(f"execution {self.execution.id[:8]} cannot be settled", error))
                 break
         self._leave()
 
     async def _settle_once(self, verdict: Verdict, facts: dict) -> None:
         store, life = self.core.store, self.core.life
+        if self.known_events is None:  # a rollback took events of the log with it
+            await self._read_log()
         task = store.get_task(self.task.id)
         sandbox_dir = "" if verdict.ok else self.execution.sandbox_dir
         if sandbox_dir and not os.path.isdir(sandbox_dir):
@@ -9941,6 +9956,8 @@ class Run(Started):
                                            sandbox_dir=sandbox_dir)
         continuation = continuation_of(execution) if self.runner.resumable or sandbox_dir else None
         head = await in_thread(head_of_sandbox, sandbox_dir, self._environment()) if sandbox_dir else ""
+        if self.stop_reason == "cancelled" and not verdict.ok and verdict.reason != "cancelled":  # not before that wait:
+            verdict = failed_verdict("cancelled", "cancelled by the operator")  # a retry must not follow a cancel
         if self.feedback or continuation is not None:
             continuation = {**(continuation or {}), **(self.feedback or {}), **({"head": head} if head else {})}
         before = (self.task.resume or {}).get("head", self.execution.start_head)
@@ -9975,12 +9992,12 @@ def remove_orphans(root: str, before: float, in_use: set[str]) -> int:
     """Delete sandboxes that no execution records any more; returns how many there were."""
     count = 0
     for entry in os.scandir(root) if os.path.isdir(root) else ():
-        if entry.is_dir(follow_symlinks=False) and entry.path not in in_use and entry.stat().st_mtime < before:
-            try:
+        try:
+            if entry.is_dir(follow_symlinks=False) and entry.path not in in_use and entry.stat().st_mtime < before:
                 remove_sandbox(entry.path, root)
                 count += 1
-            except SandboxError:
-                pass  # the next pass tries again
+        except (SandboxError, OSError):
+            pass  # it went meanwhile, or the next pass tries again
     return count
 
 
@@ -9997,8 +10014,15 @@ def feedback_text(resume: dict) -> str:
 
 
 def write_private(path: str, text: str) -> None:
-    """Write a file that only its owner may read."""
-    with open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb", buffering=0) as file:
+    """Write a new file that only its owner may read, instead of what is there: never through a link or into a pipe that
+    an agent may have put there."""
+    flags = os.O_CREAT | os.O_WRONLY | os.O_EXCL
+    try:
+        descriptor = os.open(path, flags, 0o600)
+    except FileExistsError:
+        os.unlink(path)
+        descriptor = os.open(path, flags, 0o600)
+    with open(descriptor, "wb", buffering=0) as file:
         rest = memoryview(text.encode("utf-8", "surrogateescape"))
         while rest:
             rest = rest[file.write(rest):]
@@ -10194,7 +10218,7 @@ class Dispatcher:
         self._bounds: tuple = (None, {})  # (the configuration, its bounds per kind)
         self._idle_waiters: list = []
         self._waits: dict[str, int] = {}  # execution id: how often its agent waits for subtasks just now
-        self._loop = None
+        self._loop = self._house = None
         core.pool = self
         core.life.on_move, core.life.on_change, core.life.on_delete = self._moved, self._changed, self._deleted
         core.store.on_rollback = self._rolled_back
@@ -10243,12 +10267,22 @@ class Dispatcher:
         there may be room."""
         for run in self.runs.values():
             run.read_again()
+        self._reload_later()
+
+    def _reload_later(self) -> None:
         if self._loop is not None and not self.stopping and self._reload_timer is None:
-            self._reload_timer = self._loop.call_later(SETTLE_RETRY_S, self.load_queue)
+            self._reload_timer = self._loop.call_later(SETTLE_RETRY_S, self._reload)
+
+    def _reload(self) -> None:
+        self._reload_timer = None
+        try:
+            self.load_queue()
+        except StorageError as error:  # half a queue would leave the other tasks for the next daemon
+            self.core.log("error", f"the queue is not read to its end: {error}")
+            self._reload_later()
 
     def load_queue(self) -> None:
-        """Fill the queue with the stored QUEUED tasks."""
-        self._reload_timer = None
+        """Fill the queue with the stored QUEUED tasks.  Raises ``StorageError``."""
         self.queue = Queue()
         after = (0, 0)
         while page := self.core.store.queued_page(after):
@@ -10357,8 +10391,12 @@ class Dispatcher:
             del self._waits[execution_id]
         self.wake()
 
+    def is_lent(self, execution_id: str) -> bool:
+        """Whether an execution's agent waits for its subtasks just now."""
+        return execution_id in self._waits
+
     def _running(self) -> Running:
-        kinds = [run.execution.agent for run in self.runs.values() if run.execution.id not in self._waits]
+        kinds = [run.execution.agent for run in self.runs.values() if not self.is_lent(run.execution.id)]
         return Running(total=len(kinds), by_kind={kind: kinds.count(kind) for kind in set(kinds)})
 
     def _limits(self, now: float) -> Limits:
@@ -10446,7 +10484,7 @@ class Pool(Dispatcher):
         self.load_queue()
         if self.core.store.get_setting("containers", False):  # the engine's client costs time and memory
             loop.create_task(self.remove_containers())
-        loop.call_later(RECONCILE_S, self._keep_house)
+        self._house = loop.create_task(self._keep_house())
 
     # -- reconciliation
 
@@ -10475,11 +10513,17 @@ class Pool(Dispatcher):
             self._reconcile_timer = self._loop.call_later(RECONCILE_S, self.reconcile)
             self.wake()  # a budget of minutes is used up by running
 
-    def _keep_house(self) -> None:
-        """Delete logs and sandboxes that are older than the configuration keeps, a few at a time."""
-        if not self.stopping:
-            self._loop.create_task(self.prune())
-            self._loop.call_later(RETENTION_S, self._keep_house)
+    async def _keep_house(self) -> None:
+        """Delete what is older than the configuration keeps, now and then; a pass that fails is not the last one."""
+        import asyncio
+        wait_s = RECONCILE_S
+        while True:
+            await asyncio.sleep(wait_s)
+            try:
+                await self.prune()
+            except Exception as error:
+                self.core.log("error", f"old logs and sandboxes were not all deleted: {error!r}")
+            wait_s = RETENTION_S
 
     async def remove_containers(self) -> None:
         """Remove the containers of this data directory whose execution does not run (any more)."""
@@ -10493,26 +10537,33 @@ class Pool(Dispatcher):
             self.core.log("warning", str(error))
 
     async def prune(self, step: int = 50) -> int:
-        """One pass of the retention; returns how many executions' files were deleted."""
+        """One pass of the retention, ``step`` rows at a time; returns how many executions' files were deleted."""
         store, config, now, count = self.core.store, self.core.config, self.core.store.clock(), 0
         if store.get_setting("containers", False):
             await self.remove_containers()
         if config.keep_logs_s:
-            for execution in store.ended_before(now - config.keep_logs_s, step):
-                await self.discard(remove_execution_files, execution.replace(sandbox_dir=""), config)
-                store.update_execution(execution.id, artifact_dir="")
-                count += 1
-            store.prune_events(now - config.keep_logs_s, 1000)
+            before = now - config.keep_logs_s
+            while old := store.ended_before(before, step):
+                for execution in old:
+                    await self.discard(remove_execution_files, execution.replace(sandbox_dir=""), config)
+                    self._forget(execution, artifact_dir="")
+                count += len(old)
+            while store.prune_events(before, 20 * step):
+                await store.durable()
         if config.keep_sandboxes_s:
             for execution in store.kept_sandboxes(limit=100_000):
-                task = store.find_task(execution.task_id)
+                task, users = store.find_task(execution.task_id), store.sandbox_users(execution.sandbox_dir)
                 waits = task is not None and task.state in (BLOCKED, QUEUED, RUNNING)
-                used = max(user.end_time or now for user in store.sandbox_users(execution.sandbox_dir))
-                if used < now - config.keep_sandboxes_s and not waits:
+                if users and max(user.end_time or now for user in users) < now - config.keep_sandboxes_s and not waits:
                     await self.discard(remove_sandbox, execution.sandbox_dir, config.sandboxes_dir)
-                    store.update_execution(execution.id, sandbox_dir="")
+                    self._forget(execution, sandbox_dir="")
                     count += 1
         return count + await in_thread(remove_orphans, config.sandboxes_dir, now - RETENTION_S, self._sandboxes_in_use())
+
+    def _forget(self, execution: Execution, **files) -> None:
+        """Note in an execution's row that files are gone, unless the row went meanwhile."""
+        if self.core.store.find_execution(execution.id):
+            self.core.store.update_execution(execution.id, **files)
 
     def _sandboxes_in_use(self) -> set[str]:
         kept = {execution.sandbox_dir for execution in self.core.store.kept_sandboxes(limit=100_000)}
@@ -10529,24 +10580,24 @@ class Pool(Dispatcher):
 
     def hold(self, held: bool, agent: str = "", project: str = "") -> None:
         """Pause or resume everything, one agent kind or one project; kept across restarts."""
-        kinds, projects = set(self._holds["kinds"]), set(self._holds["projects"])
+        paused, kinds, projects = self._holds["paused"], set(self._holds["kinds"]), set(self._holds["projects"])
         if agent:
             (kinds.add if held else kinds.discard)(agent)
         elif project:
             (projects.add if held else projects.discard)(project)
         else:
-            self._holds["paused"] = held
-            self.draining = self.draining and held
-        self._holds = {"paused": self._holds["paused"], "kinds": sorted(kinds), "projects": sorted(projects)}
+            paused = held
+        holds = {"paused": paused, "kinds": sorted(kinds), "projects": sorted(projects)}
         with self.core.store.atomic():
-            self.core.store.put_setting("holds", self._holds)
+            self.core.store.put_setting("holds", holds)
             self.core.store.append_event("pool.paused" if held else "pool.resumed", agent=agent, project=project)
+        self._holds, self.draining = holds, self.draining and (held or bool(agent or project))
         self.wake()
 
     def drain(self) -> None:
         """Start nothing new until ``hold(False)`` or a restart."""
-        self.draining = True
         self.core.store.append_event("pool.draining")
+        self.draining = True
 
     def holds(self) -> dict:
         """What is paused."""
@@ -10593,6 +10644,8 @@ class Pool(Dispatcher):
         """Stop dispatching; wait up to ``drain_s`` for what runs, then leave it running for the next daemon."""
         import asyncio
         self.stopping = True
+        if self._house:
+            self._house.cancel()
         await self.classifier.stop()
         jobs = [run.job for run in self.runs.values()]
         if jobs and drain_s > 0:
@@ -10894,8 +10947,7 @@ class ControlConnection:
 
     def _refuse(self, request: Request, error: Exception) -> None:
         if not isinstance(error, ClaudomatorError):
-            import traceback
-            self._core.log("error", f"{request.method}: {''.join(traceback.format_exception(error))}")
+            self._core.log("error", describe_fault(request.method, error))
             error = ClaudomatorError(f"internal error: {error!r}; the daemon's log has more")
         if request.id is not None:
             self._send(encode_error(request.id, error))
@@ -11346,8 +11398,7 @@ class HttpServer:
 
     def log_fault(self, what: str, error: Exception) -> None:
         """A fault of the program itself, with its traceback."""
-        import traceback
-        self.log("error", f"{what}: {''.join(traceback.format_exception(error))}")
+        self.log("error", describe_fault(what, error))
 
     def date(self) -> str:
         """The time as HTTP writes it."""
@@ -11482,8 +11533,7 @@ async def handle_api(core: Core, request: object) -> HttpResponse | HttpStream |
     except ClaudomatorError as error:
         response = error_response(error)
     except Exception as error:
-        import traceback
-        core.log("error", f"{request.method} {request.path}: {''.join(traceback.format_exception(error))}")
+        core.log("error", describe_fault(f"{request.method} {request.path}", error))
         response = error_response(ClaudomatorError("internal error; the daemon's log has more"))
     return response.replace(body=core.redactor.document(response.body))
 
@@ -11857,8 +11907,7 @@ class Live:
             except ClaudomatorError as error:
                 self._refuse([connection], error)
             except Exception as error:
-                import traceback
-                self._core.log("error", f"a WebSocket client: {''.join(traceback.format_exception(error))}")
+                self._core.log("error", describe_fault("a WebSocket client", error))
                 connection.close(1011, "internal error; the daemon's log has more")
 
         beginning = loop.create_task(begin())

@@ -374,6 +374,21 @@ def test_a_process_that_carries_another_mark_is_looked_at_once_and_found_when_it
         assert str(process.pid) not in {pid for pid, _ in c._MARKED}
 
 
+def test_a_process_that_was_looked_at_between_fork_and_exec_is_found_however_much_later(marked, monkeypatch):
+    monkeypatch.setattr(c, "UNMARKED_S", 0.1)
+    marked.append("e-young")
+    script = f"read word; exec env {c.MARK}=e-young sleep 60"  # unmarked at first, as a child of the daemon is
+    with subprocess.Popen(["/bin/sh", "-c", script], stdin=subprocess.PIPE, env=ENV) as process:
+        assert c.marked_processes(["e-young"]) == {}
+        seen = time.monotonic()
+        process.stdin.write(b"go\n")
+        process.stdin.close()
+        comm = pathlib.Path(f"/proc/{process.pid}/comm")
+        wait_until(lambda: comm.read_text() == "sleep\n" and time.monotonic() > seen + c.UNMARKED_S)
+        assert c.marked_processes(["e-young"]) == {process.pid: "e-young"}
+        process.kill()
+
+
 def test_a_mark_behind_a_large_environment_is_found(marked):
     marked.append("far")
     env = {f"V{n}": "x" * 100_000 for n in range(10)} | {c.MARK: "far"}

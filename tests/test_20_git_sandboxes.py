@@ -1218,3 +1218,17 @@ def test_nothing_outside_the_root_is_removed(tmp_path, path):
     with pytest.raises(c.SandboxError, match="not below"):
         c.remove_sandbox(os.path.join(root, path), str(root))
     assert (tmp_path / "outside" / "inside").is_dir() and root.is_dir()
+
+
+def test_a_tree_deeper_than_python_recurses_is_removed_as_well(tmp_path):
+    top = tmp_path / "root" / "s"
+    top.mkdir(parents=True)
+    deep = os.open(top, os.O_PATH)
+    for _ in range(1500):
+        os.mkdir("d", dir_fd=deep)
+        below = os.open("d", os.O_PATH, dir_fd=deep)
+        os.close(deep)
+        deep = below
+    os.close(deep)
+    c.remove_sandbox(str(top), str(top.parent))
+    assert not top.exists()

@@ -307,6 +307,24 @@ def test_delete_takes_files_and_sandbox_with_it(daemon, tmp_path):
     daemon.call("task.cancel", ids=[running])
 
 
+def test_a_task_whose_sandbox_lies_elsewhere_is_deleted_with_its_logs_and_the_next_one_too(tmp_path):
+    elsewhere = tmp_path / "elsewhere"  # the Go server's were in /tmp
+    elsewhere.mkdir()
+    data = tmp_path / "data"
+    for name in ("a", "b"):
+        (data / "executions" / name).mkdir(parents=True)
+        (data / "executions" / name / "stdout.log").write_text("said\n")
+    store = c.Store(str(data / "claudomator.db"))
+    for name in ("a", "b"):
+        store.insert_task(c.Task(id=f"task-{name}", name=name, agent=c.AgentConfig(type="shell"), state=c.FAILED))
+        store.insert_execution(c.Execution(id=name, task_id=f"task-{name}", status=c.FAILED, sandbox_dir=str(elsewhere)))
+    store.close()
+    with DaemonProcess(tmp_path) as process:
+        assert process.call("task.delete", ids=["task-a", "task-b"]) == {"deleted": ["task-a", "task-b"]}
+        assert list((data / "executions").iterdir()) == [] and elsewhere.is_dir()
+        assert "is not below" in process.log()
+
+
 def test_sandboxes_of_tasks_that_need_them_stay(daemon, tmp_path):
     from tests.support import make_repository
     _, copy = make_repository(tmp_path)
@@ -491,6 +509,23 @@ def test_a_log_that_is_not_there_says_why(daemon):
     gone = daemon.add("true")
     os.unlink(daemon.data_dir / "executions" / daemon.wait(gone)["execution"]["id"] / "stdout.log")
     assert "keep_logs = 30d" in refused(daemon, "execution.log", "not_found", id=gone)
+
+
+def test_the_tail_of_a_log_that_is_not_there_yet_is_all_that_comes(tmp_path):
+    with DaemonProcess(tmp_path, f"""
+[[projects]]
+name = "slow"
+dir = "{tmp_path}/project"
+setup = "while [ ! -e {tmp_path}/go ]; do sleep 0.02; done"
+""") as process:
+        (tmp_path / "project").mkdir()
+        task_id = process.add("printf 'one\\ntwo\\n'", project="slow")
+        wait_until(lambda: process.state(task_id) == c.RUNNING)
+        assert text_of_log(process, id=task_id, tail=1)[0] == ""
+        stream = process.new_client().stream("execution.log", id=task_id, tail=1, follow=True)
+        assert next(stream)["text"] == ""
+        (tmp_path / "go").touch()
+        assert next(stream)["text"] == "one\ntwo\n"
 
 
 # -- agents, pool, daemon

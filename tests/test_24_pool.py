@@ -5,8 +5,10 @@ import os
 import pathlib
 import random
 import resource
+import stat
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -146,7 +148,8 @@ def check_delivered(daemon, tmp_path, bare, task_id, unstarted):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("points, unstarted", [
-    (("claimed", "cloned", "spawned", "pid_stored"), 4), (("gate_open", "agent_ended", "committed", "pushed"), 0),
+    # three: of the first no claim is on disk, for what follows it at once is in the same transaction
+    (("claimed", "cloned", "spawned", "pid_stored"), 3), (("gate_open", "agent_ended", "committed", "pushed"), 0),
     (("settled",), 0)])
 def test_killed_at_any_point_the_daemon_completes_the_work_with_one_run_and_one_push(tmp_path, points, unstarted):
     bare, copy = make_repository(tmp_path)
@@ -405,6 +408,20 @@ def test_pipes_and_links_that_an_agent_plants_hold_nobody_up_and_show_nothing(da
     assert ended["state"] == c.READY and ended["summary"] == ""
 
 
+@pytest.mark.parametrize("planted", ["link", "pipe"])
+def test_what_a_setup_plants_where_the_daemon_writes_is_replaced_and_not_written_through(tmp_path, planted):
+    precious, path = tmp_path / "precious", tmp_path / "prompt.txt"
+    precious.write_text("as it was")
+    path.symlink_to(precious) if planted == "link" else os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without one a writer to the pipe would hang here
+    c.write_private(str(path), "long text")
+    c.write_private(str(path), "text")
+    found = os.lstat(path)
+    assert stat.S_ISREG(found.st_mode) and found.st_mode & 0o777 == 0o600 and path.read_text() == "text"
+    assert os.read(reader, 99) == (b"" if planted == "pipe" else b"as it was") and precious.read_text() == "as it was"
+    os.close(reader)
+
+
 @pytest.mark.slow
 def test_a_kept_sandbox_survives_the_pruning_of_the_run_that_made_it(tmp_path):
     bare, copy = make_repository(tmp_path)
@@ -540,6 +557,156 @@ def test_what_an_agent_reports_while_the_disk_is_full_is_told_once_when_there_is
         assert len(events(daemon, "agent.session", task_id)) == 1
 
 
+def ended_claude_run(pool, tmp_path, **more):
+    """A run of claude whose agent has ended well, in a pool without a loop of its own."""
+    store, config = pool.core.store, pool.core.config
+    directory = pathlib.Path(config.executions_dir) / "run"
+    directory.mkdir(parents=True)
+    (directory / "stdout.log").write_bytes((DATA / "a_text.jsonl").read_bytes())
+    (directory / "exit").write_text("0\n")
+    task = store.insert_task(c.Task(id="task", name="t", agent=c.AgentConfig(type="claude"), state=c.RUNNING,
+                                    execution_id="run", **more))
+    execution = store.insert_execution(c.Execution(id="run", task_id="task", agent="claude", round=1, pid=1,
+                                                   start_time=time.time(), timeout_s=60.0))
+    run = pool.runs["run"] = c.Run(pool, task, execution)
+    return run
+
+
+def test_a_disk_that_is_full_when_an_agent_ends_costs_neither_its_result_nor_its_events(tmp_path):
+    async def work(pool):
+        store, sweep = pool.core.store, pool.sweeps.clean
+        run = ended_claude_run(pool, tmp_path)
+        await store.durable()
+        await run._read_log()
+
+        async def fill_and_clean(execution_id):
+            store._undo(Exception("disk full"))
+            await sweep(execution_id)
+        pool.sweeps.clean = fill_and_clean
+        verdict, facts = await run._finish()
+        assert verdict.ok and facts["tokens_out"] and facts["session_id"]
+        store._undo(Exception("disk full"))  # with it what ``_finish`` has read
+        await run._settle_once(verdict, facts)
+        assert [event["kind"] for event in store.events_since(0)].count("agent.session") == 1
+        assert store.get_task("task").state == c.READY
+    in_a_pool(tmp_path, work)
+
+
+@pytest.mark.parametrize("kind", ["claude", "gemini"])
+def test_a_session_without_a_project_goes_on_where_it_began(tmp_path, kind):
+    async def work(pool):
+        run = ended_claude_run(pool, tmp_path)
+        run.runner = c.RUNNERS[kind]
+        run.execution = pool.core.store.update_execution("run", session_id="first")
+        run.resumed, first = True, os.path.join(pool.core.config.executions_dir, "first", "work")
+        assert run._working_directory() == os.path.join(run.directory, "work"), "it is gone, or has a name of its own"
+        os.makedirs(first)
+        assert run._working_directory() == first
+    in_a_pool(tmp_path, work)
+
+
+def test_work_of_a_stalled_agent_that_fails_its_check_was_cancelled_by_nobody(tmp_path):
+    async def work(pool):
+        run = ended_claude_run(pool, tmp_path, verify="echo wrong; exit 1")
+        run.stop_reason, run.execution = "stalled", pool.core.store.update_execution("run", stop_reason="stalled")
+        verdict, _ = await run._finish()  # it had told its result before it fell silent
+        assert verdict.reason == "verify_failed" and run.feedback["text"] == "wrong\n"
+        run.stop_reason = "cancelled"
+        verdict, _ = await run._finish()
+        assert verdict.reason == "cancelled"
+    in_a_pool(tmp_path, work)
+
+
+@pytest.mark.parametrize("moment", ["its sandbox is looked at", "the disk refuses its end"])
+def test_a_cancel_that_comes_while_a_failed_run_is_settled_ends_its_retries(tmp_path, monkeypatch, moment):
+    async def work(pool):
+        store = pool.core.store
+        run = ended_claude_run(pool, tmp_path, retry=c.RetryPolicy(max_attempts=3))
+        run.execution = store.update_execution("run", sandbox_dir=str(tmp_path))
+        look, settle = c.head_of_sandbox, pool.core.life.settle
+
+        def cancelled_look(*args):
+            run.stop_reason = "cancelled"
+            return look(*args)
+
+        def refuse(*args, **facts):
+            pool.core.life.settle, run.stop_reason = settle, "cancelled"
+            raise c.StorageError("make room on its disk")
+        if moment == "the disk refuses its end":
+            monkeypatch.setattr(c, "SETTLE_RETRY_S", 0.01)
+            pool.core.life.settle = refuse
+        else:
+            monkeypatch.setattr(c, "head_of_sandbox", cancelled_look)
+        await run._settle(c.failed_verdict("agent_error", "exit 1"), {})
+        task = store.get_task("task")
+        assert (task.state, task.reason) == (c.CANCELLED, "cancelled") and not pool.runs
+    in_a_pool(tmp_path, work)
+
+
+def test_a_queue_that_could_not_be_read_again_is_read_until_it_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(c, "SETTLE_RETRY_S", 0.01)
+
+    async def work(pool):
+        store, life = pool.core.store, pool.core.life
+        pool._loop, pool._wake_handle = asyncio.get_running_loop(), object()  # nothing is started
+        shell = c.AgentConfig(type="shell")
+        store.insert_task(c.Task(id="doomed", name="doomed", agent=shell, state=c.QUEUED,
+                                 depends_on=c.depends_from_json(["gone"])))
+        store.insert_task(c.Task(id="other", name="other", agent=shell, state=c.QUEUED))
+        await store.durable()
+        fail = life.fail_dependency
+
+        def locked_once(*args):
+            life.fail_dependency = fail
+            raise c.StorageError("another program is writing to it")
+        life.fail_dependency = locked_once
+        pool._rolled_back()
+        async with asyncio.timeout(10):
+            while not pool.queue.entry("other"):
+                await asyncio.sleep(0.01)
+        assert store.get_task("doomed").state == c.FAILED
+        pool.stopping = True
+    assert any("another program" in line for line in in_a_pool(tmp_path, work))
+
+
+def test_a_run_that_ends_at_the_limit_of_threads_frees_its_slot(tmp_path, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    async def work(pool):
+        run = ended_claude_run(pool, tmp_path)
+        agent = run.task.agent.replace(isolation="sandbox")  # of no project: it cannot start
+        run.task, run.execution = run.task.replace(agent=agent), pool.core.store.update_execution("run", pid=None)
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        await run.drive("new")
+        monkeypatch.undo()
+        task = pool.core.store.get_task("task")
+        assert (task.state, task.reason) == (c.FAILED, "bad_task") and not pool.runs
+    assert any("no thread can be started" in line for line in in_a_pool(tmp_path, work))
+
+
+def test_a_configuration_that_is_refused_for_one_secret_brings_no_other(tmp_path):
+    async def work(pool):
+        core, was = pool.core, pool.core.api_token
+        pathlib.Path(core.config.agent_key_path).write_text("short\n")
+        with pytest.raises(c.StorageError, match="holds no token"):
+            core.renew_secrets(core.config.replace(api_token="t" * 43))
+        assert core.api_token == was
+    in_a_pool(tmp_path, work)
+
+
+def test_a_hold_that_the_disk_refuses_is_none(tmp_path):
+    async def work(pool):
+        def refuse(*args):
+            raise c.StorageError("make room")
+        pool.core.store.put_setting = pool.core.store.append_event = refuse
+        for ask in (lambda: pool.hold(True), lambda: pool.hold(True, agent="shell"), pool.drain):
+            with pytest.raises(c.StorageError):
+                ask()
+        assert pool.holds() == {"paused": False, "draining": False, "paused_kinds": [], "paused_projects": []}
+    in_a_pool(tmp_path, work)
+
+
 # -- dispatch
 
 
@@ -671,6 +838,49 @@ def test_old_logs_and_sandboxes_go_and_what_is_needed_stays(tmp_path):
         logs = set(os.listdir(pool.core.config.executions_dir))
         assert "older" not in logs and {"old", "waits", "young-0"} <= logs
     in_a_pool(tmp_path, work)
+
+
+def test_the_retention_keeps_up_with_what_ends_and_is_not_stopped_by_what_goes_meanwhile(tmp_path):
+    async def work(pool):
+        store, config, old = pool.core.store, pool.core.config, 40 * 86400
+        for number in range(7):
+            ended_run(pool, f"log-{number}", old)
+        for name in ("first", "second", "third"):
+            ended_run(pool, name, old, sandbox=name)
+        for number in range(45):
+            store.append_event("task.state", f"task-{number}")
+        await store.durable()
+        store._write("UPDATE events SET time = '2020-01-01 00:00:00.000000+00:00'", ())
+        discard = pool.discard
+
+        async def discard_and_delete(function, *args):
+            await discard(function, *args)  # its thread; meanwhile somebody deletes what was read before it
+            for name in ("first", "second") if function is c.remove_sandbox else ("log-1",):
+                store.delete_task(f"task-{name}")
+        pool.discard = discard_and_delete
+        await pool.prune(step=2)
+        assert store.ended_before(time.time(), 10) == [] and store.events_since(0) == []
+        assert os.listdir(config.executions_dir) == [] == os.listdir(config.sandboxes_dir)
+    in_a_pool(tmp_path, work)
+
+
+def test_a_pass_of_the_retention_that_fails_is_told_and_not_the_last_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(c, "RECONCILE_S", 0.0)
+    monkeypatch.setattr(c, "RETENTION_S", 0.0)
+
+    async def work(pool):
+        passes = asyncio.Queue()
+
+        async def prune():
+            passes.put_nowait(None)
+            raise c.StorageError("the disk is gone")
+        pool.prune = prune
+        pool.start(asyncio.get_running_loop())
+        async with asyncio.timeout(10):
+            await passes.get()
+            await passes.get()
+        await pool.shut_down(0)
+    assert any("the disk is gone" in line for line in in_a_pool(tmp_path, work))
 
 
 def test_what_cannot_be_deleted_is_logged_and_stops_nothing(tmp_path):

@@ -174,6 +174,16 @@ def test_an_agent_that_waits_for_its_subtasks_lends_them_its_slot(tmp_path):
         assert daemon.here(lambda: daemon.core.pool._waits) == {}
 
 
+@pytest.mark.slow
+def test_an_agent_that_waits_for_its_subtasks_is_not_stalled_and_one_that_waits_no_more_is(daemon):
+    submit = "ct task submit --agent shell --name below --wait --timeout 20s --instructions 'sleep 3'"
+    task_id = daemon.add(f"{submit}; echo goes on; sleep 60", stall_timeout="1500ms", name="waits")
+    ended = daemon.wait(task_id)
+    assert (ended["state"], ended["reason"]) == (c.TIMED_OUT, "stalled")
+    said = "".join(item["text"] for item in daemon.client.stream("execution.log", id=task_id))
+    assert said == f"{c.COMPLETED}\ngoes on\n"
+
+
 def test_the_page_and_the_api_are_told_apart(daemon):
     assert raw_answer(daemon, "/api/nothing", daemon.token).startswith(b"HTTP/1.1 404 ")
     assert b'"code":"not_found"' in raw_answer(daemon, "/nothing", "")
