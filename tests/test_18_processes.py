@@ -15,10 +15,15 @@ from tests.support import wait_until
 ENV = {"PATH": os.environ["PATH"], "LC_ALL": "C"}
 
 
-def supervise(directory, script, *, execution_id="e-1", timeout_s=0.0, grace_s=0.5, env=None, stdin="/dev/null", gate=True):
+def own(name):
+    """An execution id of this test run's own: another one on this machine would sweep its processes."""
+    return f"{name}-{os.getpid()}"
+
+
+def supervise(directory, script, *, execution_id="", timeout_s=0.0, grace_s=0.5, env=None, stdin="/dev/null", gate=True):
     """A supervisor that runs a shell script; its gate is opened unless told otherwise."""
     directory.mkdir(exist_ok=True)
-    supervisor = c.spawn_supervisor(str(directory), execution_id, ("/bin/sh", "-c", script), env=env or ENV,
+    supervisor = c.spawn_supervisor(str(directory), execution_id or own("e-1"), ("/bin/sh", "-c", script), env=env or ENV,
                                     cwd=str(directory), stdin_path=stdin, timeout_s=timeout_s, grace_s=grace_s)
     if gate:
         supervisor.open_gate()
@@ -97,7 +102,7 @@ def test_the_agent_inherits_three_descriptors_no_ignored_signal_and_its_mark(tmp
     os.set_inheritable(spare[0], True)  # as a parent may have left one
     c.keep_descriptors()  # what the daemon does at its start
     try:
-        run(tmp_path, "ls -l /proc/$$/fd; grep -E 'Sig(Ign|Blk)' /proc/self/status; env", execution_id="mine", env=env)
+        run(tmp_path, "ls -l /proc/$$/fd; grep -E 'Sig(Ign|Blk)' /proc/self/status; env", execution_id=own("mine"), env=env)
     finally:
         for descriptor in spare:
             os.close(descriptor)
@@ -106,7 +111,7 @@ def test_the_agent_inherits_three_descriptors_no_ignored_signal_and_its_mark(tmp
     assert descriptors == {"0": "/dev/null", "1": str(tmp_path / "stdout.log"), "2": str(tmp_path / "stderr.log")}
     # the standard signals; glibc's own two may come down from whoever started the tests
     assert [int(line.split()[1], 16) & 0x7FFFFFFF for line in lines if line.startswith("Sig")] == [0, 0]
-    assert f"{c.MARK}=mine" in lines and "OTHER=1" in lines and not any("outer" in line for line in lines)
+    assert f"{c.MARK}={own('mine')}" in lines and "OTHER=1" in lines and not any("outer" in line for line in lines)
     assert not any(line.startswith(("CLAUDOMATOR_", "word", "hit")) and not line.startswith(c.MARK) for line in lines)
 
 
@@ -180,11 +185,11 @@ def test_the_timeout_needs_nobody(tmp_path):
 
 @pytest.mark.slow
 def test_the_timeout_kills_what_ignores_sigterm_and_what_has_left_its_group(tmp_path, marked):
-    marked.append("stubborn")
+    marked.append(own("stubborn"))
     script = f"trap '' TERM; setsid sh -c 'trap \"\" TERM; echo $$ >{tmp_path}/child; while :; do sleep 60; done' & " \
              "while :; do sleep 60; done"
-    assert run(tmp_path, script, timeout_s=0.5, execution_id="stubborn") == (137, False)
-    wait_until(lambda: not is_alive(pid_from(tmp_path / "child")) and not c.marked_processes(["stubborn"]))  # SIGKILL is sent
+    assert run(tmp_path, script, timeout_s=0.5, execution_id=own("stubborn")) == (137, False)
+    wait_until(lambda: not is_alive(pid_from(tmp_path / "child")) and not c.marked_processes([own("stubborn")]))  # SIGKILL is sent
 
 
 def test_a_stop_reaches_the_agent_and_the_status_stays_true(tmp_path):
@@ -201,7 +206,7 @@ def test_a_stop_at_any_moment_ends_the_agent_and_is_recorded(tmp_path):
     """The supervisor is told between opening of the gate and well into the run; it never goes on as if nothing was."""
     for step in range(20):
         directory = tmp_path / str(step)
-        supervisor = supervise(directory, "trap 'exit 5' TERM; sleep 30 & wait", execution_id=f"any-{step}")
+        supervisor = supervise(directory, "trap 'exit 5' TERM; sleep 30 & wait", execution_id=own(f"any-{step}"))
         time.sleep(step * 0.0004)
         c.signal_process(supervisor.pid, supervisor.start, signal.SIGTERM)
         began = time.monotonic()
@@ -209,7 +214,7 @@ def test_a_stop_at_any_moment_ends_the_agent_and_is_recorded(tmp_path):
         assert time.monotonic() - began < 3
         code, told = code_of(directory)
         assert (code is None and not (directory / "stdout.log").exists()) or (told and code in (5, 143)), (step, code)
-        wait_until(lambda: not c.marked_processes([f"any-{step}"]))  # what SIGKILL was sent to may take a moment to die
+        wait_until(lambda: not c.marked_processes([own(f"any-{step}")]))  # what SIGKILL was sent to may take a moment to die
 
 
 def test_an_agent_that_ends_while_it_is_told_to_stop_keeps_its_own_status(tmp_path):
@@ -242,15 +247,15 @@ def test_a_supervisor_whose_directory_was_deleted_does_not_stay(tmp_path):
 
 
 def test_the_supervisor_of_a_silent_agent_is_small(tmp_path, marked):
-    marked.append("small")
-    supervisor = supervise(tmp_path, "exec sleep 60", execution_id="small")
+    marked.append(own("small"))
+    supervisor = supervise(tmp_path, "exec sleep 60", execution_id=own("small"))
     try:
-        agent = next(iter(wait_until(lambda: c.marked_processes(["small"]))))
+        agent = next(iter(wait_until(lambda: c.marked_processes([own("small")]))))
         wait_until(lambda: any(b"sleep" == pathlib.Path(f"/proc/{pid}/comm").read_bytes().strip()
-                               for pid in c.marked_processes(["small"])))
+                               for pid in c.marked_processes([own("small")])))
         assert agent
         own_kb = 0
-        for pid in [supervisor.pid, *c.marked_processes(["small"])]:
+        for pid in [supervisor.pid, *c.marked_processes([own("small")])]:
             if pathlib.Path(f"/proc/{pid}/comm").read_text().strip() in ("sh", "timeout"):
                 rollup = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
                 own_kb += int(rollup.split("\nPrivate_Dirty:")[1].split()[0])
@@ -345,72 +350,72 @@ def test_no_descriptor_left_is_an_error_and_not_the_end_of_the_agent(tmp_path):
 
 
 def test_marked_processes_are_found_by_the_whole_mark_and_nothing_else(marked):
-    marked += ["aa", "aab"]
-    with subprocess.Popen(["sleep", "60"], env={c.MARK: "aa", "X": "y"}, start_new_session=True) as one, \
-            subprocess.Popen(["sleep", "60"], env={"X": f"{c.MARK}=aa", f"Y{c.MARK}": "aa"}) as stranger, \
-            subprocess.Popen(["sleep", "60"], env={c.MARK: "aab"}) as other:
+    marked += [own("aa"), own("aab")]
+    with subprocess.Popen(["sleep", "60"], env={c.MARK: own("aa"), "X": "y"}, start_new_session=True) as one, \
+            subprocess.Popen(["sleep", "60"], env={"X": f"{c.MARK}={own('aa')}", f"Y{c.MARK}": own("aa")}) as stranger, \
+            subprocess.Popen(["sleep", "60"], env={c.MARK: own("aab")}) as other:
         try:
-            assert c.marked_processes(["aa"]) == {one.pid: "aa"}
-            assert c.marked_processes(["aa", "aab", "none"]) == {one.pid: "aa", other.pid: "aab"}
+            assert c.marked_processes([own("aa")]) == {one.pid: own("aa")}
+            assert c.marked_processes([own("aa"), own("aab"), "none"]) == {one.pid: own("aa"), other.pid: own("aab")}
             assert c.marked_processes([]) == {} and c.signal_marked([], signal.SIGKILL) == 0
-            assert c.signal_marked(["aa"], signal.SIGKILL) == 1 and one.wait(5) == -9
+            assert c.signal_marked([own("aa")], signal.SIGKILL) == 1 and one.wait(5) == -9
             assert stranger.poll() is None and other.poll() is None
-            assert c.marked_processes(["aa"]) == {}
+            assert c.marked_processes([own("aa")]) == {}
         finally:
             stranger.kill()
             other.kill()
 
 
 def test_a_process_that_carries_another_mark_is_looked_at_once_and_found_when_its_own_is_wanted(marked):
-    marked.append("e-later")
-    with subprocess.Popen(["sleep", "60"], env={c.MARK: "e-later"}) as process:
-        assert c.marked_processes(["e-other"]) == {}
+    marked.append(own("e-later"))
+    with subprocess.Popen(["sleep", "60"], env={c.MARK: own("e-later")}) as process:
+        assert c.marked_processes([own("e-other")]) == {}
         known = [marks for (pid, _), marks in c._MARKED.items() if pid == str(process.pid)]
-        assert known == [{f"{c.MARK}=e-later".encode()}]
-        assert c.marked_processes(["e-other", "e-later"]) == {process.pid: "e-later"}
+        assert known == [{f"{c.MARK}={own('e-later')}".encode()}]
+        assert c.marked_processes([own("e-other"), own("e-later")]) == {process.pid: own("e-later")}
         process.kill()
         process.wait()
-        c.marked_processes(["e-other"])
+        c.marked_processes([own("e-other")])
         assert str(process.pid) not in {pid for pid, _ in c._MARKED}
 
 
 def test_a_process_that_was_looked_at_between_fork_and_exec_is_found_however_much_later(marked, monkeypatch):
     monkeypatch.setattr(c, "UNMARKED_S", 0.1)
-    marked.append("e-young")
-    script = f"read word; exec env {c.MARK}=e-young sleep 60"  # unmarked at first, as a child of the daemon is
+    marked.append(own("e-young"))
+    script = f"read word; exec env {c.MARK}={own('e-young')} sleep 60"  # unmarked at first, as a child of the daemon is
     with subprocess.Popen(["/bin/sh", "-c", script], stdin=subprocess.PIPE, env=ENV) as process:
-        assert c.marked_processes(["e-young"]) == {}
+        assert c.marked_processes([own("e-young")]) == {}
         seen = time.monotonic()
         process.stdin.write(b"go\n")
         process.stdin.close()
         comm = pathlib.Path(f"/proc/{process.pid}/comm")
         wait_until(lambda: comm.read_text() == "sleep\n" and time.monotonic() > seen + c.UNMARKED_S)
-        assert c.marked_processes(["e-young"]) == {process.pid: "e-young"}
+        assert c.marked_processes([own("e-young")]) == {process.pid: own("e-young")}
         process.kill()
 
 
 def test_a_mark_behind_a_large_environment_is_found(marked):
-    marked.append("far")
-    env = {f"V{n}": "x" * 100_000 for n in range(10)} | {c.MARK: "far"}
+    marked.append(own("far"))
+    env = {f"V{n}": "x" * 100_000 for n in range(10)} | {c.MARK: own("far")}
     with subprocess.Popen(["sleep", "60"], env=env) as process:
         try:
-            assert c.marked_processes(["far"]) == {process.pid: "far"}
+            assert c.marked_processes([own("far")]) == {process.pid: own("far")}
         finally:
             process.kill()
 
 
 def test_the_sweep_ends_what_ignores_sigterm_and_spares_strangers_of_the_same_name(marked):
-    marked.append("swept")
-    stranger = subprocess.Popen(["sleep", "61"], env={c.MARK: "someone-else"})
-    polite = subprocess.Popen(["sleep", "61"], env={c.MARK: "swept"}, start_new_session=True)
+    marked.append(own("swept"))
+    stranger = subprocess.Popen(["sleep", "61"], env={c.MARK: own("someone-else")})
+    polite = subprocess.Popen(["sleep", "61"], env={c.MARK: own("swept")}, start_new_session=True)
     stubborn = subprocess.Popen([sys.executable, "-c", "import signal, time\nsignal.signal(15, signal.SIG_IGN)\nprint(1, flush=True)\n"
-                                 "while True: time.sleep(60)"], env={c.MARK: "swept"}, stdout=subprocess.PIPE)
+                                 "while True: time.sleep(60)"], env={c.MARK: own("swept")}, stdout=subprocess.PIPE)
     try:
         stubborn.stdout.readline()
         began = time.monotonic()
-        assert asyncio.run(c.sweep(["swept"], grace_s=0.3)) == 2
+        assert asyncio.run(c.sweep([own("swept")], grace_s=0.3)) == 2
         assert 0.25 < time.monotonic() - began < 3
-        assert not c.marked_processes(["swept"]) and stranger.poll() is None
+        assert not c.marked_processes([own("swept")]) and stranger.poll() is None
         assert polite.wait(5) == -15 and stubborn.wait(5) == -9
     finally:
         for process in (stranger, polite, stubborn):
@@ -420,9 +425,9 @@ def test_the_sweep_ends_what_ignores_sigterm_and_spares_strangers_of_the_same_na
 
 
 def test_sweeps_of_one_tick_share_a_look_and_a_dirty_one_holds_up_no_other(marked):
-    marked.append("dirty")
+    marked.append(own("dirty"))
     stubborn = subprocess.Popen([sys.executable, "-c", "import signal, time\nsignal.signal(15, signal.SIG_IGN)\nprint(1, flush=True)\n"
-                                 "while True: time.sleep(60)"], env={c.MARK: "dirty"}, stdout=subprocess.PIPE)
+                                 "while True: time.sleep(60)"], env={c.MARK: own("dirty")}, stdout=subprocess.PIPE)
 
     async def clean():
         sweeps, ended = c.SweepQueue(), []
@@ -431,7 +436,7 @@ def test_sweeps_of_one_tick_share_a_look_and_a_dirty_one_holds_up_no_other(marke
             await sweeps.clean(execution_id)
             ended.append(execution_id)
         began = time.monotonic()
-        first = [asyncio.ensure_future(one(name)) for name in ("dirty", "clean-1", "clean-2")]
+        first = [asyncio.ensure_future(one(name)) for name in (own("dirty"), "clean-1", "clean-2")]
         await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
         await asyncio.wait_for(one("later"), 1)
         assert ended == ["clean-1", "clean-2", "later"] and time.monotonic() - began < 1.5

@@ -212,13 +212,13 @@ def test_a_background_child_with_the_output_open_holds_nobody_up(env, tmp_path):
 
 def test_a_command_killed_from_outside_by_its_mark_returns_a_negative_code(env):
     done = []
-    thread = threading.Thread(target=lambda: done.append(run({**env, c.MARK: "to-be-cancelled"}, "sleep 60")))
+    thread = threading.Thread(target=lambda: done.append(run({**env, c.MARK: f"to-be-cancelled-{os.getpid()}"}, "sleep 60")))
     thread.start()
     deadline = time.monotonic() + 10
-    while not c.marked_processes(["to-be-cancelled"]):
+    while not c.marked_processes([f"to-be-cancelled-{os.getpid()}"]):
         assert time.monotonic() < deadline
     while thread.is_alive() and time.monotonic() < deadline:
-        c.signal_marked(["to-be-cancelled"], 9)
+        c.signal_marked([f"to-be-cancelled-{os.getpid()}"], 9)
         thread.join(0.01)
     assert done[0].exit_code < 0 and not done[0].timed_out
 
@@ -1146,7 +1146,7 @@ def test_killed_at_any_moment_and_called_again_the_work_arrives_once(lab):
             os.unlink(project / "one-1")
             os.unlink(project / "two-1")
         lab.others_push(project, f"theirs{at}")
-        env = {**lab.env, c.MARK: f"kill-{at}", "PYTHONPATH": path}
+        env = {**lab.env, c.MARK: f"kill-{at}-{os.getpid()}", "PYTHONPATH": path}
         child = subprocess.Popen([sys.executable, "-c", script, box.path], env=env)
         try:
             child.wait(0.08 + rng.random() * 0.2)
@@ -1155,7 +1155,7 @@ def test_killed_at_any_moment_and_called_again_the_work_arrives_once(lab):
         child.kill()
         child.wait()
         deadline = time.monotonic() + 10
-        while c.signal_marked([f"kill-{at}"], 9):
+        while c.signal_marked([f"kill-{at}-{os.getpid()}"], 9):
             assert time.monotonic() < deadline
         result = c.finish_sandbox(box, env=env, verify="echo r >> report")
         assert messages(result.commits) == [f"add one{at}", AUTOCOMMIT]
