@@ -6521,7 +6521,7 @@ def marked_processes(execution_ids) -> dict[int, str]:
             for gone in known.keys() - processes:
                 del known[gone]
         _LEFT_ALONE.intersection_update(processes)
-        for process in processes - _LEFT_ALONE:
+        for process in sorted(processes - _LEFT_ALONE, key=lambda each: int(each[0])):  # a shell before what it waits for
             name = process[0]
             if name in clear or wanted.keys().isdisjoint(_MARKED.get(process, wanted)):
                 continue

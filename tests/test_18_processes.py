@@ -366,6 +366,18 @@ def test_marked_processes_are_found_by_the_whole_mark_and_nothing_else(marked):
             other.kill()
 
 
+def test_what_was_started_first_is_found_first(marked):
+    """So a shell is ended before its child: it must not go on with its next command."""
+    marked.append(own("row"))
+    processes = [subprocess.Popen(["sleep", "60"], env={c.MARK: own("row")}) for _ in range(12)]
+    wait_until(lambda: len(c.marked_processes([own("row")])) == 12)
+    pids = list(c.marked_processes([own("row")]))
+    for process in processes:
+        process.kill()
+        process.wait()
+    assert pids == sorted(pids)
+
+
 def test_a_process_that_carries_another_mark_is_looked_at_once_and_found_when_its_own_is_wanted(marked):
     marked.append(own("e-later"))
     with subprocess.Popen(["sleep", "60"], env={c.MARK: own("e-later")}) as process:
