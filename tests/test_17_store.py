@@ -471,6 +471,7 @@ def test_writes_that_come_during_a_sync_share_the_next_one(path, monkeypatch):
             await asyncio.sleep(0)
             while number == 0 and not disk.entered.is_set():
                 await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)  # the last of them is committed too, two turns later
         disk.gate.set()
         await asyncio.gather(*waiters)
         return disk.count
