@@ -254,11 +254,11 @@ def format_json(value) -> str:
     if _encode is None:
         import json
         return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    if type(value) is int:
+        return repr(value)
     if isinstance(value, (dict, list, tuple)):
         return "".join(_encode(value, 0))
-    if isinstance(value, str):
-        return _encode_string(value)
-    return repr(value) if type(value) is int else "".join(_encode([value], 0))[1:-1]
+    return _encode_string(value) if isinstance(value, str) else "".join(_encode([value], 0))[1:-1]
 
 
 def is_plain_text(value) -> bool:
@@ -3014,7 +3014,7 @@ def parse_question(text: str) -> Question:
 
 def parse_changestats(text: str) -> dict | None:
     """The last ``3 files changed, 2 insertions(+), 4 deletions(-)`` of a text, also of a raw log, or ``None``."""
-    if "changed" not in text:
+    if "changed" not in text:  # nearly always
         return None
     import re
     pattern = r"(\d{1,9}) files? changed(?:, (\d{1,9}) insertions?\(\+\))?(?:, (\d{1,9}) deletions?\(-\))?"
@@ -4210,8 +4210,7 @@ def parse_request(line: bytes) -> Request:
 
 def encode_result(request_id, result) -> bytes:
     """The line that answers a request."""
-    shown = request_id if type(request_id) is int else format_json(request_id)
-    return f'{{"jsonrpc":"2.0","id":{shown},"result":{format_json(result)}}}\n'.encode()
+    return f'{{"jsonrpc":"2.0","id":{format_json(request_id)},"result":{format_json(result)}}}\n'.encode()
 
 
 def encode_error(request_id, error: Exception) -> bytes:
@@ -5521,7 +5520,7 @@ def dockerfile(base: str, uid: int, gid: int, has_ct: bool) -> str:
 # commit); a tick is two turns of the loop, for the second often goes on with what the first began: an end frees a slot,
 # the next task is claimed, its supervisor waits at its gate.  Each operation in it is a savepoint, so one that fails takes
 # nothing else with it.  After COMMIT a thread syncs the WAL, and only then are writes acknowledged, events published and
-# agents started (docs/adr/0004).
+# agents started (docs/adr/0004 and 0013).
 
 SCHEMA_VERSION = 3
 CACHED_RECORDS = 1000
@@ -6112,9 +6111,8 @@ class Transactions:
             return []
         rows, events, first = [], [], self._last_event() + 1
         for seq, (at, kind, task_id, execution_id, text, payload) in enumerate(self._events, first):
-            stored = format_db_time(at)
-            rows.append((seq, stored, kind, task_id, execution_id, text))
-            events.append({"seq": seq, "time": f"{stored[:10]}T{stored[11:23]}Z", "kind": kind, "task_id": task_id,
+            rows.append((seq, format_db_time(at), kind, task_id, execution_id, text))
+            events.append({"seq": seq, "time": format_time(at), "kind": kind, "task_id": task_id,
                            "execution_id": execution_id, **payload})
         self._db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", rows)
         return events
@@ -6142,6 +6140,8 @@ class Transactions:
         return parse_json_or(rows[0][0], {}) if rows else {}
 
 
+COUNT_OPEN_SUBTASKS = ("SELECT count(*) FROM tasks WHERE parent_task_id = ? AND state NOT IN"
+                       f" ({', '.join(map(repr, sorted(ENDED_STATES)))})")
 ADD_SPENDING = (f"INSERT INTO spending (day, agent, project, {', '.join(Spent._fields)})"
                 f" VALUES (?, ?, ?{', ?' * len(Spent._fields)}) ON CONFLICT DO UPDATE SET "
                 + ", ".join(f"{name} = {name} + excluded.{name}" for name in Spent._fields))
@@ -6201,9 +6201,7 @@ class Store(Transactions):
 
     def open_subtasks(self, parent_id: str) -> int:
         """How many of the direct subtasks of a task have not ended."""
-        ended = ", ".join(f"'{state}'" for state in sorted(ENDED_STATES))
-        return self._rows(f"SELECT count(*) FROM tasks WHERE parent_task_id = ? AND state NOT IN ({ended})",
-                          (parent_id,))[0][0]
+        return self._rows(COUNT_OPEN_SUBTASKS, (parent_id,))[0][0]
 
     def task_states(self, ids) -> dict[str, str]:
         """The states of those of ``ids`` that exist."""
@@ -6489,7 +6487,7 @@ def is_same_process(pid: int | None, start: int | None, boot: str) -> bool:
 
 
 _UNMARKED: dict[tuple[str, int], float] = {}  # (pid, its inode in /proc: not a later process's) first seen without mark
-_LEFT_ALONE: set[tuple[str, int]] = set()  # those of them that were so for longer than ``UNMARKED_S``
+_LEFT_ALONE: set[tuple[str, int]] = set()  # those that were so for longer than ``UNMARKED_S``; not in ``_UNMARKED``
 _MARKED: dict[tuple[str, int], set] = {}  # the marks of those that had one when they were looked at
 UNMARKED_S = 2.0  # how long a process must have been without a mark to be left alone: longer than fork(2) to execve(2)
 
@@ -6541,7 +6539,8 @@ def marked_processes(execution_ids) -> dict[int, str]:
                 continue
             clear.add(name)
             if prefix not in block:
-                if now - _UNMARKED.setdefault(process, 0.0 if why == "kernel" else now) > UNMARKED_S:
+                if why == "kernel" or now - _UNMARKED.setdefault(process, now) > UNMARKED_S:
+                    _UNMARKED.pop(process, None)
                     _LEFT_ALONE.add(process)
             else:
                 _UNMARKED.pop(process, None)
@@ -7688,6 +7687,7 @@ class Box:
 
     def __init__(self, config: Config, host: dict, execution_id: str, kind: str):
         self.config, self.host, self.execution_id, self.kind = config, host, execution_id, kind
+        self.is_podman = config.container_engine == "podman"
         self.name, self.image_key = f"claudomator-{execution_id}", config.image_key(kind)
         self.image = getattr(config, self.image_key)
         self.directory = os.path.join(config.executions_dir, execution_id)
@@ -7759,7 +7759,7 @@ class Box:
         if self.config.agent_settings(self.kind).mcp:
             mounts.append((os.path.abspath(__file__), BOX_PROGRAM, True))
         argv = self._argv(self.name, (*mounts, *self._logins(), *lent.values()), (f"{BOX_FILES}/run",), is_kept=True)
-        if self.config.container_engine == "podman":
+        if self.is_podman:
             argv = (*self.attach_argv(), *argv)
         return Launch(argv, engine_env(self.host), launch.stdin, launch.format, launch.session_id, files=(
             (f"{self.files}/run", script), (f"{self.files}/prompt.txt", launch.stdin or ""), *own))
@@ -7800,7 +7800,7 @@ class Box:
 
     def attach_argv(self) -> tuple[str, ...]:
         """The command that stands in for a client that was killed: it passes signals on and ends as the container does."""
-        script = WATCH if self.config.container_engine == "podman" else ATTACH
+        script = WATCH if self.is_podman else ATTACH
         return ("/bin/sh", "-c", script, "attach", self.config.container_engine, self.name)
 
     def state(self) -> dict | None:
@@ -7826,7 +7826,7 @@ class Box:
         if uid != 0 and (any(os.lstat(os.path.join(path, name)).st_uid != uid
                              for path, folders, names in os.walk(box, onerror=closed.append)
                              for name in (*folders, *names)) or closed):
-            if self.config.container_engine == "podman":
+            if self.is_podman:
                 uid = gid = 0  # rootless and without keep-id, the daemon's user is root inside
             argv = self._argv(f"{self.name}-reclaim-{os.urandom(3).hex()}", ((box, BOX_WORK, False),),
                               ("-c", f"chown -Rh {uid}:{gid} {BOX_WORK}/."), user="0:0", network="none",
@@ -8183,8 +8183,8 @@ class Lifecycle(KindKeeper):
         task = self.store.get_task(task_id)
         if task.state == RUNNING:
             raise wrong_state(task, "is RUNNING; cancel it first")
-        if self.store.open_subtasks(task_id):
-            raise wrong_state(task, f"has {self.store.open_subtasks(task_id)} open subtasks; cancel them first")
+        if still_open := self.store.open_subtasks(task_id):
+            raise wrong_state(task, f"has {still_open} open subtasks; cancel them first")
         executions = self.store.executions_of(task_id, limit=100_000)
         with self.store.atomic():
             self.store.delete_task(task_id)
@@ -9969,8 +9969,8 @@ class Run(Started):
         with store.atomic():
             if self.pushed:
                 store.append_event("sandbox.pushed", task.id, self.execution.id, **self.pushed)
-            ended = self.ended_at
-            ended = ended if ended and self.execution.start_time <= ended <= store.clock() else None
+            is_sound = self.ended_at and self.execution.start_time <= self.ended_at <= store.clock()
+            ended = self.ended_at if is_sound else None
             life.settle(self.execution, verdict, follow_up, ended, **{"sandbox_dir": sandbox_dir, **facts})
             self.is_settled = True
             pruned = store.prune_executions(task.id, keep) if keep else []
@@ -10547,6 +10547,7 @@ class Pool(Dispatcher):
                 for execution in old:
                     await self.discard(remove_execution_files, execution.replace(sandbox_dir=""), config)
                     self._forget(execution, artifact_dir="")
+                await store.durable()  # else a disk that refuses would have the same ones come again for ever
                 count += len(old)
             while store.prune_events(before, 20 * step):
                 await store.durable()

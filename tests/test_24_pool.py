@@ -515,6 +515,26 @@ c.Store._undo = noted
 """
 
 
+def test_a_pass_of_the_retention_ends_where_the_disk_takes_nothing(tmp_path):
+    async def scenario():
+        daemon = c.Daemon(c.parse_config({"data_dir": str(tmp_path), "server_addr": ""}, "x", str(tmp_path)), None, print)
+        await daemon.start()
+        store, passes, durable = daemon.core.store, [], daemon.core.store.durable
+        old = c.Execution(id="0" * 8, task_id="t", start_time=1.0, agent="shell", model="", round=1, timeout_s=1.0,
+                          artifact_dir="x", stdout_path="", stderr_path="")
+
+        async def refuse():
+            raise c.StorageError("the disk is full")
+        store.ended_before = lambda *facts: passes.append(1) or [old][:10 - len(passes)]  # what is undone comes again
+        store.durable = refuse
+        with pytest.raises(c.StorageError, match="full"):
+            await daemon.core.pool.prune()
+        assert len(passes) == 1
+        store.durable = durable
+        await daemon.close()
+    asyncio.run(scenario())
+
+
 def test_reading_a_log_again_asks_the_database_only_when_the_run_is_looked_at(tmp_path):
     """It is called for every run when the disk has refused a transaction: what failed there would end the rollback."""
     async def scenario():

@@ -198,7 +198,7 @@ IGNORES = "trap '' TERM; echo begun; while :; do sleep 0.1; done"
 def test_commits_and_what_was_not_committed_are_pushed_from_the_host(job):
     task_id = job.add("git config user.name > who; echo a > a; git add a; git commit -qm 'feat: a'; mkdir n; echo b > n/b;"
                       " chmod +x n/b; ln -s b n/c; echo done > $CLAUDOMATOR_SUMMARY_FILE; id -u; pwd",
-                      verify="test -x n/b && test $(git log --format=%s -1) = feat: a || test -x n/b")
+                      verify="test -x n/b")
     task = job.daemon.wait(task_id)
     assert (task["state"], task["summary"]) == ("READY", "done"), task
     assert job.log() == ["first", "feat: a", c.AUTOCOMMIT_SUBJECT]
