@@ -11970,17 +11970,66 @@ class Live:
 # Puts the parts together and owns the process: the data directory's lock, signals, reload, the way down.
 
 
+class LateModule(type(sys)):
+    """Stands in for a module until something of it is asked for that it was not given; then the module is imported."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        import importlib
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+class LateLogger:
+    """The logger of a name, which imports ``logging`` with its first message; debug messages have no reader here."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def debug(self, *_args: Any) -> None:
+        """Nothing: no handler is set up, and the last resort's level is WARNING."""
+
+    def addHandler(self, _handler: Any) -> None:
+        """Nothing: concurrent.futures adds one for stderr, where the last resort writes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        import logging
+        return getattr(logging.getLogger(self.name), name)
+
+
 def import_asyncio() -> Any:
-    """asyncio without ``ssl``: nothing here speaks TLS by asyncio, and ssl is a fifth of the start and of the memory."""
-    absent = "ssl" not in sys.modules
-    if absent:
-        sys.modules["ssl"] = None
+    """asyncio without what it imports and a daemon at rest never asks for: a third of the start (docs/adr/0015).
+
+    There is no ``ssl`` for it, as nothing here speaks TLS by asyncio; the other modules come when they are first used.
+    """
+    def extract_stack(*args: Any, **kwargs: Any) -> Any:
+        import traceback
+        return traceback.extract_stack(*args, **kwargs)
+
+    stand_ins: dict = {"ssl": None}
+    for name, given in (("inspect", {"iscoroutinefunction": is_coroutine_function}), ("linecache", {}),
+                        ("logging", {"getLogger": LateLogger, "StreamHandler": object, "DEBUG": 10}),
+                        ("traceback", {"extract_stack": extract_stack}),
+                        ("subprocess", {"PIPE": -1, "STDOUT": -2, "DEVNULL": -3}), ("asyncio.sslproto", {}),
+                        ("asyncio.staggered", {})):
+        stand_ins[name] = LateModule(name)
+        stand_ins[name].__dict__.update(given)
+    stand_ins = {name: module for name, module in stand_ins.items() if name not in sys.modules}
+    sys.modules.update(stand_ins)
     try:
         import asyncio
     finally:
-        if absent:
-            del sys.modules["ssl"]
+        for name, module in stand_ins.items():
+            if name in sys.modules and sys.modules[name] is module:
+                del sys.modules[name]
     return asyncio
+
+
+def is_coroutine_function(function: Any) -> bool:
+    """As ``inspect.iscoroutinefunction`` has it for functions and methods; asyncio asks it of a signal's handler."""
+    return bool(getattr(getattr(function, "__code__", None), "co_flags", 0) & 0x80)  # inspect.CO_COROUTINE
 
 
 def lock_data_dir(config: Config) -> int:
@@ -12190,8 +12239,10 @@ class Daemon:
 def run_daemon(config: Config, load_config) -> None:
     """``claudomator serve``: run a daemon in the foreground until it is told to stop."""
     import gc
+    import signal
     gc.disable()  # what start-up makes stays anyway; ``run`` collects once and goes on as usual
     asyncio = import_asyncio()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # asyncio's own handler is replaced at once, at the price of ``inspect``
     asyncio.run(Daemon(config, load_config).run())
 
 

@@ -1,15 +1,89 @@
 """Section 27: what a daemon inherits, how it stops, reloads and comes back, with real daemon processes."""
+import inspect
 import os
 import pathlib
 import resource
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
 import claudomator as c
 from tests.support import COMMAND, DaemonProcess, shell_task, wait_until
+
+
+STAND_INS = ("asyncio.sslproto", "asyncio.staggered", "inspect", "linecache", "logging", "ssl", "subprocess", "traceback")
+
+
+def in_a_fresh_python(code):
+    """What ``code`` prints in an interpreter that has imported nothing but the program and its asyncio."""
+    begin = (f"import sys; sys.path.insert(0, {str(pathlib.Path(c.__file__).parent)!r})\n"
+             "import claudomator as c; before = set(sys.modules); asyncio = c.import_asyncio()\n")
+    return subprocess.run([sys.executable, "-I", "-S", "-c", begin + code], check=True, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT).stdout
+
+
+def test_a_daemon_at_rest_has_not_imported_what_asyncio_seldom_needs(tmp_path):
+    with DaemonProcess(tmp_path) as daemon:
+        daemon.terminate()
+        with open(tmp_path / "imported", "wb") as log:
+            daemon.process = subprocess.Popen([sys.executable, "-X", "importtime", c.__file__, "serve"], env=daemon.env,
+                                              stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        wait_until(lambda: b"serves" in (tmp_path / "imported").read_bytes(), 20)
+        imported = {line.rpartition("|")[2].strip() for line in (tmp_path / "imported").read_text().splitlines() if "|" in line}
+        assert {"asyncio", "asyncio.base_events", "selectors"} <= imported
+        assert not imported & {*STAND_INS, "_ssl", "ast", "dis", "locale", "tokenize"} - {"ssl"}
+        assert daemon.terminate() == 0
+
+
+def test_what_asyncio_was_not_given_comes_when_it_asks_for_it():
+    assert in_a_fresh_python(f"print([name for name in {STAND_INS} if name in sys.modules.keys() - before])") == "[]\n"
+    said = in_a_fresh_python("""
+import os, signal
+async def main():
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGUSR1, print, "a signal")
+    try:
+        loop.add_signal_handler(signal.SIGUSR2, main)
+    except TypeError as error:
+        print(error)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    loop.call_soon(lambda: 1 / 0)
+    done = await asyncio.create_subprocess_exec("echo", "a process", stdout=asyncio.subprocess.PIPE)
+    print(await done.stdout.read(), await done.wait(), asyncio.iscoroutinefunction(main), asyncio.iscoroutinefunction(print))
+    asyncio.current_task().print_stack()
+    try:
+        await asyncio.open_connection("127.0.0.1", 1, happy_eyeballs_delay=0.1)
+    except OSError as error:
+        print(type(error).__name__)
+    try:
+        await asyncio.open_connection("127.0.0.1", 1, ssl=True)
+    except Exception as error:
+        print("no TLS:", type(error).__name__)
+asyncio.run(main())
+import concurrent.futures, logging, subprocess, traceback
+future = concurrent.futures.Future()
+future.add_done_callback(lambda _: 1 / 0)
+future.set_result(None)
+print(concurrent.futures._base.LOGGER.name, (asyncio.subprocess.PIPE, asyncio.subprocess.STDOUT, asyncio.subprocess.DEVNULL)
+      == (subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL), asyncio.futures.STACK_DEBUG == logging.DEBUG - 1)
+asyncio.run(asyncio.sleep(0), debug=True)
+""")
+    for expected in ("a signal\n", "coroutines cannot be used with add_signal_handler()", "b'a process\\n' 0 True False", "Stack for <Task",
+                     "ConnectionRefusedError", "no TLS: ", "concurrent.futures True True", "exception calling callback",
+                     "Exception in callback main.<locals>.<lambda>()", "Traceback (most recent call last)"):
+        assert expected in said, said
+    assert said.count("ZeroDivisionError: division by zero") == 2
+
+
+def test_a_coroutine_function_is_known_without_inspect():
+    class Thing:
+        async def wait(self): ...
+        def go(self): ...
+    for function in (Thing.wait, Thing().wait, Thing.go, Thing().go, print, len, Thing, at_work, None):
+        assert c.is_coroutine_function(function) == inspect.iscoroutinefunction(function), function
 
 
 def at_work(daemon, tmp_path):
