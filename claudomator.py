@@ -10712,7 +10712,7 @@ WRITE_HIGH = 1 << 18  # bytes of unsent answers before a client must read
 READ_SIZE = 1 << 16  # bytes read from a client at once
 TURN_S = 0.005  # how long one client is served before the others have their turn
 LINGER_LOOKS = 40  # at a client's socket, a third of a microsecond each, for its next request
-LINGER_SIZE = 1 << 12  # bytes of it that are read; more of it comes by the loop
+LINGER_SIZE = 1 << 12  # bytes of it that are read, more of it comes by the loop; and of an answer that is remembered
 LINGER_S = 0.001  # a client whose requests follow each other faster is one that waits for each answer
 
 
@@ -10734,6 +10734,7 @@ class ControlConnection:
         self._eof = self._reading_paused = self._turn_over = False
         self._poll, self._descriptor = select.poll(), -1
         self._polled, self._polled_call = b"", None  # what a program that polls sends again and again; what it asks
+        self._said, self._said_by = b"", None  # the last short answer, and by whom it was found to hold no secret
         self._can_write = asyncio.Event()
         self._can_write.set()
         self._hangup = None
@@ -10954,8 +10955,15 @@ class ControlConnection:
             self._send(encode_error(request.id, error))
 
     def _send(self, data: bytes) -> None:
-        if not self._transport.is_closing():
-            self._transport.write(self._core.redactor.document(data))
+        if self._transport.is_closing():
+            return
+        redactor = self._core.redactor
+        if data != self._said or redactor is not self._said_by:
+            clean = redactor.document(data)
+            if clean is data and len(data) <= LINGER_SIZE:
+                self._said, self._said_by = data, redactor
+            data = clean
+        self._transport.write(data)
 
     def close(self) -> None:
         """Drop the client; it reconnects to the next daemon."""

@@ -128,6 +128,18 @@ def test_a_line_that_is_sent_again_is_answered_anew(inside):
         assert ask(gone) == ask(gone) and ask(gone)[0]["error"]["code"] == c.METHOD_NOT_FOUND
 
 
+def test_an_answer_that_was_given_before_is_searched_for_secrets_that_are_new(inside):
+    secret, request = "a-project-name-that-becomes-a-secret", line("project.list", 1)
+    inside.core.config = inside.core.config.replace(projects=(c.ProjectSettings(name=secret, dir="/x"),))
+    with connect(inside.config) as raw:
+        ask = lambda: (raw.sendall(request), read_lines(raw, 1))[1][0]["result"]["projects"][0]["name"]
+        assert [ask() for _ in range(3)] == [secret] * 3
+        before, inside.core.redactor = inside.core.redactor, c.Redactor([secret])
+        assert [ask() for _ in range(3)] == [c.REDACTED] * 3
+        inside.core.redactor = before
+        assert [ask() for _ in range(3)] == [secret] * 3
+
+
 def test_an_unknown_method_names_the_nearest(daemon):
     with pytest.raises(c.ClaudomatorError, match="did you mean 'task.cancel'"):
         daemon.call("task.cancle", ids=["x"])
