@@ -131,9 +131,19 @@ class SpawnError(ClaudomatorError):
 
 
 def describe_fault(what: str, error: BaseException) -> str:
-    """What a log says of a fault of the program itself: at what it happened, and the traceback."""
-    import traceback
-    return f"{what}: {''.join(traceback.format_exception(error))}"
+    """What a log says of a fault of the program itself: at what it happened, and the traceback.
+
+    Where there is no descriptor left to import ``traceback``, and what that imports, the places must do.
+    """
+    try:
+        import traceback
+        return f"{what}: {''.join(traceback.format_exception(error))}"
+    except OSError:
+        steps, step = [], error.__traceback__
+        while step is not None:
+            steps.append(f"{step.tb_frame.f_code.co_filename.rpartition('/')[2]}:{step.tb_lineno}")
+            step = step.tb_next
+        return f"{what}: {error!r} ({', '.join(steps)})\n"
 
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_UNREACHABLE, EXIT_BLOCKED = 0, 1, 2, 3, 4, 5
@@ -5870,6 +5880,7 @@ class Transactions:
         self._failed = False  # something inside it did
         self._is_first = False  # operation of its transaction
         self._in_transaction, self._hooks, self._waiters = False, [], []  # of this tick
+        self.was_refused = False  # the last transaction whose fate is known
         self._events: list[tuple] = []  # of this tick: (time, kind, task id, execution id, payload's JSON, payload)
         self._syncing: list[list] = []  # waiters of the transactions that are committed and not yet synced
         self._cache: dict[tuple, Record] = {}  # records read or written lately; with a loop nobody else writes
@@ -5981,6 +5992,7 @@ class Transactions:
 
     def _synced(self, error: OSError | None, events: list, waiters: list) -> None:
         self._syncing.pop(0)
+        self.was_refused = error is not None
         self._answer(waiters, error and StorageError(f"the disk did not take what was written: {error};"
                                                      " restart the daemon once it is well"))
         if events:
@@ -5996,6 +6008,7 @@ class Transactions:
         """Undo the tick's transaction and tell everybody who waits for it; returns the error to raise."""
         waiters = self._waiters
         self._in_transaction, self._events, self._hooks, self._waiters = False, [], [], []
+        self.was_refused = True
         self._cache.clear()
         if self._db.in_transaction:  # else SQLite has undone it by itself
             self._db.execute("ROLLBACK")
@@ -9929,7 +9942,7 @@ class Run(Started):
     # -- settle
 
     async def _settle(self, verdict: Verdict, facts: dict) -> None:
-        """Write the end, and again until the disk takes it; only then is the slot free."""
+        """Write the end, and again until the disk takes it."""
         import asyncio
         while True:
             try:
@@ -10396,7 +10409,11 @@ class Dispatcher:
         return execution_id in self._waits
 
     def _running(self) -> Running:
-        kinds = [run.execution.agent for run in self.runs.values() if not self.is_lent(run.execution.id)]
+        """What holds a slot.  An end gives its slot free as soon as it is written: the next run of it starts in the same
+        transaction or a later one, so no gate opens before the end is on disk.  Where the disk refused something just
+        now, the end must be on disk first."""
+        holds = [run for run in self.runs.values() if self.core.store.was_refused or not run.is_settled]
+        kinds = [run.execution.agent for run in holds if not self.is_lent(run.execution.id)]
         return Running(total=len(kinds), by_kind={kind: kinds.count(kind) for kind in set(kinds)})
 
     def _limits(self, now: float) -> Limits:
@@ -11991,7 +12008,10 @@ class LateModule(type(sys)):
 
 
 class LateLogger:
-    """The logger of a name, which imports ``logging`` with its first message; debug messages have no reader here."""
+    """The logger of a name, which imports ``logging`` with its first message; debug messages have no reader here.
+
+    A message that comes when no descriptor is left for an import is dropped: it must not break what it is about.
+    """
 
     def __init__(self, name: str):
         self.name = name
@@ -12003,7 +12023,10 @@ class LateLogger:
         """Nothing: concurrent.futures adds one for stderr, where the last resort writes too."""
 
     def __getattr__(self, name: str) -> Any:
-        import logging
+        try:
+            import logging
+        except OSError:
+            return self.debug
         return getattr(logging.getLogger(self.name), name)
 
 
@@ -12011,13 +12034,16 @@ def import_asyncio() -> Any:
     """asyncio without what it imports and a daemon at rest never asks for: a third of the start (docs/adr/0015).
 
     There is no ``ssl`` for it, as nothing here speaks TLS by asyncio; the other modules come when they are first used.
+    Of ``inspect`` it is given what it asks when a callback has failed, for there may be no descriptor left for an import.
     """
     def extract_stack(*args: Any, **kwargs: Any) -> Any:
         import traceback
         return traceback.extract_stack(*args, **kwargs)
 
     stand_ins: dict = {"ssl": None}
-    for name, given in (("inspect", {"iscoroutinefunction": is_coroutine_function}), ("linecache", {}),
+    for name, given in (("inspect", {"iscoroutinefunction": is_coroutine_function, "unwrap": lambda function: function,
+                                     "isfunction": lambda function: isinstance(function, type(import_asyncio))}),
+                        ("linecache", {}),
                         ("logging", {"getLogger": LateLogger, "StreamHandler": object, "DEBUG": 10}),
                         ("traceback", {"extract_stack": extract_stack}),
                         ("subprocess", {"PIPE": -1, "STDOUT": -2, "DEVNULL": -3}), ("asyncio.sslproto", {}),
@@ -12179,6 +12205,7 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
         loop.add_signal_handler(signal.SIGHUP, self._reload_logged)
+        loop.set_exception_handler(self._log_fault)
         try:
             await self.start()
             gc.collect()
@@ -12235,6 +12262,11 @@ class Daemon:
             self.log("warning", warning)
         self.pool.wake()
         return {"changed": changed, "warnings": list(new.warnings)}
+
+    def _log_fault(self, _loop: Any, context: dict) -> None:
+        """What asyncio has nobody to tell but us: a callback or a task that nobody awaits has failed."""
+        error, what = context.get("exception"), context["message"]
+        self.log("error", describe_fault(what, error) if error else what)
 
     def _reload_logged(self) -> None:
         try:

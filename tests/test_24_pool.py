@@ -482,6 +482,42 @@ def test_an_end_that_the_disk_refuses_is_recorded_when_there_is_room_and_nothing
         assert "Traceback" not in daemon.log()
 
 
+@pytest.mark.parametrize("was_refused", [False, True])
+def test_a_slot_is_free_when_the_end_is_written_but_no_agent_starts_before_it_is_on_disk(tmp_path, was_refused):
+    async def until(condition):
+        deadline = time.monotonic() + 20
+        while not condition() and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        assert condition()
+
+    async def scenario():
+        config = {"data_dir": str(tmp_path), "server_addr": "", "max_concurrent": 1}
+        daemon = c.Daemon(c.parse_config(config, "x", str(tmp_path)), None, print)
+        await daemon.start()
+        store, core = daemon.core.store, daemon.core
+        first, second = core.life.create(
+            [c.TaskSpec(name="t", agent=c.AgentConfig(type="shell", instructions=script)) for script in (
+                f": > {tmp_path}/up; while [ ! -e {tmp_path}/go ]; do sleep 0.02; done", f": > {tmp_path}/second")],
+            queue=True, config=core.config, kinds=core.kinds)
+        await until((tmp_path / "up").exists)
+        await until(store.is_durable)
+        sync, held = store._syncer.request, []
+        store._syncer.request, store.was_refused = held.append, was_refused  # a disk that takes its time
+        (tmp_path / "go").touch()
+        await until(lambda: store.get_task(first.id).state == c.READY)
+        await until(lambda: held and (was_refused or store.get_task(second.id).state == c.RUNNING))
+        await asyncio.sleep(0.2)
+        assert store.get_task(second.id).state == (c.QUEUED if was_refused else c.RUNNING)
+        assert not (tmp_path / "second").exists()
+        store._syncer.request = sync
+        for callback in held:
+            sync(callback)
+        await until(lambda: store.get_task(second.id).state == c.READY)
+        assert (tmp_path / "second").exists()
+        await daemon.close()
+    asyncio.run(scenario())
+
+
 FILLS_AT_SPAWN = f"""
 import resource
 c.SETTLE_RETRY_S, spawn = 0.2, c.spawn_supervisor

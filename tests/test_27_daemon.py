@@ -33,7 +33,7 @@ def test_a_daemon_at_rest_has_not_imported_what_asyncio_seldom_needs(tmp_path):
                                               stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         wait_until(lambda: b"serves" in (tmp_path / "imported").read_bytes(), 20)
         imported = {line.rpartition("|")[2].strip() for line in (tmp_path / "imported").read_text().splitlines() if "|" in line}
-        assert {"asyncio", "asyncio.base_events", "selectors"} <= imported
+        assert {"asyncio", "asyncio.base_events", "selectors", "_sqlite3"} <= imported
         assert not imported & {*STAND_INS, "_ssl", "ast", "dis", "locale", "tokenize"} - {"ssl"}
         assert daemon.terminate() == 0
 
@@ -76,6 +76,35 @@ asyncio.run(asyncio.sleep(0), debug=True)
                      "Exception in callback main.<locals>.<lambda>()", "Traceback (most recent call last)"):
         assert expected in said, said
     assert said.count("ZeroDivisionError: division by zero") == 2
+
+
+def test_a_fault_that_only_asyncio_meets_is_in_the_daemons_log_also_without_a_descriptor_left(tmp_path):
+    patch = """
+import claudomator as c, os, resource, sys
+start = c.Daemon.start
+async def start_and_fail(self, **more):
+    await start(self, **more)
+    loop, limits = asyncio.get_running_loop(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    def fail():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        loop.call_soon(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        asyncio.log.logger.warning("a warning of asyncio's that is lost")
+        {}["a fault"]
+    loop.call_later(0.1, fail)
+c.Daemon.start = start_and_fail
+sys.argv = ["claudomator", "serve"]
+c.main()
+"""
+    with DaemonProcess(tmp_path) as daemon:
+        daemon.terminate()
+        begin = "import sys; sys.path.insert(0, {!r}); import claudomator; asyncio = claudomator.import_asyncio()\n"
+        with open(daemon.log_path, "wb") as log:
+            daemon.process = subprocess.Popen([sys.executable, "-c", begin.format(str(pathlib.Path(c.__file__).parent)) + patch],
+                                              env=daemon.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        wait_until(lambda: "a fault" in daemon.log(), 20)
+        said = next(line for line in daemon.log().splitlines() if "a fault" in line)
+        assert " error: Exception in callback " in said and "KeyError('a fault') (events.py:" in said
+        assert daemon.call("daemon.health") == {"status": "ok"}
 
 
 def test_a_coroutine_function_is_known_without_inspect():
