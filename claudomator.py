@@ -2105,12 +2105,13 @@ class LineSplitter:
         self.pending = 0
         self.long_lines = 0
 
-    def feed(self, data: bytes, boring: tuple[bytes, ...] = ()) -> list[bytes]:
-        """The lines that are whole now.  Whole lines in ``data`` that begin with a ``boring`` prefix are passed over."""
-        lines, at = [], 0
+    def feed(self, data: bytes, boring: tuple[bytes, ...] = (), at: int = 0) -> list[bytes]:
+        """The lines that are whole now, of ``data`` from ``at``.  Whole lines in there that begin with a ``boring`` prefix
+        are passed over."""
+        lines: list[bytes] = []
         if self.pending:
-            at = data.find(b"\n") + 1
-            self._add(data[:at - 1] if at else data)
+            begin, at = at, data.find(b"\n", at) + 1
+            self._add(data[begin:at - 1] if at else data[begin:])
             if not at:
                 return lines
             lines.append(self._take())
@@ -2304,6 +2305,10 @@ class JsonStream:
         self._lines = self._garbage = 0
         self._tail: list[str] = []
 
+    def pass_over(self, _data: bytes, at: int) -> int:
+        """Where to go on in what has come, from the beginning of a line at ``at``; what is before it is not fed."""
+        return at
+
     def _parse(self, line: bytes) -> dict:
         """The line's object, or an empty one; white space alone is no garbage."""
         record = parse_json_or(line.decode("utf-8", "replace"), None)  # it may have been cut inside a character
@@ -2445,12 +2450,32 @@ class TextStream:
     BORING = ()
     KEPT_LINES, KEPT_CHARS = 64, 4096  # of the end of the output
     SUMMARY_MARKS = frozenset((b"## ", b"```", b"~~~"))  # how a heading and a fence begin
+    BLANK_LINES = 64  # among the last lines; where there are more, all of them are fed
 
     def __init__(self, cost_usd: float | None = 0.0) -> None:
         self._cost_usd = cost_usd
         self._lines = 0
         self._last: list[bytes] = []
         self._summary = SummaryFinder()
+
+    def pass_over(self, data: bytes, at: int) -> int:
+        """Where to go on in what has come, from the beginning of a line at ``at``: whole lines that are not among the last
+        ones, and without a mark of a summary, make no difference but to their number."""
+        find = data.find  # of one byte it is a hundred times faster than of three
+        if self._summary.is_collecting or any(
+                find(mark[:1], at) >= 0 and find(mark, at) >= 0 for mark in self.SUMMARY_MARKS):
+            return at
+        end, kept = data.rfind(b"\n", at) + 1, 0
+        for _ in range(self.KEPT_LINES + self.BLANK_LINES):
+            begin = data.rfind(b"\n", at, max(at, end - 1)) + 1
+            if begin <= at:
+                return at
+            kept += not data[begin:end].isspace()
+            end = begin
+            if kept == self.KEPT_LINES:
+                self._lines += data.count(b"\n", at, end)
+                return end
+        return at
 
     def feed_line(self, line: bytes) -> list[dict]:
         """Take one line without its LF; nothing in plain text is notable."""
@@ -9444,8 +9469,12 @@ class LogReader:
         except OSError:
             return False, []
         self._offset += len(block)
-        events, feed_line = [], self.stream.feed_line
-        for line in self._splitter.feed(block, self.stream.BORING):
+        events, feed_line, at = [], self.stream.feed_line, 0
+        if self._splitter.pending:  # a line that began in the block before
+            at = block.find(b"\n") + 1 or len(block)
+            for line in self._splitter.feed(block[:at]):
+                events += feed_line(line)
+        for line in self._splitter.feed(block, self.stream.BORING, self.stream.pass_over(block, at)):
             if found := feed_line(line):
                 events += found
         return len(block) == LOG_BLOCK, events

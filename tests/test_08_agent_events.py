@@ -320,6 +320,39 @@ def test_text_stream_keeps_the_end_and_costs_nothing():
     assert len(facts_of(b"x" * 900_000, stream=c.TextStream()).final_text) == 4096
 
 
+def a_script_output(rnd):
+    """Lines as scripts print them: some blank, some long, and now and then what may be a summary."""
+    rare = [b"## Summary", b"## Other", b"```", b"  ~~~", b"# a comment", b"x## y", b"\r", b"\xff\xfe", b"y" * 5000]
+    kinds = [b"line %d", b"    indented %d", b"%d" + b" long" * 40] + [b"", b"   ", b"\t\x0b"] * rnd.choice((0, 1, 6))
+    share = rnd.choice((0, 0.0005, 0.01))
+    lines = [(kind % n if b"%d" in kind else kind) if rnd.random() >= share else rnd.choice(rare)
+             for n in range(rnd.randrange(3000)) for kind in [rnd.choice(kinds)]]
+    return b"\n".join(lines) + rnd.choice((b"", b"\n", b"\n\n"))
+
+
+def test_what_a_script_prints_says_the_same_read_in_blocks_and_line_by_line(tmp_path, monkeypatch):
+    rnd, passed_over, feed_line = random.Random(7), 0, c.TextStream.feed_line
+    fed = []
+    monkeypatch.setattr(c.TextStream, "feed_line", lambda self, line: fed.append(1) or feed_line(self, line))
+    for _ in range(160):
+        output = a_script_output(rnd)
+        (tmp_path / "log").write_bytes(output)
+        monkeypatch.setattr(c, "LOG_BLOCK", rnd.choice((700, 5000, 20_000, 1 << 18)))
+        log, whole = c.LogReader(str(tmp_path / "log"), c.TextStream()), c.TextStream()
+        fed.clear()
+        while log.read_more()[0]:
+            assert log.stream.facts().lines <= output.count(b"\n")
+        log.finish()
+        facts = log.stream.facts()
+        passed_over += len(fed) < facts.lines
+        for line in output.split(b"\n") if not output.endswith(b"\n") else output.split(b"\n")[:-1]:
+            feed_line(whole, line)
+        assert facts == whole.facts()
+    assert passed_over > 50
+    lines = b"line\n" * 100
+    assert [c.TextStream().pass_over(first + lines, 0) > 0 for first in (b"", b"## Summary\n", b"```\n")] == [True, False, False]
+
+
 def test_text_stream_of_an_agent_that_may_cost_something_says_unknown():
     facts = facts_of(b"hi", stream=c.TextStream(cost_usd=None))
     assert facts.cost_usd is None and facts.tokens_in is None
