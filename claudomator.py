@@ -9825,7 +9825,7 @@ class Run(Started):
             except asyncio.CancelledError:
                 return  # the daemon stops; the agent goes on without it
             except (NotFound, WrongState) as error:  # the disk refused the claim: it never happened
-                self.core.log("error", f"execution {self.execution.id[:8]}: {error}")
+                self.core.log("error", f"execution {self.execution.id[:8]} is left alone, the disk has undone it: {error}")
                 return self._leave()
             except Exception as error:
                 if not isinstance(error, ClaudomatorError):
@@ -10425,7 +10425,7 @@ class Dispatcher:
             self._reconcile_timer = self._loop.call_later(RECONCILE_S, self.reconcile)
 
     def leave(self, run: Run) -> None:
-        """A run's slot is free."""
+        """A run has come to its end."""
         self.runs.pop(run.execution.id, None)
         if not self.runs:
             waiters, self._idle_waiters = self._idle_waiters, []

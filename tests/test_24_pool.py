@@ -482,6 +482,24 @@ def test_an_end_that_the_disk_refuses_is_recorded_when_there_is_room_and_nothing
         assert "Traceback" not in daemon.log()
 
 
+@pytest.mark.slow
+def test_an_end_and_the_claim_that_follows_it_are_refused_together_and_neither_is_lost(tmp_path):
+    with patched_daemon(tmp_path, "c.SETTLE_RETRY_S = 0.2", "max_concurrent = 1\n") as daemon:
+        first = daemon.add(f"echo start >> {tmp_path}/first.runs; echo up; while [ ! -e {tmp_path}/go ]; do sleep 0.02; done")
+        daemon.started(first)
+        second = daemon.add(f"echo start >> {tmp_path}/second.runs")
+        outgrow(daemon)
+        with full_disk(daemon):
+            (tmp_path / "go").touch()
+            wait_until(lambda: daemon.log().count("cannot be recorded") > 2)
+            assert (daemon.state(first), daemon.state(second)) == (c.RUNNING, c.QUEUED) and not runs(tmp_path / "second.runs")
+            assert daemon.log().count("the disk has undone it") <= 1, "no claim is made where one was refused"
+        for name, task_id in (("first", first), ("second", second)):
+            assert daemon.wait(task_id)["state"] == c.READY and runs(tmp_path / f"{name}.runs") == 1
+            assert len(executions(daemon, task_id)) == 1 and len(events(daemon, "execution.ended", task_id)) == 1
+        assert "Traceback" not in daemon.log()
+
+
 @pytest.mark.parametrize("was_refused", [False, True])
 def test_a_slot_is_free_when_the_end_is_written_but_no_agent_starts_before_it_is_on_disk(tmp_path, was_refused):
     async def until(condition):
