@@ -12080,17 +12080,17 @@ def import_asyncio() -> Any:
         import traceback
         return traceback.extract_stack(*args, **kwargs)
 
-    stand_ins: dict = {"ssl": None}
-    for name, given in (("inspect", {"iscoroutinefunction": is_coroutine_function, "unwrap": lambda function: function,
-                                     "isfunction": lambda function: isinstance(function, type(import_asyncio))}),
-                        ("linecache", {}),
-                        ("logging", {"getLogger": LateLogger, "StreamHandler": object, "DEBUG": 10}),
-                        ("traceback", {"extract_stack": extract_stack}),
-                        ("subprocess", {"PIPE": -1, "STDOUT": -2, "DEVNULL": -3}), ("asyncio.sslproto", {}),
-                        ("asyncio.staggered", {})):
-        stand_ins[name] = LateModule(name)
-        stand_ins[name].__dict__.update(given)
-    stand_ins = {name: module for name, module in stand_ins.items() if name not in sys.modules}
+    given: dict[str, dict] = {
+        "inspect": {"iscoroutinefunction": is_coroutine_function, "unwrap": lambda function: function,
+                    "isfunction": lambda function: isinstance(function, type(import_asyncio))},
+        "logging": {"getLogger": LateLogger, "StreamHandler": object, "DEBUG": 10},
+        "subprocess": {"PIPE": -1, "STDOUT": -2, "DEVNULL": -3},
+        "traceback": {"extract_stack": extract_stack},
+        "linecache": {}, "asyncio.sslproto": {}, "asyncio.staggered": {}}
+    stand_ins: dict = {name: LateModule(name) for name in given}
+    for name, module in stand_ins.items():
+        module.__dict__.update(given[name])
+    stand_ins = {name: module for name, module in {"ssl": None, **stand_ins}.items() if name not in sys.modules}
     sys.modules.update(stand_ins)
     try:
         import asyncio
