@@ -8734,8 +8734,8 @@ def is_over(task: Task) -> bool:
 async def _task_wait(core: Core, params: dict) -> dict:
     import asyncio
     ids, done = [task.id for task in core.select(params["ids"])], False
-    events, touched, over = core.bus.follow(None), set(ids), set()
-    enough = 1 if params["any"] else len(ids)
+    events, wanted, over = core.bus.follow(None), set(ids), set()
+    touched, enough = wanted, 1 if params["any"] else len(ids)
     try:
         async with asyncio.timeout(params["timeout_s"]):
             while True:
@@ -8747,7 +8747,7 @@ async def _task_wait(core: Core, params: dict) -> dict:
                     break
                 named = {event["task_id"] for event in await anext(events)
                          if event["task_id"] is None or event["kind"].startswith("task.")}  # what a run does ends no wait
-                touched = set(ids) if None in named else named.intersection(ids)
+                touched = wanted if None in named else named & wanted
     except TimeoutError:
         pass
     finally:

@@ -81,14 +81,14 @@ def supervisor_memory(root: str) -> float:
 
 
 def run() -> list[dict]:
-    """Both rows."""
-    bare, whole = [], []
+    """Both rows.  The two loops take turns, and the median of the turns' ratios counts: the speed of a shared machine drifts."""
+    ratios = []
     with tempfile.TemporaryDirectory() as root:
-        for turn in range(int(os.environ.get("TURNS", "3"))):
-            bare.append(asyncio.run(bare_loop(f"{root}/{turn}", TASKS)))
-            whole.append(asyncio.run(through_the_daemon(f"{root}/data{turn}", TASKS)))
+        for turn in range(int(os.environ.get("TURNS", "9"))):
+            bare = asyncio.run(bare_loop(f"{root}/{turn}", TASKS))
+            ratios.append(bare / asyncio.run(through_the_daemon(f"{root}/data{turn}", TASKS)))
         memory = supervisor_memory(root)
-    ratio = statistics.median(bare) / statistics.median(whole)
+    ratio = statistics.median(ratios)
     return [{"metric": "durable dispatch of a no-op agent", "ratio": ratio, "unit": "of the bare loop's rate", "target": ">= 0.6",
              "ok": ratio >= 0.6, "peer": f"posix_spawn loop with the same supervisor, {AT_ONCE} at once, no store"},
             {"metric": "supervisor's memory per running agent (PSS)", "ratio": memory, "unit": "MB", "target": "<= 0.3",
