@@ -3973,6 +3973,9 @@ def _task_fields(task: dict, executions: list[dict], tz_offset_s: float) -> list
         ("not before", _local(task.get("not_before"), tz_offset_s)),
         ("comment", task.get("rejection_comment")), ("summary", task["summary"]),
         ("changes", stats and f"{stats['files_changed']} files, +{stats['insertions']} -{stats['deletions']}"),
+        ("pushed", "\n".join(f"{len(run['commits'])} commit{'s'[:len(run['commits']) > 1]} to {run['pushed_branch']}"
+                             for run in executions if run["pushed_branch"])),
+        ("note", "\n".join(filter(None, (run["detail"] for run in executions if run["status"] == COMPLETED)))),
     ]
 
 
@@ -7561,7 +7564,8 @@ class _Finish:
         source, branch, beside = self.sandbox.source, self.sandbox.branch, f"claudomator/{os.path.basename(self.path)}"
         trees = git(["worktree", "list", "--porcelain"], env=self.env, cwd=source.removeprefix("file://")).output
         if f"branch refs/heads/{branch}" in trees.splitlines():
-            self.notes.append(f"{branch} is checked out in {source}, so the commits went to {beside} there")
+            self.notes.append(f"{branch} is checked out in {source}, so the commits went to {beside} there"
+                              f" (to have them: git merge {beside})")
             branch = beside
         local = [f"--receive-pack={RECEIVE_PACK}"] if _is_local(source) else []
         way_on = (f"(the sandbox is kept; to go on by hand: cd {shlex.quote(self.path)} && git fetch origin {branch} "
@@ -12742,8 +12746,9 @@ def task_line(task: dict, color: bool) -> str:
     if run.get("commits"):
         pushed = f" pushed to {run['pushed_branch']}" if run["pushed_branch"] else ""
         parts.append(f"{len(run['commits'])} commit{'s'[:len(run['commits']) > 1]}{pushed}")
+    note = run.get("detail") if run.get("status") == COMPLETED else ""
     told = f"{task['reason']}: {task['detail']}" if task["reason"] else \
-        task["summary"] if task["state"] in SETTLED_STATES else ""
+        "\n".join(filter(None, (task["summary"], note))) if task["state"] in SETTLED_STATES else ""
     if task["state"] == BLOCKED and question:
         options = " | ".join(map(str, question.get("options") or ()))
         told = f"asks: {question.get('text', '')}" + (f" [{options}]" if options else "")

@@ -240,7 +240,7 @@ def make_run(**more) -> dict:
             "detail": "",
             "agent": "claude", "round": 1, "start_time": c.format_time(NOW - 200), "end_time": None, "exit_code": None,
             "cost_usd": None, "tokens_in": None, "tokens_out": None, "session_id": None, "sandbox_dir": None,
-            "changestats": None, "commits": [], "summary": "", **more}
+            "changestats": None, "commits": [], "summary": "", "pushed_branch": None, **more}
 
 
 def make_status(tasks, **daemon) -> dict:
@@ -359,6 +359,18 @@ def test_show_of_a_failed_task_has_its_runs_commits_and_what_to_do():
     assert "12345678   FAILED   claude  2026-11-20 23:13:50       1s        ?       ?" in text
     assert "ffffffff   RUNNING  claude  2026-11-20 23:27:09\n" in text
     assert "3m20s" in c.render_executions(runs[2:], NOW, 100, False)
+
+
+def test_where_the_commits_are_stands_below_the_task():
+    note = "main is checked out in /x, so the commits went to claudomator/s there (to have them: git merge claudomator/s)"
+    run = make_run(status="COMPLETED", detail=note, commits=[{"hash": "a" * 40, "message": "m"}] * 2, pushed_branch="claudomator/s")
+    task = make_task(7, "READY", summary="It is done.", execution=run)
+    lines = c.render_task(task, [run, make_run(status="FAILED", detail="no note")], False).split("\n")
+    assert "pushed       2 commits to claudomator/s" in lines and f"note         {note}" in lines and "no note" not in str(lines)
+    assert c.task_line(task, False).split("\n") == [
+        "READY  00000007  task 7  2 commits pushed to claudomator/s", "    It is done.", f"    {note}",
+        "    next: claudomator ctl accept 00000007    or: claudomator ctl reject 00000007 -m 'what to change'"]
+    assert "note" not in c.render_task(make_task(7, "READY"), [make_run(status="COMPLETED")], False)
 
 
 @pytest.mark.parametrize("reason", sorted(c.REASONS))

@@ -283,6 +283,7 @@ def test_the_project_itself_as_source_gets_a_branch_beside_the_checked_out_one(l
     before, head = snapshot(project), lab.git(project, "rev-parse", "main")
     result = lab.finish(sandbox)
     assert (result.pushed_branch, result.rebased) == ("claudomator/s1", False) and "main is checked out" in result.note
+    assert "git merge claudomator/s1" in result.note
     assert lab.git(project, "rev-parse", "claudomator/s1") == commit
     assert lab.git(project, "rev-parse", "main") == head and snapshot(project) == before
     assert lab.finish(sandbox) == result, "called again after the push"
