@@ -10452,12 +10452,14 @@ class Dispatcher:
         """Whether an execution's agent waits for its subtasks just now."""
         return execution_id in self._waits
 
+    def _holders(self) -> list[Run]:
+        """The runs that hold a slot.  An end gives its slot free as soon as it is written: the next run of it starts in the
+        same transaction or a later one, so no gate opens before the end is on disk.  Where the disk refused something
+        just now, the end must be on disk first."""
+        return [run for run in self.runs.values() if self.core.store.was_refused or not run.is_settled]
+
     def _running(self) -> Running:
-        """What holds a slot.  An end gives its slot free as soon as it is written: the next run of it starts in the same
-        transaction or a later one, so no gate opens before the end is on disk.  Where the disk refused something just
-        now, the end must be on disk first."""
-        holds = [run for run in self.runs.values() if self.core.store.was_refused or not run.is_settled]
-        kinds = [run.execution.agent for run in holds if not self.is_lent(run.execution.id)]
+        kinds = [run.execution.agent for run in self._holders() if not self.is_lent(run.execution.id)]
         return Running(total=len(kinds), by_kind={kind: kinds.count(kind) for kind in set(kinds)})
 
     def _limits(self, now: float) -> Limits:
@@ -10668,7 +10670,7 @@ class Pool(Dispatcher):
 
     def running_count(self) -> int:
         """How many executions hold a slot."""
-        return len(self.runs)
+        return len(self._holders())
 
     def agents(self) -> list[dict]:
         """The agent kinds for ``ctl agent``."""
@@ -12309,7 +12311,8 @@ class Daemon:
 
     def _log_fault(self, _loop: Any, context: dict) -> None:
         """What asyncio has nobody to tell but us: a callback or a task that nobody awaits has failed."""
-        error, what = context.get("exception"), context["message"]
+        about = [repr(context[name]) for name in ("handle", "future", "task", "transport") if name in context]
+        what, error = " ".join([context["message"], *about]), context.get("exception")
         self.log("error", describe_fault(what, error) if error else what)
 
     def _reload_logged(self) -> None:

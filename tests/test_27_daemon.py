@@ -107,6 +107,15 @@ c.main()
         assert daemon.call("daemon.health") == {"status": "ok"}
 
 
+def test_a_fault_of_asyncios_names_what_it_is_about(tmp_path):
+    log = []
+    daemon = c.Daemon(c.parse_config({"data_dir": str(tmp_path)}, "test", str(tmp_path)), None, lambda *line: log.append(line))
+    daemon._log_fault(None, {"message": "Task was destroyed", "task": "the task"})
+    daemon._log_fault(None, {"message": "It failed", "handle": "the handle", "exception": KeyError("why")})
+    assert log[0] == ("error", "Task was destroyed 'the task'")
+    assert log[1][1].startswith("It failed 'the handle': ") and "KeyError: 'why'" in log[1][1]
+
+
 def test_a_coroutine_function_is_known_without_inspect():
     class Thing:
         async def wait(self): ...
