@@ -4248,7 +4248,12 @@ def parse_request(line: bytes) -> Request:
 
 def encode_result(request_id, result) -> bytes:
     """The line that answers a request."""
-    return f'{{"jsonrpc":"2.0","id":{format_json(request_id)},"result":{format_json(result)}}}\n'.encode()
+    return f"{result_head(request_id)}{format_json(result)}}}\n".encode()
+
+
+def result_head(request_id) -> str:
+    """How the line that answers a request begins, up to the result."""
+    return f'{{"jsonrpc":"2.0","id":{format_json(request_id)},"result":'
 
 
 def encode_error(request_id, error: Exception) -> bytes:
@@ -10797,6 +10802,7 @@ class ControlConnection:
         self._eof = self._reading_paused = self._turn_over = False
         self._poll, self._descriptor = select.poll(), -1
         self._polled, self._polled_call = b"", None  # what a program that polls sends again and again; what it asks
+        self._polled_head = ""  # how its answers begin
         self._said, self._said_by = b"", None  # the last short answer, and by whom it was found to hold no secret
         self._can_write = asyncio.Event()
         self._can_write.set()
@@ -10897,7 +10903,7 @@ class ControlConnection:
     def _take(self, data: bytes) -> None:
         self.heard_at = time.monotonic()
         if data == self._polled and not self._lines and not self._tasks:
-            self._meet(self._polled)
+            self._meet_again() if self._polled_call else self._meet(self._polled)
             if self._can_write.is_set():
                 return
         else:
@@ -10933,18 +10939,28 @@ class ControlConnection:
         """Begin what a line asks for, and answer it if that needs no waiting."""
         request = None
         try:
-            if line is self._polled and self._polled_call:
-                operation, request = self._polled_call
-            else:
-                if isinstance(line, WireError):
-                    raise line
-                request = parse_request(line)
-                if request.method == "stream.cancel":
-                    return self._cancel_stream(request)
-                operation = self._operation_of(request)
-            self._begin(operation, request)
+            if isinstance(line, WireError):
+                raise line
+            request = parse_request(line)
+            if request.method == "stream.cancel":
+                return self._cancel_stream(request)
+            self._begin(self._operation_of(request), request)
         except WireError as error:
             self._send(encode_error(error.request_id, error))
+        except Exception as error:
+            self._refuse(request, error)
+
+    def _meet_again(self) -> None:
+        """The same for the line that a program which polls sends again and again: what it asks is known, and how the
+        answer begins."""
+        operation, request = self._polled_call
+        head = self._polled_head = self._polled_head or result_head(request.id)
+        try:
+            work = operation.handler(self._core, check_params(operation, {}))
+            if isinstance(work, dict) and self._core.store.is_durable():
+                self._send(f"{head}{format_json(work)}}}\n".encode())
+            else:
+                self._await(operation, request, work)
         except Exception as error:
             self._refuse(request, error)
 
@@ -10963,15 +10979,19 @@ class ControlConnection:
                             f"{did_you_mean(request.method, OPERATIONS)}", request.id)
         if operation.stream and ("stream", request.id) in self._tasks:
             raise WireError(INVALID_REQUEST, f"a stream with id {request.id!r} is already open", request.id)
-        if not request.params and not operation.stream:
-            self._polled_call = operation, request
+        if not request.params and not operation.stream and request.id is not None:
+            self._polled_call, self._polled_head = (operation, request), ""
         return operation
 
     def _begin(self, operation: Operation, request: Request) -> None:
         work = operation.handler(self._core, check_params(operation, request.params))
-        if isinstance(work, dict):  # most operations wait for nothing but the disk, and reading ones not even for that
-            if self._core.store.is_durable():
-                return self._answer(request, work)
+        if isinstance(work, dict) and self._core.store.is_durable():  # most operations wait for nothing
+            return self._answer(request, work)
+        self._await(operation, request, work)
+
+    def _await(self, operation: Operation, request: Request, work) -> None:
+        """Answer when ``work`` is done, and on disk."""
+        if isinstance(work, dict):
             work = _after(self._core.store.durable(), work)
         self._count += 1
         key = ("stream", request.id) if operation.stream else ("wait" if operation.lasting else "call", self._count)
