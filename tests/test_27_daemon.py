@@ -14,7 +14,7 @@ import claudomator as c
 from tests.support import COMMAND, DaemonProcess, shell_task, wait_until
 
 
-STAND_INS = ("asyncio.sslproto", "asyncio.staggered", "inspect", "linecache", "logging", "ssl", "subprocess", "traceback")
+STAND_INS = ("asyncio.sslproto", "asyncio.staggered", "inspect", "linecache", "logging", "ssl", "subprocess", "traceback", "typing")
 
 
 def in_a_fresh_python(code):
@@ -29,12 +29,12 @@ def test_a_daemon_at_rest_has_not_imported_what_asyncio_seldom_needs(tmp_path):
     with DaemonProcess(tmp_path) as daemon:
         daemon.terminate()
         with open(tmp_path / "imported", "wb") as log:
-            daemon.process = subprocess.Popen([sys.executable, "-X", "importtime", c.__file__, "serve"], env=daemon.env,
+            daemon.process = subprocess.Popen([sys.executable, "-I", "-S", "-X", "importtime", c.__file__, "serve"], env=daemon.env,
                                               stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         wait_until(lambda: b"serves" in (tmp_path / "imported").read_bytes(), 20)
         imported = {line.rpartition("|")[2].strip() for line in (tmp_path / "imported").read_text().splitlines() if "|" in line}
         assert {"asyncio", "asyncio.base_events", "selectors", "_sqlite3"} <= imported
-        assert not imported & {*STAND_INS, "_ssl", "ast", "dis", "locale", "tokenize"} - {"ssl"}
+        assert not imported & {*STAND_INS, "_ssl", "ast", "dis", "locale", "re", "tokenize"} - {"ssl"}
         assert daemon.terminate() == 0
 
 
@@ -63,7 +63,9 @@ async def main():
     except Exception as error:
         print("no TLS:", type(error).__name__)
 asyncio.run(main())
-import concurrent.futures, logging, subprocess, traceback
+import concurrent.futures, logging, subprocess, traceback, typing
+print(typing.get_type_hints(asyncio.Timeout.when), typing.get_type_hints(asyncio.Timeout.__aexit__)["exc_type"]
+      == type[BaseException] | None)
 future = concurrent.futures.Future()
 future.add_done_callback(lambda _: 1 / 0)
 future.set_result(None)
@@ -72,7 +74,7 @@ print(concurrent.futures._base.LOGGER.name, (asyncio.subprocess.PIPE, asyncio.su
 asyncio.run(asyncio.sleep(0), debug=True)
 """)
     for expected in ("a signal\n", "coroutines cannot be used with add_signal_handler()", "b'a process\\n' 0 True False", "Stack for <Task",
-                     "ConnectionRefusedError", "no TLS: ", "concurrent.futures True True", "exception calling callback",
+                     "ConnectionRefusedError", "no TLS: ", "{'return': float | None} True", "concurrent.futures True True", "exception calling callback",
                      "Exception in callback main.<locals>.<lambda>()", "Traceback (most recent call last)"):
         assert expected in said, said
     assert said.count("ZeroDivisionError: division by zero") == 2
