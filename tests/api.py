@@ -33,8 +33,18 @@ class ApiDaemon:
         self.run(self.daemon.close())
         while self.ends_agents and c.signal_marked(ids, 9):
             pass
+        self.run(self._leave())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
+        self.loop.close()
+
+    async def _leave(self):
+        """What ``asyncio.run`` does at its end, so that no transport is left to the garbage collector."""
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.sleep(0)  # a transport closes its socket in a callback
 
     def run(self, coroutine, timeout_s=30):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout_s)
