@@ -5629,6 +5629,7 @@ class _Table:
         columns = [column for column, _, _ in self._codecs.values()]
         self.select = f"SELECT {', '.join(columns)} FROM {name}"
         self.insert = f"INSERT INTO {name} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+        self.updates: dict[tuple, str] = {}  # (condition, columns): the statement, written once
 
     def row(self, fields: dict) -> dict:
         row = {}
@@ -5889,11 +5890,16 @@ class WalSyncer:
         os.close(self._descriptor)
 
 
+def local_date(at: float) -> str:
+    """The date of a moment in this machine's time zone."""
+    return time.strftime("%Y-%m-%d", time.localtime(at))
+
+
 def local_day(at: float) -> tuple[str, float, float]:
     """(date, its midnight and the next one in unix seconds) of a moment in this machine's time zone."""
     local = time.localtime(at)
     begins, ends = (time.mktime((local.tm_year, local.tm_mon, local.tm_mday + days, 0, 0, 0, 0, 0, -1)) for days in (0, 1))
-    return time.strftime("%Y-%m-%d", local), begins, ends
+    return local_date(at), begins, ends
 
 
 class Transactions:
@@ -6137,8 +6143,11 @@ class Transactions:
                 self._remember(table, known)
                 return 1
         row = table.row(fields)
-        changed = self._write(f"UPDATE {table.name} SET {', '.join(f'{name} = ?' for name in row)} WHERE {where}",
-                              (*row.values(), *values)).rowcount
+        sql = table.updates.get((where, *row))
+        if sql is None:
+            sql = f"UPDATE {table.name} SET {', '.join(f'{name} = ?' for name in row)} WHERE {where}"
+            table.updates[where, *row] = sql
+        changed = self._write(sql, (*row.values(), *values)).rowcount
         if changed and known is not None:
             self._remember(table, known.replace(**fields))
         return changed
@@ -8107,7 +8116,7 @@ class KindKeeper:
         if execution.pid is not None:
             cost, tokens = facts.get("cost_usd"), (facts.get("tokens_in"), facts.get("tokens_out"))
             unknown = tokens == (None, None)
-            self.store.add_spending(local_day(execution.start_time)[0], kind, project, Spent(
+            self.store.add_spending(local_date(execution.start_time), kind, project, Spent(
                 cost or 0.0, sum(number or 0 for number in tokens), 1, max(0.0, ended - execution.start_time) / 60,
                 int(cost is None), int(unknown)))
         health = next_health(old, kind, verdict, self.store.clock())
