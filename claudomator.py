@@ -13042,16 +13042,20 @@ def say_event(cli: Cli, event: dict) -> None:
 
 
 def watch_tasks(cli: Cli, ids: list[str], since: int) -> list[dict]:
-    """Tell what happens to tasks until nothing more can happen without a person; returns them."""
-    def state() -> dict:
-        return patiently(cli, lambda: cli.call("task.wait", ids=ids, timeout_s=0, parked_ends=True))
-    result, events = state(), follow_events(cli, since)
-    while result["timed_out"]:
+    """Tell what happens to tasks until nothing more can happen without a person, and all of it; returns them."""
+    def state() -> tuple[dict, int]:
+        """(the tasks; the last event to tell, 0 while it has not come)."""
+        found = patiently(cli, lambda: cli.call("task.wait", ids=ids, timeout_s=0, parked_ends=True))
+        return found, 0 if found["timed_out"] else last_event(cli)
+    (result, last), events, seen = state(), follow_events(cli, since), since
+    while result["timed_out"] or seen < last:
         event = next(events)
+        seen = event["seq"]
         if event["task_id"] in ids:
             say_event(cli, event)
-        if event["kind"] in ("task.state", "task.question", "task.deleted", "agent.parked", "budget.reached"):
-            result = state()
+        if result["timed_out"] and event["kind"] in (
+                "task.state", "task.question", "task.deleted", "agent.parked", "budget.reached"):
+            result, last = state()
     return result["tasks"]
 
 
