@@ -3949,6 +3949,11 @@ def next_step(task: dict) -> str:
     return commands.get(task["state"], "")
 
 
+def commit_count(run: dict) -> str:
+    """How many commits an execution made, in words."""
+    return f"{len(run['commits'])} commit{'s'[:len(run['commits']) > 1]}"
+
+
 def _task_fields(task: dict, executions: list[dict], tz_offset_s: float) -> list[tuple]:
     """(label, text) of all that ``ctl show`` tells of a task; empty ones are left out by the caller."""
     agent, question = task["agent"], task["question"] or {}
@@ -3973,7 +3978,7 @@ def _task_fields(task: dict, executions: list[dict], tz_offset_s: float) -> list
         ("not before", _local(task.get("not_before"), tz_offset_s)),
         ("comment", task.get("rejection_comment")), ("summary", task["summary"]),
         ("changes", stats and f"{stats['files_changed']} files, +{stats['insertions']} -{stats['deletions']}"),
-        ("pushed", "\n".join(f"{len(run['commits'])} commit{'s'[:len(run['commits']) > 1]} to {run['pushed_branch']}"
+        ("pushed", "\n".join(f"{commit_count(run)} to {run['pushed_branch']}"
                              for run in executions if run["pushed_branch"])),
         ("note", "\n".join(filter(None, (run["detail"] for run in executions if run["status"] == COMPLETED)))),
     ]
@@ -4248,12 +4253,7 @@ def parse_request(line: bytes) -> Request:
 
 def encode_result(request_id, result) -> bytes:
     """The line that answers a request."""
-    return f"{result_head(request_id)}{format_json(result)}}}\n".encode()
-
-
-def result_head(request_id) -> str:
-    """How the line that answers a request begins, up to the result."""
-    return f'{{"jsonrpc":"2.0","id":{format_json(request_id)},"result":'
+    return f'{{"jsonrpc":"2.0","id":{format_json(request_id)},"result":{format_json(result)}}}\n'.encode()
 
 
 def encode_error(request_id, error: Exception) -> bytes:
@@ -5563,7 +5563,7 @@ def dockerfile(base: str, uid: int, gid: int, has_ct: bool) -> str:
 # commit); a tick is two turns of the loop, for the second often goes on with what the first began: an end frees a slot,
 # the next task is claimed, its supervisor waits at its gate.  Each operation in it is a savepoint, so one that fails takes
 # nothing else with it.  After COMMIT a thread syncs the WAL, and only then are writes acknowledged, events published and
-# agents started (docs/adr/0004 and 0013).
+# agents started (docs/adr/0004, 0013 and 0016).
 
 SCHEMA_VERSION = 3
 CACHED_RECORDS = 1000
@@ -10811,7 +10811,6 @@ class ControlConnection:
         self._eof = self._reading_paused = self._turn_over = False
         self._poll, self._descriptor = select.poll(), -1
         self._polled, self._polled_call = b"", None  # what a program that polls sends again and again; what it asks
-        self._polled_head = ""  # how its answers begin
         self._said, self._said_by = b"", None  # the last short answer, and by whom it was found to hold no secret
         self._can_write = asyncio.Event()
         self._can_write.set()
@@ -10960,16 +10959,10 @@ class ControlConnection:
             self._refuse(request, error)
 
     def _meet_again(self) -> None:
-        """The same for the line that a program which polls sends again and again: what it asks is known, and how the
-        answer begins."""
+        """The same for the line that a program which polls sends again and again: what it asks is known."""
         operation, request = self._polled_call
-        head = self._polled_head = self._polled_head or result_head(request.id)
         try:
-            work = operation.handler(self._core, check_params(operation, {}))
-            if isinstance(work, dict) and self._core.store.is_durable():
-                self._send(f"{head}{format_json(work)}}}\n".encode())
-            else:
-                self._await(operation, request, work)
+            self._begin(operation, request)
         except Exception as error:
             self._refuse(request, error)
 
@@ -10988,18 +10981,14 @@ class ControlConnection:
                             f"{did_you_mean(request.method, OPERATIONS)}", request.id)
         if operation.stream and ("stream", request.id) in self._tasks:
             raise WireError(INVALID_REQUEST, f"a stream with id {request.id!r} is already open", request.id)
-        if not request.params and not operation.stream and request.id is not None:
-            self._polled_call, self._polled_head = (operation, request), ""
+        if not request.params and not operation.stream:
+            self._polled_call = operation, request
         return operation
 
     def _begin(self, operation: Operation, request: Request) -> None:
         work = operation.handler(self._core, check_params(operation, request.params))
         if isinstance(work, dict) and self._core.store.is_durable():  # most operations wait for nothing
             return self._answer(request, work)
-        self._await(operation, request, work)
-
-    def _await(self, operation: Operation, request: Request, work) -> None:
-        """Answer when ``work`` is done, and on disk."""
         if isinstance(work, dict):
             work = _after(self._core.store.durable(), work)
         self._count += 1
@@ -12784,8 +12773,7 @@ def task_line(task: dict, color: bool) -> str:
     if run.get("cost_usd"):
         parts.append(format_cost(run["cost_usd"]))
     if run.get("commits"):
-        pushed = f" pushed to {run['pushed_branch']}" if run["pushed_branch"] else ""
-        parts.append(f"{len(run['commits'])} commit{'s'[:len(run['commits']) > 1]}{pushed}")
+        parts.append(commit_count(run) + (f" pushed to {run['pushed_branch']}" if run["pushed_branch"] else ""))
     note = run.get("detail") if run.get("status") == COMPLETED else ""
     told = f"{task['reason']}: {task['detail']}" if task["reason"] else \
         "\n".join(filter(None, (task["summary"], note))) if task["state"] in SETTLED_STATES else ""

@@ -14,7 +14,7 @@ import pytest
 import claudomator
 
 # The file's length is a ratchet (docs/adr/0010): only a new capability raises it.
-MAX_LINES, MAX_FUNCTION, MAX_CLASS, MAX_WIDTH = 14045, 60, 300, 125
+MAX_LINES, MAX_FUNCTION, MAX_CLASS, MAX_WIDTH = 14033, 60, 300, 125
 BANNER = re.compile(r"# ---- (\d\d) (\S.*?) -{3,}")
 RULE = re.compile(r"\s*#.*[-=#*~_+]{4,}")  # a comment that looks like a line across the page
 IMPURE = set(
